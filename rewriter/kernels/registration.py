@@ -1,0 +1,44 @@
+"""Registers a fused op with PyTorch: one schema, one kernel, one fake implementation.
+
+Every op lives in the namespace ``torch.ops.rewriter``. The kernel is registered for every device, so
+that Triton's interpreter can run it on CPU tensors in the tests; the public function of an op (the one
+that passes put into a graph) is what routes tensors of other devices to the op's reference.
+
+``torch.library.custom_op`` is not used: its Python wrappers cost about 10 µs a call, which a small
+batch pays a few hundred times a step.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+library = torch.library.Library("rewriter", "DEF")
+
+
+def define(
+    schema: str,
+    *,
+    kernel: Callable,
+    fake: Callable,
+    tags: Sequence[torch.Tag] = (torch.Tag.needs_exact_strides,),
+) -> torch._ops.OpOverload:
+    """Define ``rewriter::<schema>`` and return its overload.
+
+    Args:
+        schema: as ``rms_norm(Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)``. Outputs must
+            not alias inputs.
+        kernel: computes the outputs; imports Triton inside, so that matching needs no Triton.
+        fake: shapes, strides and dtypes of the outputs, for fake tensors and symbolic sizes.
+        tags: by default Inductor must pass the strides that the fake implementation saw.
+    """
+    name = schema.partition("(")[0]
+    library.define(schema, tags=tuple(tags))
+    library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rewriter::{name}", fake, lib=library)
+    return getattr(torch.ops.rewriter, name).default
+
+
+def differentiate(op: torch._ops.OpOverload, backward: Callable, setup_context: Callable) -> None:
+    """Give ``op`` its explicit backward, as ``torch.library.register_autograd`` takes it."""
+    name = op._schema.name
+    torch.library.register_autograd(name, backward, setup_context=setup_context, lib=library)
