@@ -45,14 +45,15 @@ class Family:
     model: str
     settings: dict
     attention: str = "sdpa"
+    adapters: str = "all-linear"
 
     def configuration(self, **overrides) -> transformers.PretrainedConfig:
         cls = getattr(transformers, self.config)
         return cls(**{**SHAPE, **NO_DROPOUT, **self.settings, **overrides})
 
 
-def _causal(prefix: str, /, *, attention: str = "sdpa", **settings) -> Family:
-    return Family(f"{prefix}Config", f"{prefix}ForCausalLM", settings, attention)
+def _causal(prefix: str, /, *, attention: str = "sdpa", adapters: str = "all-linear", **settings) -> Family:
+    return Family(f"{prefix}Config", f"{prefix}ForCausalLM", settings, attention, adapters)
 
 
 def _rope(**parameters) -> dict:
@@ -135,6 +136,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "deepseek_v3": _causal(
         "DeepseekV3",
+        # PEFT would adapt the experts' stacked weights too, which breaks the graph and refuses dropout.
+        adapters=r".*self_attn\.\w*proj\w*",
         num_key_value_heads=4,
         n_routed_experts=4,
         n_shared_experts=1,
@@ -194,7 +197,7 @@ def build(
             model.requires_grad_(False)
             _quantise(model, dtype, double_quant)
         if lora:
-            model = _adapt(model, lora_dropout, lora_dtype, rslora)
+            model = _adapt(model, family.adapters, lora_dropout, lora_dtype, rslora)
     return model.to(device).train()
 
 
@@ -227,7 +230,7 @@ def _linears(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if type(child) is nn.Linear and child is not head
+        if isinstance(child, nn.Linear) and child is not head
     ]
 
 
@@ -251,12 +254,16 @@ def _quantise(model: nn.Module, compute: torch.dtype, double_quant: bool) -> Non
     model.is_loaded_in_4bit = True
 
 
-def _adapt(model: nn.Module, dropout: float, dtype: torch.dtype, rslora: bool) -> nn.Module:
+def _adapt(model: nn.Module, targets: str, dropout: float, dtype: torch.dtype, rslora: bool) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
-    names = sorted({name for _, name, _ in _named_targets(model)})
     config = LoraConfig(
-        r=4, lora_alpha=8, target_modules=names, lora_dropout=dropout, use_rslora=rslora, task_type="CAUSAL_LM"
+        r=4,
+        lora_alpha=8,
+        target_modules=targets,
+        lora_dropout=dropout,
+        use_rslora=rslora,
+        task_type="CAUSAL_LM",
     )
     adapted = get_peft_model(model, config)
     with torch.no_grad():
@@ -265,13 +272,3 @@ def _adapt(model: nn.Module, dropout: float, dtype: torch.dtype, rslora: bool) -
                 parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
                 parameter.data = parameter.data.to(dtype)
     return adapted
-
-
-def _named_targets(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
-    head = model.get_output_embeddings()
-    return [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, nn.Linear) and child is not head
-    ]
