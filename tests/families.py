@@ -5,7 +5,6 @@ random norm weights: a rewrite that loses a bias, or a norm's weight, must show 
 Options put LoRA adapters (PEFT) on every linear layer and store the base weights as NF4 (bitsandbytes).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +34,8 @@ NO_DROPOUT = {
     "residual_dropout": 0.0,
 }
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
+# PEFT's "all-linear" would adapt the experts' stacked weights too, which breaks the graph and refuses dropout.
+ATTENTION_ONLY = r".*self_attn\.\w*proj\w*"
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,14 @@ class Family:
     def configuration(self, **overrides) -> transformers.PretrainedConfig:
         cls = getattr(transformers, self.config)
         return cls(**{**SHAPE, **NO_DROPOUT, **self.settings, **overrides})
+
+    def every_expert(self) -> dict:
+        counts = ("num_local_experts", "num_experts", "n_routed_experts")
+        total = next((self.settings[c] for c in counts if c in self.settings), None)
+        if total is None:
+            return {}
+        groups = {"topk_group": self.settings["n_group"]} if "n_group" in self.settings else {}
+        return {"num_experts_per_tok": total, **groups}
 
 
 def _causal(prefix: str, /, *, attention: str = "sdpa", adapters: str = "all-linear", **settings) -> Family:
@@ -98,7 +107,9 @@ FAMILIES: dict[str, Family] = {
             "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
         },
     ),
-    "mixtral": _causal("Mixtral", **HEAD, num_local_experts=4, num_experts_per_tok=2),
+    "mixtral": _causal(
+        "Mixtral", **HEAD, adapters=ATTENTION_ONLY, num_local_experts=4, num_experts_per_tok=2
+    ),
     "smollm3": _causal("SmolLM3", no_rope_layers=[1, 0]),
     "olmo2": _causal("Olmo2"),
     "granite": _causal(
@@ -136,8 +147,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "deepseek_v3": _causal(
         "DeepseekV3",
-        # PEFT would adapt the experts' stacked weights too, which breaks the graph and refuses dropout.
-        adapters=r".*self_attn\.\w*proj\w*",
+        adapters=ATTENTION_ONLY,
         num_key_value_heads=4,
         n_routed_experts=4,
         n_shared_experts=1,
@@ -151,7 +161,7 @@ FAMILIES: dict[str, Family] = {
         v_head_dim=16,
         **EXPERTS,
     ),
-    "qwen3_moe": _causal("Qwen3Moe", **HEAD, num_experts=4, **EXPERTS),
+    "qwen3_moe": _causal("Qwen3Moe", **HEAD, adapters=ATTENTION_ONLY, num_experts=4, **EXPERTS),
 }
 
 
@@ -167,6 +177,7 @@ def build(
     double_quant: bool = False,
     use_cache: bool = False,
     layers: int | None = None,
+    all_experts: bool = False,
     device: str = "cpu",
     seed: int = 0,
 ) -> nn.Module:
@@ -178,6 +189,8 @@ def build(
         lora: rank-4 adapters on every linear layer but the head, with a ``lora_B`` that is not zero.
         lora_dtype: of the adapters; PEFT's default is float32 whatever the base is.
         nf4: store every linear layer's weight but the head's in 4 bits; the base is then frozen.
+        all_experts: send every token to every expert. In 16 bit a near tie between experts may be decided
+            differently by two equally good computations, which no bound on rounding errors can allow for.
         layers: in place of the family's own number; layer types are repeated as needed.
     """
     family = FAMILIES[name]
@@ -186,13 +199,16 @@ def build(
         overrides["num_hidden_layers"] = layers
     if layers is not None and (kinds := family.settings.get("layer_types")):
         overrides["layer_types"] = [kinds[i % len(kinds)] for i in range(layers)]
+    if all_experts:
+        overrides.update(family.every_expert())
     config = family.configuration(**overrides)
-    config._attn_implementation = family.attention
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = getattr(transformers, family.model)(config)
+        # As from_pretrained does, and unlike Module.to, this leaves rotary frequencies in float32.
+        model = getattr(transformers, family.model)._from_config(
+            config, dtype=dtype, attn_implementation=family.attention
+        )
         _randomise(model)
-        model.to(dtype)
         if nf4:
             model.requires_grad_(False)
             _quantise(model, dtype, double_quant)
