@@ -162,15 +162,16 @@ def blocks_for(device: torch.device, dtype: torch.dtype, dim: int, both_resident
     size = dtype.itemsize
     limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin - 4096
     if size == 4:
-        candidates = ((64, 32, 4), (32, 32, 4), (32, 16, 4), (16, 16, 4))
+        # Full fp32 products unroll into FMAs: more warps and small tiles keep them in registers.
+        candidates = ((32, 32, 8), (32, 16, 8), (16, 16, 4))
     elif dim <= 128:
         candidates = ((128, 64 if both_resident else 128, 8), (128, 64, 8), (64, 64, 4), (64, 32, 4), (32, 32, 4))
     else:
-        candidates = ((64 if both_resident else 128, 64, 8), (64, 64, 8), (64, 32, 4), (32, 32, 4), (16, 16, 4))
-    for least_stages in (2, 1):
+        candidates = ((64 if both_resident else 128, 32, 8), (64, 32, 8), (64, 32, 4), (32, 32, 4), (16, 16, 4))
+    # Fewer than three stages make Hopper's asynchronous products wait for each other (ptxas C7515).
+    for stages in (3, 2, 1):
         for resident, streamed, warps in candidates:
-            kept = resident * dim * size * (2 if both_resident else 1) + 2 * resident * streamed * size
-            stages = min(3, (limit - kept) // (streamed * dim * size * 2))
-            if stages >= least_stages:
+            rows = resident * (2 if both_resident else 1) + streamed * 2 * stages
+            if rows * dim * size <= limit:
                 return Blocks(resident, streamed, warps, stages)
     raise ValueError(f"attention: head dimension {dim} does not fit {limit} bytes of shared memory; leave unfused.")

@@ -155,7 +155,8 @@ def _forward_kernel(
 
     # Rows that saw no key: zeros, and +inf so that the backward's exp2(score - lse) is 0.
     empty = row_sum == 0.0
-    total = total / tl.where(empty, 1.0, row_sum)[:, None]
+    row_sum = tl.where(empty, 1.0, row_sum)
+    total = total / row_sum[:, None]
     lse = tl.where(empty, float("inf"), row_max + tl.log2(row_sum))
     inside = q_pos < q_len
     column = tl.arange(0, BLOCK_V)

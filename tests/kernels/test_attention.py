@@ -1,0 +1,257 @@
+"""Masked attention: every term of the mask alone and together, forward and gradients, against fp64."""
+
+import math
+
+import pytest
+import torch
+
+from rewriter.kernels.attention import (
+    attention,
+    attention_reference,
+    attention_refusal,
+    causal_attention,
+    dense_mask,
+)
+from tests.accuracy import assert_as_accurate
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+# Triton's interpreter multiplies bfloat16 by its bits; only a GPU can check that dtype.
+dtypes = [torch.float32, torch.float16] + ([torch.bfloat16] if device == "cuda" else [])
+tokens = 301 if device == "cuda" else 33
+names = ("q", "k", "v", "sinks")
+
+
+def tensors(batch=1, heads=2, kv_heads=1, queries=tokens, keys=None, dim=16, value_dim=None, dtype=torch.float32):
+    def transposed(count, length, size):
+        x = torch.randn(batch, length, count, size, device=device, dtype=dtype).transpose(1, 2)
+        return x.detach().requires_grad_()
+
+    keys = queries if keys is None else keys
+    return (
+        transposed(heads, queries, dim),
+        transposed(kv_heads, keys, dim),
+        transposed(kv_heads, keys, value_dim or dim),
+    )
+
+
+def documents(batch=1, length=tokens):
+    """Sorted ids: three documents, of 7, 15 and the remaining tokens."""
+    position = torch.arange(length, device=device)
+    return ((position >= 7).long() + (position >= 22).long()).expand(batch, -1)
+
+
+def padding(batch=1, length=tokens):
+    """The first row padded on the left, the others on the right."""
+    mask = torch.ones(batch, length, dtype=torch.bool, device=device)
+    mask[0, :5] = False
+    mask[1:, -9:] = False
+    return mask
+
+
+def op(q, k, v, *, scale=0.3, causal=False, window=0, chunk=0, segments=None, key_mask=None, sinks=None, softcap=0.0):
+    return torch.ops.rewriter.attention(
+        q, k, v, segments, key_mask, sinks, scale, causal, window, chunk, softcap
+    )[0]  # fmt: skip
+
+
+def with_gradients(function, inputs, sinks, grad, causal=False, **terms):
+    out = function(*inputs, scale=0.3, causal=causal, sinks=sinks, **terms)
+    wanted = [x for x in (*inputs, sinks) if x is not None]
+    return out, *torch.autograd.grad(out, wanted, grad)
+
+
+def compare(inputs, sinks=None, **terms):
+    """ours and eager in the inputs' dtype against the reference in fp64."""
+    grad = torch.randn(*inputs[0].shape[:3], inputs[2].shape[-1], device=device).to(inputs[0].dtype)
+    ours = with_gradients(op, inputs, sinks, grad, **terms)
+    eager = with_gradients(attention_reference, inputs, sinks, grad, **terms)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    exact_sinks = None if sinks is None else sinks.detach().double().requires_grad_()
+    truth = with_gradients(attention_reference, exact, exact_sinks, grad.double(), **terms)
+    for name, a, b, c in zip(("out", *names), ours, eager, truth, strict=False):
+        assert_as_accurate(a, b, c, name=name)
+    return ours
+
+
+masks = {
+    "nothing": {},
+    "causal": {"causal": True},
+    "a narrow window": {"causal": True, "window": 5},
+    "a wide window": {"causal": True, "window": 20},
+    "chunks": {"causal": True, "chunk": 24},
+    "chunks both ways": {"chunk": 20},
+    "documents": {"causal": True, "segments": documents()},
+    "documents both ways": {"segments": documents()},
+    "unsorted segments": {"causal": True, "segments": documents() % 2},
+    "padding": {"key_mask": padding()},
+    "causal padding": {"causal": True, "key_mask": padding()},
+    "all of them": {
+        "causal": True, "window": 9, "chunk": 20, "segments": documents(), "key_mask": padding(), "softcap": 1.5,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("terms", masks.values(), ids=masks.keys())
+def test_each_mask_gives_the_values_and_gradients_of_its_dense_mask(terms):
+    compare(tensors(), **terms)
+
+
+@pytest.mark.parametrize("dtype", dtypes)
+@pytest.mark.parametrize("dim,value_dim", [(24, 16), (16, 40)])
+def test_odd_and_unequal_head_dimensions(dtype, dim, value_dim):
+    compare(tensors(dim=dim, value_dim=value_dim, dtype=dtype), causal=True, window=11)
+
+
+@pytest.mark.parametrize("dtype", dtypes)
+def test_batches_and_groups_of_heads_with_a_mask_of_each_row(dtype):
+    terms = {"segments": documents(2) + torch.tensor([[0], [1]], device=device), "key_mask": padding(2)}
+    compare(tensors(batch=2, heads=4, kv_heads=2, dtype=dtype), causal=True, **terms)
+
+
+@pytest.mark.parametrize("dtype", dtypes)
+def test_sinks_take_probability_and_get_a_gradient(dtype):
+    sinks = torch.randn(4, device=device, dtype=dtype).requires_grad_()
+    compare(tensors(heads=4, kv_heads=2, dtype=dtype), sinks, causal=True, window=7)
+
+
+@pytest.mark.parametrize("dtype", dtypes)
+def test_capped_logits(dtype):
+    compare(tensors(dtype=dtype), causal=True, softcap=2.0)
+
+
+def test_as_many_keys_as_one_likes_without_positions():
+    compare(tensors(batch=2, queries=5, keys=tokens), key_mask=padding(2))
+
+
+def test_rows_without_keys_give_zeros_and_zero_gradients_as_eager_does():
+    inputs = tensors(batch=2)
+    ours = compare(inputs, causal=True, key_mask=padding(2))
+    assert ours[0][0, :, :5].eq(0).all()
+    assert ours[1][0, :, :5].eq(0).all()
+    sinks = torch.randn(2, device=device).requires_grad_()
+    ours = compare(inputs, sinks, causal=True, key_mask=padding(2))
+    assert ours[0][0, :, :5].eq(0).all()
+
+
+def test_nan_reaches_every_row_that_may_see_it():
+    q, k, v = (x.detach() for x in tensors(queries=20))
+    v[0, 0, 12, 3] = math.nan
+    k[0, 0, 18] = math.nan
+    out = op(q, k, v, causal=True)
+    assert out[:, :, 12:, 3].isnan().all()
+    assert out[:, :, 18:].isnan().all()
+
+
+def test_one_token():
+    compare(tensors(queries=1), causal=True, window=3)
+
+
+def test_strided_inputs_and_an_expanded_gradient():
+    q, k, v = tensors(queries=20, dim=32)
+    inputs = [x[..., ::2].detach().requires_grad_() for x in (q, k, v)]
+    ours = with_gradients(op, inputs, None, torch.ones((), device=device).expand(1, 2, 20, 16), causal=True)
+    plain = [x.detach().contiguous().requires_grad_() for x in inputs]
+    again = with_gradients(op, plain, None, torch.ones(1, 2, 20, 16, device=device), causal=True)
+    for a, b in zip(ours, again, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gradients_come_only_where_they_are_wanted():
+    q, k, v = tensors(queries=5)
+    k.requires_grad_(False)
+    out = op(q, k, v, causal=True)
+    out.sum().backward()
+    assert k.grad is None
+    assert q.grad.shape == q.shape
+    assert v.grad.shape == v.shape
+
+
+@pytest.mark.parametrize("shape", [{"batch": 0}, {"queries": 0}, {"queries": 3, "keys": 0}])
+def test_empty_inputs(shape):
+    inputs = tensors(**shape)
+    out = op(*inputs)
+    assert out.shape == inputs[0].shape
+    assert out.eq(0).all()
+    grads = torch.autograd.grad(out, inputs, torch.ones_like(out))
+    assert all(g.shape == x.shape and g.eq(0).all() for g, x in zip(grads, inputs, strict=True))
+
+
+def test_the_output_lies_in_memory_as_the_model_transposes_it():
+    out = op(*tensors(batch=2, queries=5), causal=True)
+    assert out.transpose(1, 2).is_contiguous()
+
+
+def test_the_op_keeps_pytorchs_rules():
+    q, k, v = tensors(batch=2, heads=4, kv_heads=2, queries=5)
+    sinks = torch.randn(4, device=device).requires_grad_()
+    arguments = (q, k, v, documents(2, 5), padding(2, 5), sinks, 0.3, True, 3, 0, 0.0)
+    torch.library.opcheck(torch.ops.rewriter.attention.default, arguments)
+    torch.library.opcheck(torch.ops.rewriter.attention.default, (q, k, v, None, None, None, 0.3, True, 0, 0, 2.0))
+
+
+def test_a_compiled_graph_of_dynamic_length_gives_the_same():
+    compiled = torch.compile(
+        lambda q, k, v, ids: op(q, k, v, causal=True, window=4, segments=ids).transpose(1, 2).flatten(2),
+        fullgraph=True, backend="aot_eager", dynamic=True,
+    )  # fmt: skip
+    for length in (10, 19):
+        inputs, ids = tensors(queries=length), documents(1, length)
+        out = compiled(*inputs, ids)
+        grad = torch.randn_like(out)
+        eager = op(*inputs, causal=True, window=4, segments=ids).transpose(1, 2).flatten(2)
+        assert torch.equal(out, eager)
+        ours, theirs = (torch.autograd.grad(x, inputs, grad) for x in (out, eager))
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_the_public_function_runs_on_any_device_and_defaults_the_scale():
+    inputs = tensors(heads=4, kv_heads=2)
+    ours = attention(*inputs, scale=None, causal=True, window=6)
+    theirs = attention_reference(*inputs, scale=0.25, causal=True, window=6)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_under_autocast_it_computes_in_its_dtype():
+    with torch.autocast(device, torch.bfloat16):
+        assert attention(*tensors(), scale=None, causal=True, window=6).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_causal_attention_reads_grouped_heads(kv_heads):
+    q, k, v = tensors(heads=4, kv_heads=kv_heads, dtype=torch.float64)
+    truth = attention_reference(q, k, v, scale=0.3, causal=True)
+    torch.testing.assert_close(causal_attention(q, k, v, 0.3), truth)
+
+
+@pytest.mark.skipif(device != "cpu", reason="what CPU's dispatch chooses")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_heads_stay_on_the_cpus_flash_kernel(dtype):
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        causal_attention(*tensors(heads=4, kv_heads=2, dtype=dtype)).sum().backward()
+
+
+def test_the_dense_mask_is_the_and_of_its_terms():
+    q, k, _ = tensors(queries=33)
+    terms = (True, 9, 20, documents(1, 33), padding(1, 33))
+    mask = dense_mask(q, k, *terms)[0, 0]
+    for i in range(33):
+        for j in range(33):
+            expected = i - 9 < j <= i and i // 20 == j // 20 and bool(terms[3][0, i] == terms[3][0, j])
+            assert mask[i, j].item() == (expected and terms[4][0, j].item())
+
+
+def test_it_says_what_it_refuses():
+    q, k, v = tensors(heads=4, kv_heads=2)
+    assert attention_refusal(q, k, v) is None
+    assert "float64" in attention_refusal(q.double(), k.double(), v.double())
+    assert "not one dtype" in attention_refusal(q, k.half(), v)
+    assert "512 exceeds 256" in attention_refusal(q, k, v.repeat(1, 1, 1, 32))
+    assert "4 query heads over 3" in attention_refusal(q, k[:, :1].repeat(1, 3, 1, 1), v)
+    with pytest.raises(ValueError, match="float64"):
+        op(q.double(), k.double(), v.double())
+    with pytest.raises(ValueError, match="window 4 without causal"):
+        op(q, k, v, window=4)
+    with pytest.raises(ValueError, match="no common positions"):
+        op(q[:, :, :5], k, v, causal=True)
+    with pytest.raises(ValueError, match="scale -0.5 is negative"):
+        op(q, k, v, scale=-0.5)
