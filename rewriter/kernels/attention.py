@@ -1,25 +1,27 @@
 """Masked attention that never makes an S×S tensor.
 
-Turns ``scaled_dot_product_attention(q, k, v, attn_mask=<bool S×S>)``, and the attention that models write out by
-hand for sinks (GPT-OSS) or capped logits (Gemma 2), into one kernel forward and two backward. The mask comes as
-the terms it was made of: causal, sliding window, chunks, packed documents, padding.
+Turns ``scaled_dot_product_attention(q, k, v, attn_mask=<bool S×S>)``, and the attention that models write out
+by hand for sinks (GPT-OSS) or capped logits (Gemma 2), into one kernel forward and two backward. The mask
+comes as the terms it was made of: causal, sliding window, chunks, packed documents, padding.
 
-Why it pays: a mask of S×S booleans takes S² bytes, 90 GB at S = 300,000, and as many again where a kernel wants
-it as an additive bias; it also turns PyTorch's flash kernels off. Here the mask is evaluated in registers from
-positions and two vectors of length S, and blocks of keys that no query of a block may see are not visited: a
-window of W costs S·W, not S², and packed documents cost the sum of their squares. Grouped-query K and V are read
-by index, never repeated. Saved for backward: q, k, v, the output, and one fp32 number a row (log-sum-exp).
+Why it pays: a mask of S×S booleans takes S² bytes, 90 GB at S = 300,000, and as many again where a kernel
+wants it as an additive bias; it also turns PyTorch's flash kernels off. Here the mask is evaluated in
+registers from positions and two vectors of length S, and blocks of keys that no query of a block may see are
+not visited: a window of W costs S·W, not S², and packed documents cost the sum of their squares.
+Grouped-query K and V are read by index, never repeated. Saved for backward: q, k, v, the output, and one fp32
+number a row (log-sum-exp).
 
-The method is FlashAttention-2 (Dao, 2023): online softmax in base 2, products in the inputs' dtype accumulated in
-fp32 (fp32 inputs multiply in full fp32), probabilities recomputed in the backward, dq in one kernel and dk, dv in
-another, so that there are no atomics and results repeat bit for bit.
+The method is FlashAttention-2 (Dao, 2023): online softmax in base 2, products in the inputs' dtype
+accumulated in fp32 (fp32 inputs multiply in full fp32), probabilities recomputed in the backward, dq in one
+kernel and dk, dv in another, so that there are no atomics and results repeat bit for bit.
 
-A row that may see no key gives zeros, and zero gradients. So does eager: PyTorch's CPU flash kernel and its math
-path (seen in 2.13), and by their source CUDA's memory-efficient kernel, which takes boolean masks. Models' own
-additive masks give such a row, a padding token's, the mean of all values instead; no other row reads it.
+A row that may see no key gives zeros, and zero gradients. So does eager: PyTorch's CPU flash kernel and its
+math path (seen in 2.13), and by their source CUDA's memory-efficient kernel, which takes boolean masks.
+Models' own additive masks give such a row, a padding token's, the mean of all values instead; no other row
+reads it.
 
-Refuses: float64, mixed dtypes, head dimensions above 256, dropout (``attention_refusal`` says why). Full causal
-attention without other terms belongs to ``causal_attention``, PyTorch's own kernels.
+Refuses: float64, mixed dtypes, head dimensions above 256, dropout (``attention_refusal`` says why). Full
+causal attention without other terms belongs to ``causal_attention``, PyTorch's own kernels.
 """
 
 import math
@@ -57,8 +59,8 @@ def attention(
         causal: query i sees key j only if j <= i.
         window: with ``causal``, only if j > i - window; 0 is no window.
         chunk: only if i // chunk == j // chunk; 0 is no chunks.
-        segments: integers (batch or 1, tokens); only if segments[i] == segments[j]. Sorted ids skip most blocks;
-            unsorted ones are right too.
+        segments: integers (batch or 1, tokens); only if segments[i] == segments[j]. Sorted ids skip most
+            blocks; unsorted ones are right too.
         key_mask: bool (batch or 1, keys); only if key_mask[j].
         sinks: (heads,), one more logit for every row of a head, without a value.
         softcap: logits become ``softcap * tanh(logits / softcap)`` before the mask; 0 is none.
@@ -76,8 +78,8 @@ def attention(
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if not q.is_cuda or q.dtype == torch.float64:
         return attention_reference(
-            q, k, v, scale=scale, causal=causal, window=window, chunk=chunk,
-            segments=segments, key_mask=key_mask, sinks=sinks, softcap=softcap,
+            q, k, v, scale=scale, causal=causal, window=window, chunk=chunk, segments=segments,
+            key_mask=key_mask, sinks=sinks, softcap=softcap,
         )  # fmt: skip
     op = torch.ops.rewriter.attention.default
     return op(q, k, v, segments, key_mask, sinks, scale, causal, window, chunk, softcap)[0]
@@ -113,7 +115,7 @@ def attention_reference(
     if sinks is not None:
         sink = sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], 1)
         logits = torch.cat([logits, sink.to(logits.dtype)], dim=-1)
-    # Half a unit of a 16-bit logit is worth it: the kernel, too, keeps probabilities in fp32 until the product.
+    # In fp32 even where a model takes 16 bits: the kernel, too, rounds probabilities only for the product.
     weights = torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     weights = weights[..., : k.shape[2]]
     if allowed is not None:
@@ -169,13 +171,15 @@ def attention_refusal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str 
     return None
 
 
-def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+def causal_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None
+) -> torch.Tensor:
     """PyTorch's own causal attention, with K and V repeated only where its kernels need that.
 
-    By the dispatch rules of 2.11 and 2.13: on CUDA, cuDNN's and flash kernels read grouped K and V by index; both
-    want 16 bits, flash also one head dimension of at most 256. The memory-efficient kernel, which takes
-    the rest, wants repeated heads, and without it the math path makes S×S tensors: there, repeating is the
-    cheaper. CPU's flash kernel takes groups in every dtype.
+    By PyTorch's dispatch rules, cuDNN's and flash kernels on CUDA read grouped K and V by index; both want 16
+    bits, flash also one head dimension of at most 256. The memory-efficient kernel, which takes the rest,
+    wants repeated heads in these releases, and without it the math path makes S×S tensors: there, repeating
+    is the cheaper. The CPU's flash kernel takes groups in every dtype (seen in 2.13).
 
     Args:
         q: (batch, heads, tokens, dim); k, v: (batch, kv_heads, tokens, dim), of as many tokens.
@@ -226,8 +230,8 @@ def _attention_fake(q, k, v, segments, key_mask, sinks, scale, causal, window, c
 
 
 def _backward_kernel(
-    grad, q, k, v, out, lse, segments, key_mask, sinks, scale, causal, window, chunk, softcap, need_q, need_kv,
-    need_sinks,
+    grad, q, k, v, out, lse, segments, key_mask, sinks, scale, causal, window, chunk, softcap, need_q,
+    need_kv, need_sinks,
 ):  # fmt: skip
     from .attention_backward_triton import attention_backward
 
@@ -242,8 +246,8 @@ def _backward_kernel(
 
 
 def _backward_fake(
-    grad, q, k, v, out, lse, segments, key_mask, sinks, scale, causal, window, chunk, softcap, need_q, need_kv,
-    need_sinks,
+    grad, q, k, v, out, lse, segments, key_mask, sinks, scale, causal, window, chunk, softcap, need_q,
+    need_kv, need_sinks,
 ):  # fmt: skip
     def in_token_order(x: torch.Tensor, needed: bool) -> torch.Tensor:
         if not needed:

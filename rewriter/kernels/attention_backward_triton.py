@@ -1,23 +1,24 @@
 """The backward kernels of attention: delta, then dq by blocks of queries, then dk and dv by blocks of keys.
 
-Probabilities are recomputed from the saved log-sum-exp. delta = sum(out · grad) of a row stands for the softmax's
-normalisation in the gradient. dq streams keys as the forward does; dk and dv stream the queries of every head of
-the group, so that a K/V head's gradient is summed in fp32 by one program, without atomics. Between them q, k, v,
-grad are read twice (mostly from L2), out once, and 3 gradients written, in memory (batch, tokens, heads, dim).
+Probabilities are recomputed from the saved log-sum-exp. delta = sum(out · grad) of a row stands for the
+softmax's normalisation in the gradient. dq streams keys as the forward does; dk and dv stream the queries of
+every head of the group, so that a K/V head's gradient is summed in fp32 by one program, without atomics.
+Between them q, k, v, grad are read twice (mostly from L2), out once, and 3 gradients written, in memory
+(batch, tokens, heads, dim).
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .attention_mask_triton import allowed, blocks_for, keys_of, queries_of
-from .attention_triton import dense_rows, logits, mask_arguments, padded, tile
+from .attention_mask_triton import allowed, blocks_for, keys_of, part_start, queries_of
+from .attention_triton import UNSPECIALIZED, dense_rows, logits, mask_arguments, padded, tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("heads", "q_len"))
 def _delta_kernel(
-    out_ptr, grad_ptr, delta_ptr, stride_gb, stride_gh, stride_gs, heads, q_len,
-    VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_Q: tl.constexpr,
+    out_ptr, grad_ptr, delta_ptr, stride_gb, stride_gh, stride_gs, heads, q_len, VALUE_DIM: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(q_len, BLOCK_Q)
     row = tl.program_id(0) // blocks
@@ -36,10 +37,10 @@ def _delta_kernel(
 @triton.jit
 def _visit_keys(
     dq, q, grad, lse, delta, q_pos, q_segment, k_base, v_base, segments_ptr, key_mask_ptr, stride_k, stride_v,
-    kv_len, first, last, scale, softcap,
-    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SEGMENTS: tl.constexpr,
-    KEY_MASK: tl.constexpr, SOFTCAP: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
+    kv_len, first, last, scale, softcap, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr, SEGMENTS: tl.constexpr, KEY_MASK: tl.constexpr, SOFTCAP: tl.constexpr,
+    EXACT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     precision: tl.constexpr = "ieee" if EXACT else "tf32"
     for start in tl.range(first, last, BLOCK_K):
@@ -70,15 +71,15 @@ def _visit_keys(
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _queries_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr, segments_ptr, spans_ptr, key_mask_ptr,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    stride_gb, stride_gh, stride_gs, stride_segments, stride_spans, stride_mask, heads, q_len, kv_len, scale, softcap,
-    GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPAN_BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, CHUNK: tl.constexpr, SEGMENTS: tl.constexpr, KEY_MASK: tl.constexpr,
-    SOFTCAP: tl.constexpr, EXACT: tl.constexpr,
+    stride_gb, stride_gh, stride_gs, stride_segments, stride_spans, stride_mask, heads, q_len, kv_len, scale,
+    softcap, GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPAN_BLOCK: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SEGMENTS: tl.constexpr,
+    KEY_MASK: tl.constexpr, SOFTCAP: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(q_len, BLOCK_Q)
     row = tl.program_id(0) // blocks
@@ -107,27 +108,17 @@ def _queries_kernel(
     dq = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
 
     first, last, full_first, full_last = keys_of(
-        start, q_len, kv_len, spans_ptr, BLOCK_Q, BLOCK_K, SPAN_BLOCK, CAUSAL, WINDOW, CHUNK, SEGMENTS, KEY_MASK
-    )
-    if (WINDOW > 0 or CHUNK > 0) and not (SEGMENTS or KEY_MASK):
-        dq = _visit_keys(
-            dq, q, grad, lse, delta, q_pos, q_segment, k_base, v_base, segments_ptr, key_mask_ptr, stride_k,
-            stride_v, kv_len, first, full_first, scale, softcap, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_K,
-            CAUSAL, WINDOW, CHUNK, SEGMENTS, KEY_MASK, SOFTCAP, EXACT, True,
-        )  # fmt: skip
-    else:
-        full_first = first
-    if not (SEGMENTS or KEY_MASK):
-        dq = _visit_keys(
-            dq, q, grad, lse, delta, q_pos, q_segment, k_base, v_base, segments_ptr, key_mask_ptr, stride_k,
-            stride_v, kv_len, full_first, full_last, scale, softcap, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_K,
-            CAUSAL, WINDOW, CHUNK, SEGMENTS, KEY_MASK, SOFTCAP, EXACT, False,
-        )  # fmt: skip
-    dq = _visit_keys(
-        dq, q, grad, lse, delta, q_pos, q_segment, k_base, v_base, segments_ptr, key_mask_ptr, stride_k,
-        stride_v, kv_len, full_last, last, scale, softcap, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_K,
-        CAUSAL, WINDOW, CHUNK, SEGMENTS, KEY_MASK, SOFTCAP, EXACT, True,
+        start, q_len, kv_len, spans_ptr, BLOCK_Q, BLOCK_K, SPAN_BLOCK, CAUSAL, WINDOW, CHUNK, SEGMENTS,
+        KEY_MASK,
     )  # fmt: skip
+    for part in tl.static_range(3):
+        if part == 2 or (not (SEGMENTS or KEY_MASK) and (part == 1 or WINDOW > 0 or CHUNK > 0)):
+            dq = _visit_keys(
+                dq, q, grad, lse, delta, q_pos, q_segment, k_base, v_base, segments_ptr, key_mask_ptr,
+                stride_k, stride_v, kv_len, part_start(part, first, full_first, full_last),
+                part_start(part, full_first, full_last, last), scale, softcap, DIM, VALUE_DIM, BLOCK_D,
+                BLOCK_V, BLOCK_K, CAUSAL, WINDOW, CHUNK, SEGMENTS, KEY_MASK, SOFTCAP, EXACT, part != 1,
+            )  # fmt: skip
     column = tl.arange(0, BLOCK_D)
     place = dq_ptr + ((batch * q_len + q_pos) * heads + head)[:, None] * DIM + column[None, :]
     dq = (dq * scale).to(dq_ptr.dtype.element_ty)
@@ -136,18 +127,19 @@ def _queries_kernel(
 
 @triton.jit
 def _visit_queries(
-    dk, dv, k, v, k_pos, k_segment, key_ok, q_base, grad_base, lse_ptr, delta_ptr, segments_ptr, stride_q, stride_g,
-    q_len, first, last, scale, softcap,
-    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_Q: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SEGMENTS: tl.constexpr,
-    KEY_MASK: tl.constexpr, SOFTCAP: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
+    dk, dv, k, v, k_pos, k_segment, key_ok, q_base, grad_base, lse_ptr, delta_ptr, segments_ptr, stride_q,
+    stride_g, q_len, first, last, scale, softcap, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_Q: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, CHUNK: tl.constexpr, SEGMENTS: tl.constexpr, KEY_MASK: tl.constexpr,
+    SOFTCAP: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     precision: tl.constexpr = "ieee" if EXACT else "tf32"
     for start in tl.range(first, last, BLOCK_Q):
         q_pos = start + tl.arange(0, BLOCK_Q)
         inside = q_pos < q_len
         q = tile(q_base + start * stride_q, stride_q, q_len - start, BLOCK_Q, DIM, BLOCK_D, MASKED)
-        grad = tile(grad_base + start * stride_g, stride_g, q_len - start, BLOCK_Q, VALUE_DIM, BLOCK_V, MASKED)
+        g_base = grad_base + start * stride_g
+        grad = tile(g_base, stride_g, q_len - start, BLOCK_Q, VALUE_DIM, BLOCK_V, MASKED)
         if MASKED:
             # +inf makes the probabilities of rows past the end exp2(-inf), which is 0.
             lse = tl.load(lse_ptr + q_pos, mask=inside, other=float("inf"))
@@ -176,15 +168,15 @@ def _visit_queries(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _keys_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, segments_ptr, spans_ptr, key_mask_ptr,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    stride_gb, stride_gh, stride_gs, stride_segments, stride_spans, stride_mask, heads, q_len, kv_len, scale, softcap,
-    GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPAN_BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, CHUNK: tl.constexpr, SEGMENTS: tl.constexpr, KEY_MASK: tl.constexpr,
-    SOFTCAP: tl.constexpr, EXACT: tl.constexpr,
+    stride_gb, stride_gh, stride_gs, stride_segments, stride_spans, stride_mask, heads, q_len, kv_len, scale,
+    softcap, GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPAN_BLOCK: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SEGMENTS: tl.constexpr,
+    KEY_MASK: tl.constexpr, SOFTCAP: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(kv_len, BLOCK_K)
     kv_heads = heads // GROUP
@@ -214,38 +206,31 @@ def _keys_kernel(
     dv = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
 
     first, last, full_first, full_last = queries_of(
-        start, q_len, kv_len, spans_ptr, BLOCK_Q, BLOCK_K, SPAN_BLOCK, CAUSAL, WINDOW, CHUNK, SEGMENTS, KEY_MASK
-    )
+        start, q_len, kv_len, spans_ptr, BLOCK_Q, BLOCK_K, SPAN_BLOCK, CAUSAL, WINDOW, CHUNK, SEGMENTS,
+        KEY_MASK,
+    )  # fmt: skip
     for member in tl.range(0, GROUP):
         head = kv_head * GROUP + member
         q_base = q_ptr + batch * stride_qb + head * stride_qh
         grad_base = grad_ptr + batch * stride_gb + head * stride_gh
         lse_row = lse_ptr + (batch * heads + head) * q_len
         delta_row = delta_ptr + (batch * heads + head) * q_len
-        if (CAUSAL or CHUNK > 0) and not (SEGMENTS or KEY_MASK):
-            dk, dv = _visit_queries(
-                dk, dv, k, v, k_pos, k_segment, key_ok, q_base, grad_base, lse_row, delta_row, segments_ptr, stride_q,
-                stride_g, q_len, first, full_first, scale, softcap, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_Q, CAUSAL,
-                WINDOW, CHUNK, SEGMENTS, KEY_MASK, SOFTCAP, EXACT, True,
-            )  # fmt: skip
-        if not (SEGMENTS or KEY_MASK):
-            dk, dv = _visit_queries(
-                dk, dv, k, v, k_pos, k_segment, key_ok, q_base, grad_base, lse_row, delta_row, segments_ptr, stride_q,
-                stride_g, q_len, full_first, full_last, scale, softcap, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_Q,
-                CAUSAL, WINDOW, CHUNK, SEGMENTS, KEY_MASK, SOFTCAP, EXACT, False,
-            )  # fmt: skip
-        dk, dv = _visit_queries(
-            dk, dv, k, v, k_pos, k_segment, key_ok, q_base, grad_base, lse_row, delta_row, segments_ptr, stride_q,
-            stride_g, q_len, full_last, last, scale, softcap, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_Q, CAUSAL,
-            WINDOW, CHUNK, SEGMENTS, KEY_MASK, SOFTCAP, EXACT, True,
-        )  # fmt: skip
+        for part in tl.static_range(3):
+            if part == 2 or (not (SEGMENTS or KEY_MASK) and (part == 1 or CAUSAL or CHUNK > 0)):
+                dk, dv = _visit_queries(
+                    dk, dv, k, v, k_pos, k_segment, key_ok, q_base, grad_base, lse_row, delta_row,
+                    segments_ptr, stride_q, stride_g, q_len, part_start(part, first, full_first, full_last),
+                    part_start(part, full_first, full_last, last), scale, softcap, DIM, VALUE_DIM, BLOCK_D,
+                    BLOCK_V, BLOCK_Q, CAUSAL, WINDOW, CHUNK, SEGMENTS, KEY_MASK, SOFTCAP, EXACT, part != 1,
+                )  # fmt: skip
     token = ((batch * kv_len + k_pos) * kv_heads + kv_head)[:, None]
     column = tl.arange(0, BLOCK_D)
     dk = (dk * scale).to(dk_ptr.dtype.element_ty)
     tl.store(dk_ptr + token * DIM + column[None, :], dk, mask=inside[:, None] & (column < DIM)[None, :])
     column = tl.arange(0, BLOCK_V)
     dv = dv.to(dv_ptr.dtype.element_ty)
-    tl.store(dv_ptr + token * VALUE_DIM + column[None, :], dv, mask=inside[:, None] & (column < VALUE_DIM)[None, :])
+    column_ok = (column < VALUE_DIM)[None, :]
+    tl.store(dv_ptr + token * VALUE_DIM + column[None, :], dv, mask=inside[:, None] & column_ok)
 
 
 def attention_backward(
@@ -275,8 +260,9 @@ def attention_backward(
     )  # fmt: skip
     block = blocks_for(q.device, q.dtype, max(block_d, block_v), False).streamed
     _delta_kernel[(triton.cdiv(q_len, block) * heads * batch,)](
-        out, grad, delta, *grad.stride()[:3], heads, q_len, VALUE_DIM=value_dim, BLOCK_V=block_v, BLOCK_Q=block
-    )
+        out, grad, delta, *grad.stride()[:3], heads, q_len, VALUE_DIM=value_dim, BLOCK_V=block_v,
+        BLOCK_Q=block,
+    )  # fmt: skip
     if need_q:
         _queries_kernel[(triton.cdiv(q_len, blocks.resident) * heads * batch,)](
             q, k, v, grad, lse, delta, dq, *masks, *strides, *numbers, BLOCK_Q=blocks.resident,

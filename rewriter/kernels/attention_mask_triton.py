@@ -1,10 +1,10 @@
 """The mask of attention, evaluated from positions: which pairs are allowed, and which blocks to visit.
 
-A block of rows visits the span [first, last) of blocks; within it, [full_first, full_last) needs no mask at all.
-Structural terms (causal, window, chunk) give both by arithmetic. Packed documents give the span by one scan of
-the segment ids: the first and last token whose segment lies between the least and the greatest of the block's.
-That is exact for sorted ids and only ever too wide for unsorted ones, and since equality is symmetric, one table
-serves queries that look for keys and keys that look for queries.
+A block of rows visits the span [first, last) of blocks; within it, [full_first, full_last) needs no mask at
+all. Structural terms (causal, window, chunk) give both by arithmetic. Packed documents give the span by one
+scan of the segment ids: the first and last token whose segment lies between the least and the greatest of the
+block's. That is exact for sorted ids and only ever too wide for unsorted ones, and since equality is
+symmetric, one table serves queries that look for keys and keys that look for queries.
 """
 
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ def allowed(
 
 @triton.jit
 def _in_blocks(first, last, full_first, full_last, BLOCK: tl.constexpr, MASKED_ALL: tl.constexpr):
-    """Round a span outward and its full part inward to blocks; an empty full part lies at the span's start."""
+    """Round a span outward and its full part inward to blocks; an empty full part lies at its start."""
     first = first // BLOCK * BLOCK
     full_first = tl.maximum(full_first + BLOCK - 1, 0) // BLOCK * BLOCK
     full_last = full_last // BLOCK * BLOCK
@@ -53,7 +53,8 @@ def _in_blocks(first, last, full_first, full_last, BLOCK: tl.constexpr, MASKED_A
 @triton.jit
 def keys_of(
     start, q_len, kv_len, span_ptr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPAN_BLOCK: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SEGMENTS: tl.constexpr, KEY_MASK: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SEGMENTS: tl.constexpr,
+    KEY_MASK: tl.constexpr,
 ):  # fmt: skip
     """Keys that queries [start, start + BLOCK_Q) visit: first, last, full_first, full_last."""
     end = tl.minimum(start + BLOCK_Q, q_len)
@@ -81,7 +82,8 @@ def keys_of(
 @triton.jit
 def queries_of(
     start, q_len, kv_len, span_ptr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPAN_BLOCK: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SEGMENTS: tl.constexpr, KEY_MASK: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SEGMENTS: tl.constexpr,
+    KEY_MASK: tl.constexpr,
 ):  # fmt: skip
     """Queries that keys [start, start + BLOCK_K) are visited by: first, last, full_first, full_last."""
     end = tl.minimum(start + BLOCK_K, kv_len)
@@ -107,7 +109,20 @@ def queries_of(
 
 
 @triton.jit
-def _segment_spans_kernel(segments_ptr, spans_ptr, tokens, blocks, BLOCK: tl.constexpr, SCAN: tl.constexpr):
+def part_start(part: tl.constexpr, first, second, third):
+    """Where a span's part begins: 0 is masked, before the full blocks; 1 is full; 2 is masked, after them."""
+    if part == 0:
+        return first
+    elif part == 1:
+        return second
+    else:
+        return third
+
+
+@triton.jit(do_not_specialize=("tokens", "blocks"))
+def _segment_spans_kernel(
+    segments_ptr, spans_ptr, tokens, blocks, BLOCK: tl.constexpr, SCAN: tl.constexpr
+):  # fmt: skip
     batch = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
     row = segments_ptr + batch.to(tl.int64) * tokens
@@ -130,7 +145,7 @@ def _segment_spans_kernel(segments_ptr, spans_ptr, tokens, blocks, BLOCK: tl.con
 
 
 def segment_spans(segments: torch.Tensor, block: int) -> torch.Tensor:
-    """Contiguous (batch, tokens) ids to int32 (batch, blocks, 2): the tokens [first, last) of a block's segments."""
+    """Contiguous (batch, tokens) ids to int32 (batch, blocks, 2): tokens [first, last) of a block's ids."""
     batch, tokens = segments.shape
     blocks = triton.cdiv(tokens, block)
     spans = torch.empty((batch, blocks, 2), dtype=torch.int32, device=segments.device)
@@ -165,13 +180,17 @@ def blocks_for(device: torch.device, dtype: torch.dtype, dim: int, both_resident
         # Full fp32 products unroll into FMAs: more warps and small tiles keep them in registers.
         candidates = ((32, 32, 8), (32, 16, 8), (16, 16, 4))
     elif dim <= 128:
-        candidates = ((128, 64 if both_resident else 128, 8), (128, 64, 8), (64, 64, 4), (64, 32, 4), (32, 32, 4))
+        streamed = 64 if both_resident else 128
+        candidates = ((128, streamed, 8), (128, 64, 8), (64, 64, 4), (64, 32, 4), (32, 32, 4))
     else:
-        candidates = ((64 if both_resident else 128, 32, 8), (64, 32, 8), (64, 32, 4), (32, 32, 4), (16, 16, 4))
+        resident = 64 if both_resident else 128
+        candidates = ((resident, 32, 8), (64, 32, 8), (64, 32, 4), (32, 32, 4), (16, 16, 4))
     # Fewer than three stages make Hopper's asynchronous products wait for each other (ptxas C7515).
     for stages in (3, 2, 1):
         for resident, streamed, warps in candidates:
             rows = resident * (2 if both_resident else 1) + streamed * 2 * stages
             if rows * dim * size <= limit:
                 return Blocks(resident, streamed, warps, stages)
-    raise ValueError(f"attention: head dimension {dim} does not fit {limit} bytes of shared memory; leave unfused.")
+    raise ValueError(
+        f"attention: head dimension {dim} does not fit {limit} bytes of shared memory; leave it unfused."
+    )

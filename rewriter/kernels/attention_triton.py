@@ -1,21 +1,25 @@
 """The forward kernel of attention, and what both directions share: tiles, logits, arguments.
 
-One program holds a block of queries and streams the keys and values that its mask may allow. Per query block and
-head it reads q once, K and V of its span once (mostly from L2: the blocks of one head run side by side), and
-writes the output and one fp32 log-sum-exp a row.
+One program holds a block of queries and streams the keys and values that its mask may allow. Per query block
+and head it reads q once, K and V of its span once (mostly from L2: the blocks of one head run side by side),
+and writes the output and one fp32 log-sum-exp a row.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .attention_mask_triton import allowed, blocks_for, keys_of, segment_spans
+from .attention_mask_triton import allowed, blocks_for, keys_of, part_start, segment_spans
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# Numbers that vary from batch to batch, whose divisibility is no use: one compilation serves them all.
+UNSPECIALIZED = ("heads", "q_len", "kv_len", "stride_segments", "stride_spans", "stride_mask")
 
 
 @triton.jit
-def tile(base, stride, rows_left, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+def tile(
+    base, stride, rows_left, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
     """(ROWS, BLOCK) from ``base``, zeros past DIM columns and, if MASKED, past ``rows_left`` rows."""
     row = tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
@@ -56,11 +60,11 @@ def logits(qk, scale, softcap, SOFTCAP: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def _visit_keys(
-    total, row_max, row_sum, q, q_pos, q_segment, k_base, v_base, segments_ptr, key_mask_ptr, stride_k, stride_v,
-    kv_len, first, last, scale, softcap,
-    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
-    SEGMENTS: tl.constexpr, KEY_MASK: tl.constexpr, SOFTCAP: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
+    total, row_max, row_sum, q, q_pos, q_segment, k_base, v_base, segments_ptr, key_mask_ptr, stride_k,
+    stride_v, kv_len, first, last, scale, softcap, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, CHUNK: tl.constexpr, SEGMENTS: tl.constexpr, KEY_MASK: tl.constexpr,
+    SOFTCAP: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     precision: tl.constexpr = "ieee" if EXACT else "tf32"
     for start in tl.range(first, last, BLOCK_K):
@@ -93,21 +97,21 @@ def _visit_keys(
     return total, row_max, row_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, segments_ptr, spans_ptr, key_mask_ptr, sinks_ptr,
-    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    stride_segments, stride_spans, stride_mask, heads, q_len, kv_len, scale, softcap,
-    GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPAN_BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, CHUNK: tl.constexpr, SEGMENTS: tl.constexpr, KEY_MASK: tl.constexpr, SINKS: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, segments_ptr, spans_ptr, key_mask_ptr, sinks_ptr, stride_qb,
+    stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_segments,
+    stride_spans, stride_mask, heads, q_len, kv_len, scale, softcap, GROUP: tl.constexpr, DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, SPAN_BLOCK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr, SEGMENTS: tl.constexpr, KEY_MASK: tl.constexpr, SINKS: tl.constexpr,
     SOFTCAP: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(q_len, BLOCK_Q)
     row = tl.program_id(0) // blocks
     head = row % heads
     batch = (row // heads).to(tl.int64)
-    # Under a causal mask the last queries see the most keys: start them first, so that none is left at the end.
+    # Under a causal mask the last queries see the most keys: they start first, so that none straggles.
     start = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_Q
     stride_k = tl.cast(stride_ks, tl.int64)
     stride_v = tl.cast(stride_vs, tl.int64)
@@ -131,27 +135,17 @@ def _forward_kernel(
     total = tl.zeros((BLOCK_Q, BLOCK_V), tl.float32)
 
     first, last, full_first, full_last = keys_of(
-        start, q_len, kv_len, spans_ptr, BLOCK_Q, BLOCK_K, SPAN_BLOCK, CAUSAL, WINDOW, CHUNK, SEGMENTS, KEY_MASK
-    )
-    if (WINDOW > 0 or CHUNK > 0) and not (SEGMENTS or KEY_MASK):
-        total, row_max, row_sum = _visit_keys(
-            total, row_max, row_sum, q, q_pos, q_segment, k_base, v_base, segments_ptr, key_mask_ptr, stride_k,
-            stride_v, kv_len, first, full_first, scale, softcap, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_Q, BLOCK_K,
-            CAUSAL, WINDOW, CHUNK, SEGMENTS, KEY_MASK, SOFTCAP, EXACT, True,
-        )  # fmt: skip
-    else:
-        full_first = first
-    if not (SEGMENTS or KEY_MASK):
-        total, row_max, row_sum = _visit_keys(
-            total, row_max, row_sum, q, q_pos, q_segment, k_base, v_base, segments_ptr, key_mask_ptr, stride_k,
-            stride_v, kv_len, full_first, full_last, scale, softcap, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_Q,
-            BLOCK_K, CAUSAL, WINDOW, CHUNK, SEGMENTS, KEY_MASK, SOFTCAP, EXACT, False,
-        )  # fmt: skip
-    total, row_max, row_sum = _visit_keys(
-        total, row_max, row_sum, q, q_pos, q_segment, k_base, v_base, segments_ptr, key_mask_ptr, stride_k,
-        stride_v, kv_len, full_last, last, scale, softcap, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_Q, BLOCK_K,
-        CAUSAL, WINDOW, CHUNK, SEGMENTS, KEY_MASK, SOFTCAP, EXACT, True,
+        start, q_len, kv_len, spans_ptr, BLOCK_Q, BLOCK_K, SPAN_BLOCK, CAUSAL, WINDOW, CHUNK, SEGMENTS,
+        KEY_MASK,
     )  # fmt: skip
+    for part in tl.static_range(3):
+        if part == 2 or (not (SEGMENTS or KEY_MASK) and (part == 1 or WINDOW > 0 or CHUNK > 0)):
+            total, row_max, row_sum = _visit_keys(
+                total, row_max, row_sum, q, q_pos, q_segment, k_base, v_base, segments_ptr, key_mask_ptr,
+                stride_k, stride_v, kv_len, part_start(part, first, full_first, full_last),
+                part_start(part, full_first, full_last, last), scale, softcap, DIM, VALUE_DIM, BLOCK_D,
+                BLOCK_V, BLOCK_K, CAUSAL, WINDOW, CHUNK, SEGMENTS, KEY_MASK, SOFTCAP, EXACT, part != 1,
+            )  # fmt: skip
 
     # Rows that saw no key: zeros, and +inf so that the backward's exp2(score - lse) is 0.
     empty = row_sum == 0.0
@@ -206,12 +200,12 @@ def attention_forward(q, k, v, segments, key_mask, sinks, scale, causal, window,
     span_block = max(blocks.resident, blocks.streamed)
     masks, mask_strides = mask_arguments(q, segments, key_mask, span_block)
     _forward_kernel[(triton.cdiv(q_len, blocks.resident) * heads * batch,)](
-        q, k, v, out, lse, *masks, q if sinks is None else sinks.contiguous(),
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask_strides, heads, q_len, kv_len,
-        float(scale), float(softcap), GROUP=heads // kv_heads, DIM=dim, VALUE_DIM=value_dim, BLOCK_D=block_d,
-        BLOCK_V=block_v, BLOCK_Q=blocks.resident, BLOCK_K=blocks.streamed, SPAN_BLOCK=span_block, CAUSAL=causal,
-        WINDOW=window, CHUNK=chunk, SEGMENTS=segments is not None, KEY_MASK=key_mask is not None,
-        SINKS=sinks is not None, SOFTCAP=softcap != 0.0, EXACT=q.dtype == torch.float32,
-        num_warps=blocks.warps, num_stages=blocks.stages,
+        q, k, v, out, lse, *masks, q if sinks is None else sinks.contiguous(), *q.stride()[:3],
+        *k.stride()[:3], *v.stride()[:3], *mask_strides, heads, q_len, kv_len, float(scale), float(softcap),
+        GROUP=heads // kv_heads, DIM=dim, VALUE_DIM=value_dim, BLOCK_D=block_d, BLOCK_V=block_v,
+        BLOCK_Q=blocks.resident, BLOCK_K=blocks.streamed, SPAN_BLOCK=span_block, CAUSAL=causal, WINDOW=window,
+        CHUNK=chunk, SEGMENTS=segments is not None, KEY_MASK=key_mask is not None, SINKS=sinks is not None,
+        SOFTCAP=softcap != 0.0, EXACT=q.dtype == torch.float32, num_warps=blocks.warps,
+        num_stages=blocks.stages,
     )  # fmt: skip
     return out, lse

@@ -21,7 +21,9 @@ tokens = 301 if device == "cuda" else 33
 names = ("q", "k", "v", "sinks")
 
 
-def tensors(batch=1, heads=2, kv_heads=1, queries=tokens, keys=None, dim=16, value_dim=None, dtype=torch.float32):
+def tensors(
+    batch=1, heads=2, kv_heads=1, queries=tokens, keys=None, dim=16, value_dim=None, dtype=torch.float32
+):  # fmt: skip
     def transposed(count, length, size):
         x = torch.randn(batch, length, count, size, device=device, dtype=dtype).transpose(1, 2)
         return x.detach().requires_grad_()
@@ -48,10 +50,12 @@ def padding(batch=1, length=tokens):
     return mask
 
 
-def op(q, k, v, *, scale=0.3, causal=False, window=0, chunk=0, segments=None, key_mask=None, sinks=None, softcap=0.0):
-    return torch.ops.rewriter.attention(
-        q, k, v, segments, key_mask, sinks, scale, causal, window, chunk, softcap
-    )[0]  # fmt: skip
+def op(
+    q, k, v, *, scale=0.3, causal=False, window=0, chunk=0, segments=None, key_mask=None, sinks=None,
+    softcap=0.0,
+):  # fmt: skip
+    terms = (segments, key_mask, sinks, scale, causal, window, chunk, softcap)
+    return torch.ops.rewriter.attention(q, k, v, *terms)[0]
 
 
 def with_gradients(function, inputs, sinks, grad, causal=False, **terms):
@@ -68,8 +72,11 @@ def compare(inputs, sinks=None, **terms):
     exact = [x.detach().double().requires_grad_() for x in inputs]
     exact_sinks = None if sinks is None else sinks.detach().double().requires_grad_()
     truth = with_gradients(attention_reference, exact, exact_sinks, grad.double(), **terms)
+    # Probabilities recomputed from a log-sum-exp near 5 carry that number's fp32 rounding; eager's dense
+    # path, which saves them, does not. It is far below 16-bit rounding.
+    median = 2.0 if inputs[0].dtype == torch.float32 else 1.0
     for name, a, b, c in zip(("out", *names), ours, eager, truth, strict=False):
-        assert_as_accurate(a, b, c, name=name)
+        assert_as_accurate(a, b, c, name=name, median=median)
     return ours
 
 
@@ -86,9 +93,14 @@ masks = {
     "padding": {"key_mask": padding()},
     "causal padding": {"causal": True, "key_mask": padding()},
     "all of them": {
-        "causal": True, "window": 9, "chunk": 20, "segments": documents(), "key_mask": padding(), "softcap": 1.5,
+        "causal": True,
+        "window": 9,
+        "chunk": 20,
+        "segments": documents(),
+        "key_mask": padding(),
+        "softcap": 1.5,
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("terms", masks.values(), ids=masks.keys())
@@ -184,9 +196,10 @@ def test_the_output_lies_in_memory_as_the_model_transposes_it():
 def test_the_op_keeps_pytorchs_rules():
     q, k, v = tensors(batch=2, heads=4, kv_heads=2, queries=5)
     sinks = torch.randn(4, device=device).requires_grad_()
-    arguments = (q, k, v, documents(2, 5), padding(2, 5), sinks, 0.3, True, 3, 0, 0.0)
-    torch.library.opcheck(torch.ops.rewriter.attention.default, arguments)
-    torch.library.opcheck(torch.ops.rewriter.attention.default, (q, k, v, None, None, None, 0.3, True, 0, 0, 2.0))
+    masked = (documents(2, 5), padding(2, 5), sinks, 0.3, True, 3, 0, 0.0)
+    capped = (None, None, None, 0.3, True, 0, 0, 2.0)
+    for terms in (masked, capped):
+        torch.library.opcheck(torch.ops.rewriter.attention.default, (q, k, v, *terms))
 
 
 def test_a_compiled_graph_of_dynamic_length_gives_the_same():
