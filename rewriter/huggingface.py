@@ -1,0 +1,161 @@
+"""Sets a Hugging Face model up so that Dynamo sees one whole graph, with nothing in it that training never reads.
+
+Two settings of a model that trains cost it its graph, or memory:
+
+- ``config.use_cache``, true by default, makes every layer's keys and values outputs of the graph: they are
+  kept to the end of the step, and a concatenation with an empty cache stands before each attention.
+- ``enable_input_require_grads`` hooks the embedding to call ``requires_grad_`` on its output, which breaks the
+  graph into embedding, layers, and head with loss. The hook exists for reentrant gradient checkpointing, which
+  drops the gradients of a layer whose inputs need none. Without checkpointing, and with the non-reentrant kind
+  (the default of transformers), autograd reaches the adapters of every layer by itself: removing the hook
+  changes no parameter's gradient. Under reentrant checkpointing it stays.
+
+A model is known by its structure alone, so that neither transformers nor PEFT is imported here.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from types import FunctionType
+from typing import Any
+
+from torch import nn
+
+_STATE = "_rewriter_preparation"
+_SWITCH = "enable_input_require_grads"
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What ``prepare`` changed, and what ``restore`` needs to undo it; prints as a list of the changes."""
+
+    changes: tuple[str, ...]
+    configs: tuple[Any, ...]
+    hooks: tuple[tuple[nn.Module, tuple[tuple[int, Callable], ...]], ...]
+    switches: tuple[nn.Module, ...]
+
+    def __str__(self) -> str:
+        if not self.changes:
+            return "prepare: nothing to change, the model traces to one graph as it is."
+        return "\n".join(["prepare: changed, until restore(model):", *(f"  - {c}" for c in self.changes)])
+
+
+def prepare(model: nn.Module) -> Preparation:
+    """Set ``model`` up to be one graph without cache outputs; ``restore`` undoes it.
+
+    Call it before the model's first compiled step: Dynamo does not look at hooks again later. A model that is
+    prepared already is restored first, so that a second call covers what was changed in between.
+
+    Args:
+        model: a transformers model, a PEFT model around one, or any module that holds one.
+
+    Returns:
+        What was changed; ``print`` it. The model keeps it for ``restore``.
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module``.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"prepare: expected a torch.nn.Module, got {type(model).__name__}.")
+    if _STATE in vars(model):
+        restore(model)
+    changes = []
+    configs = tuple(_caching_configs(model))
+    for config in configs:
+        config.use_cache = False
+    if configs:
+        changes.append("config.use_cache = False: keys and values are no longer outputs of the graph")
+    hooks, switches = (), ()
+    if not _checkpoints_reentrantly(model):
+        hooks = tuple(_remove_gradient_hooks(model))
+        switches = tuple(_disarm_switches(model))
+    elif any(map(_gradient_hooks, model.modules())):
+        changes.append(
+            "the embedding's requires_grad hook stays, and breaks the graph: reentrant checkpointing needs it; "
+            "enable checkpointing with gradient_checkpointing_kwargs={'use_reentrant': False} instead"
+        )
+    if hooks:
+        changes.append(
+            f"removed the requires_grad hook of {len(hooks)} embedding: it broke the graph in three"
+        )
+    if switches:
+        changes.append(f"{_SWITCH}() adds no such hook, unless checkpointing is reentrant")
+    preparation = Preparation(tuple(changes), configs, hooks, switches)
+    setattr(model, _STATE, preparation)
+    return preparation
+
+
+def restore(model: nn.Module) -> None:
+    """Undo ``prepare(model)``: settings and hooks are as they were, in their old order.
+
+    Raises:
+        ValueError: the model is not prepared.
+    """
+    preparation = vars(model).get(_STATE)
+    if preparation is None:
+        raise ValueError("restore: this model is not prepared; nothing to undo.")
+    for config in preparation.configs:
+        config.use_cache = True
+    for module, before in preparation.hooks:
+        _put_back(module._forward_hooks, before)
+    for module in preparation.switches:
+        delattr(module, _SWITCH)
+    delattr(model, _STATE)
+
+
+def _caching_configs(model: nn.Module) -> Iterator[Any]:
+    """Every config object in the model, nested ones too, whose ``use_cache`` is on; each once."""
+    seen = set()
+    waiting = [config for module in model.modules() if (config := vars(module).get("config")) is not None]
+    while waiting:
+        config = waiting.pop()
+        if id(config) in seen or not hasattr(config, "use_cache"):
+            continue
+        seen.add(id(config))
+        waiting += [value for value in vars(config).values() if hasattr(value, "use_cache")]
+        if config.use_cache is True:
+            yield config
+
+
+def _gradient_hooks(module: nn.Module) -> dict[int, Callable]:
+    """The forward hooks of a module that do nothing but call ``requires_grad_``."""
+    return {key: hook for key, hook in module._forward_hooks.items() if _is_gradient_hook(hook)}
+
+
+def _is_gradient_hook(hook: Callable) -> bool:
+    return isinstance(hook, FunctionType) and hook.__code__.co_names == ("requires_grad_",)
+
+
+def _remove_gradient_hooks(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[tuple[int, Callable], ...]]]:
+    for module in model.modules():
+        if found := _gradient_hooks(module):
+            yield module, tuple(module._forward_hooks.items())
+            for key in found:
+                del module._forward_hooks[key]
+
+
+def _put_back(hooks: OrderedDict[int, Callable], before: tuple[tuple[int, Callable], ...]) -> None:
+    """Bring removed hooks back to their places. The dictionary stays the same object: handles refer to it."""
+    added_since = [(key, hook) for key, hook in hooks.items() if key not in dict(before)]
+    still_wanted = [(key, hook) for key, hook in before if key in hooks or _is_gradient_hook(hook)]
+    hooks.clear()
+    hooks.update(still_wanted + added_since)
+
+
+def _disarm_switches(model: nn.Module) -> Iterator[nn.Module]:
+    """Shadow ``enable_input_require_grads``: Trainer calls it by way of ``gradient_checkpointing_enable``."""
+    for module in model.modules():
+        if hasattr(type(module), _SWITCH) and _SWITCH not in vars(module):
+            setattr(module, _SWITCH, partial(_enable_where_needed, module))
+            yield module
+
+
+def _enable_where_needed(module: nn.Module) -> None:
+    if _checkpoints_reentrantly(module):
+        getattr(type(module), _SWITCH)(module)
+
+
+def _checkpoints_reentrantly(model: nn.Module) -> bool:
+    functions = (getattr(module, "_gradient_checkpointing_func", None) for module in model.modules())
+    return any(getattr(function, "keywords", {}).get("use_reentrant") for function in functions)
