@@ -34,7 +34,7 @@ NO_DROPOUT = {
     "residual_dropout": 0.0,
 }
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
-# PEFT's "all-linear" would adapt the experts' stacked weights too, which breaks the graph and refuses dropout.
+# "all-linear" would have PEFT adapt the experts' stacked weights, which breaks the graph and refuses dropout.
 ATTENTION_ONLY = r".*self_attn\.\w*proj\w*"
 
 
@@ -208,6 +208,9 @@ def build(
         model = getattr(transformers, family.model)._from_config(
             config, dtype=dtype, attn_implementation=family.attention
         )
+        if dtype == torch.float32 and model._can_set_experts_implementation():
+            # The default, grouped_mm, falls back to loops over data-dependent sizes, which AOTAutograd refuses.
+            model.set_experts_implementation("batched_mm")
         _randomise(model)
         if nf4:
             model.requires_grad_(False)

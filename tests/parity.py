@@ -23,6 +23,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
 from tests.accuracy import assert_as_accurate
 
@@ -146,7 +147,7 @@ def step(
     torch.manual_seed(seed)
     device = next(iter(inputs.values())).device.type
     with torch.autocast(device, dtype=autocast) if autocast else contextlib.nullcontext():
-        loss = (call or model)(**inputs).loss
+        loss = (model if call is None else call)(**inputs).loss
     loss.backward()
     gradients = {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
@@ -157,6 +158,7 @@ def true_step(model: nn.Module, inputs: Mapping[str, torch.Tensor], *, seed: int
     """The same step in fp64, from the model's weights as they are: rounded, or dequantised from 4 bits."""
     twin = copy.deepcopy(model)
     _dequantise(twin)
+    _ungroup_experts(twin)
     twin.double()
     with float64_throughout():
         return step(twin, inputs, seed=seed)
@@ -211,6 +213,13 @@ def _dequantise(model: nn.Module) -> None:
         plain.weight = nn.Parameter(weight, requires_grad=False)
         plain.bias = child.bias
         setattr(parent, name, plain)
+
+
+def _ungroup_experts(model: nn.Module) -> None:
+    """Compute the experts by products that exist in fp64, which the grouped product does not."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module._can_set_experts_implementation():
+            module.set_experts_implementation("batched_mm")
 
 
 def _rms(tensor: torch.Tensor) -> float:
