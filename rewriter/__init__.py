@@ -1,1 +1,10 @@
-"""rewriter: a torch.compile backend that makes Hugging Face models train faster, in less memory."""
+"""rewriter: a torch.compile backend that makes Hugging Face models train faster, in less memory.
+
+model.compile(backend="rewriter")
+"""
+
+from rewriter.pattern import PatternError, maybe, require
+from rewriter.registry import rewrite
+from rewriter.report import Report, inspect, report
+
+__all__ = ["PatternError", "Report", "inspect", "maybe", "report", "require", "rewrite"]

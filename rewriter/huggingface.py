@@ -1,14 +1,14 @@
-"""Sets a Hugging Face model up so that Dynamo sees one whole graph, with nothing in it that training never reads.
+"""Sets a Hugging Face model up to be one whole graph, with nothing in it that training never reads.
 
 Two settings of a model that trains cost it its graph, or memory:
 
 - ``config.use_cache``, true by default, makes every layer's keys and values outputs of the graph: they are
   kept to the end of the step, and a concatenation with an empty cache stands before each attention.
-- ``enable_input_require_grads`` hooks the embedding to call ``requires_grad_`` on its output, which breaks the
-  graph into embedding, layers, and head with loss. The hook exists for reentrant gradient checkpointing, which
-  drops the gradients of a layer whose inputs need none. Without checkpointing, and with the non-reentrant kind
-  (the default of transformers), autograd reaches the adapters of every layer by itself: removing the hook
-  changes no parameter's gradient. Under reentrant checkpointing it stays.
+- ``enable_input_require_grads`` hooks the embedding to call ``requires_grad_`` on its output, which breaks
+  the graph into embedding, layers, and head with loss. The hook exists for reentrant gradient checkpointing,
+  which drops the gradients of a layer whose inputs need none. Without checkpointing, and with the
+  non-reentrant kind (the default of transformers), autograd reaches the adapters of every layer by itself:
+  removing the hook changes no parameter's gradient. Under reentrant checkpointing it stays.
 
 A model is known by its structure alone, so that neither transformers nor PEFT is imported here.
 """
@@ -72,8 +72,8 @@ def prepare(model: nn.Module) -> Preparation:
         switches = tuple(_disarm_switches(model))
     elif any(map(_gradient_hooks, model.modules())):
         changes.append(
-            "the embedding's requires_grad hook stays, and breaks the graph: reentrant checkpointing needs it; "
-            "enable checkpointing with gradient_checkpointing_kwargs={'use_reentrant': False} instead"
+            "the embedding's requires_grad hook stays and breaks the graph: reentrant checkpointing needs it. "
+            "Enable checkpointing with gradient_checkpointing_kwargs={'use_reentrant': False}"
         )
     if hooks:
         changes.append(

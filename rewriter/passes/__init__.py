@@ -1,0 +1,18 @@
+"""The fusion passes in the order in which they run."""
+
+from rewriter.fusion import Pass, pattern_pass
+from rewriter.passes.gated_mlp import gated_mlp
+from rewriter.passes.norm import norm
+from rewriter.registry import user_patterns
+
+_PASSES: tuple[Pass, ...] = (norm, gated_mlp)
+
+
+def ordered_passes() -> tuple[Pass, ...]:
+    """A user's patterns first, each a pass of its own name, then the package's passes."""
+    own = tuple(pattern_pass(p.name, [p], ()) for p in user_patterns())
+    return (*own, *_PASSES)
+
+
+def pass_names() -> list[str]:
+    return [p.name for p in ordered_passes()]

@@ -1,0 +1,101 @@
+"""The backend, as a straight line: graph, passes, lowering, callable.
+
+``torch.compile(model, backend="rewriter")`` finds ``rewriter`` below through the entry point; Dynamo calls it
+once a graph. What no pass matches goes to Inductor as it was.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch._guards import CompileContext
+from torch._logging import trace_structured
+from torch.fx import GraphModule
+
+
+from rewriter.deferred import split_deferred
+from rewriter.fusion import apply
+from rewriter.lower import lower
+from rewriter.options import Options
+from rewriter.passes import ordered_passes, pass_names
+from rewriter.report import GraphRecord, forget, record_graph
+
+log = logging.getLogger(__name__)
+
+
+def rewriter(
+    module: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable:
+    """Compile one graph of Dynamo's.
+
+    Args:
+        module: the torch-level graph; left unchanged.
+        example_inputs: fake tensors and sizes, one a placeholder.
+        mode: as Inductor's callers pass it.
+        options: see ``Options``.
+
+    Raises:
+        OptionError: for an unknown option, pass or mode, or a malformed value, before any work.
+    """
+    chosen = Options.parse(options, mode, pass_names())
+    record = GraphRecord(_graph_name(), nodes_before=_operations(module), graph_break=_graph_break(module))
+    _show("before", module)
+    start = time.perf_counter()
+    rewritten = rewrite_graph(module, chosen, record)
+    record.nodes_after = _operations(rewritten)
+    record.seconds["rewriting"] = time.perf_counter() - start
+    _show("after", rewritten)
+    body, finish = split_deferred(rewritten)
+    start = time.perf_counter()
+    compiled = lower(body, example_inputs, chosen)
+    record.seconds["lowering"] = time.perf_counter() - start
+    record_graph(record)
+    return finish(compiled)
+
+
+rewriter.reset = forget
+
+
+def rewrite_graph(module: GraphModule, options: Options, record: GraphRecord) -> GraphModule:
+    """Run the passes that ``options`` asks for, in order, and write down what each did."""
+    for fusion in ordered_passes():
+        if options.runs(fusion.name):
+            module, done = apply(fusion, module)
+            record.passes.append(done)
+    return module
+
+
+def _graph_name() -> str:
+    compile_id = CompileContext.current_compile_id()
+    return str(compile_id) if compile_id is not None else "direct"
+
+
+def _graph_break(module: GraphModule) -> str | None:
+    reason = getattr(module, "compile_subgraph_reason", None)
+    if reason is None or not getattr(reason, "graph_break", False):
+        return None
+    frames = getattr(reason, "user_stack", None) or []
+    where = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    return f"{str(reason.reason).strip().splitlines()[0]}{where}"
+
+
+def _operations(module: GraphModule) -> int:
+    return sum(n.op in ("call_function", "call_method") for n in module.graph.nodes)
+
+
+def _show(when: str, module: GraphModule) -> None:
+    """The graph for ``TORCH_LOGS="+rewriter"``, and as an artifact for ``TORCH_TRACE``."""
+
+    def text() -> str:
+        return module.print_readable(print_output=False)
+
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("graph %s the passes:\n%s", when, text())
+    trace_structured(
+        "artifact", metadata_fn=lambda: {"name": f"rewriter_{when}", "encoding": "string"}, payload_fn=text
+    )

@@ -1,0 +1,114 @@
+"""What forbids treating a graph as pure expressions: in-place writes, grad modes, autocast.
+
+A rewrite moves and merges computations, which is only sound where nothing is overwritten in between, and
+where all of them ran under the same grad mode and autocast state.
+"""
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+from torch.fx import Graph, Node
+
+from rewriter.canonical import value_of
+
+_IN_PLACE_OPERATORS = {"iadd", "isub", "imul", "itruediv", "iand", "ior", "setitem", "ipow", "ifloordiv"}
+_MODES = {"_set_grad_enabled", "_enter_autocast", "_exit_autocast"}
+
+
+def mutated_argument(node: Node) -> Node | None:
+    """The tensor that ``node`` writes into, or None."""
+    if node.op not in ("call_function", "call_method") or not node.args:
+        return None
+    out = node.kwargs.get("out")
+    if isinstance(out, Node):
+        return out
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    in_place_method = bool(re.search(r"[^_]_$", name)) and name not in ("and_", "or_", "not_", "is_", "requires_grad_")
+    in_place = in_place_method or name in _IN_PLACE_OPERATORS or node.kwargs.get("inplace") is True
+    if not in_place and name == "dropout" and len(node.args) > 3:
+        in_place = node.args[3] is True
+    if not in_place or not isinstance(node.args[0], Node):
+        return None
+    return node.args[0] if isinstance(value_of(node.args[0]), torch.Tensor) else None
+
+
+def _storage(node: Node) -> int | None:
+    value = value_of(node)
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+        return None
+    return value.untyped_storage()._cdata
+
+
+@dataclass
+class Effects:
+    """The order of a graph's nodes, their modes, and the writes into storages."""
+
+    position: dict[Node, int] = field(default_factory=dict)
+    mode: dict[Node, tuple] = field(default_factory=dict)
+    writes: dict[int, list[Node]] = field(default_factory=lambda: defaultdict(list))
+    sharing: dict[int, list[Node]] = field(default_factory=lambda: defaultdict(list))
+
+    @classmethod
+    def of(cls, graph: Graph) -> "Effects":
+        effects = cls()
+        grad, autocasts = True, ()
+        for position, node in enumerate(graph.nodes):
+            effects.position[node] = position
+            name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+            if name == "_set_grad_enabled":
+                grad = node.args[0]
+            elif name == "_enter_autocast":
+                autocasts = (*autocasts, tuple(map(str, node.args)))
+            elif name == "_exit_autocast":
+                autocasts = autocasts[:-1]
+            effects.mode[node] = (grad, autocasts)
+            storage = _storage(node)
+            if storage is not None:
+                effects.sharing[storage].append(node)
+            written = mutated_argument(node)
+            if written is not None and (storage := _storage(written)) is not None:
+                effects.writes[storage].append(node)
+        return effects
+
+    def mode_border(self, nodes: set[Node]) -> str | None:
+        """Why ``nodes`` may not be merged: they lie on two sides of a mode's border; None if they may."""
+        modes = {self.mode[n] for n in nodes}
+        if len(modes) <= 1:
+            return None
+        what = "grad mode" if len({grad for grad, _ in modes}) > 1 else "autocast"
+        return f"a border of {what} runs through it"
+
+    def overwritten(self, matched: set[Node], values: set[Node], until: Node) -> str | None:
+        """Why the values of a match are not what they were: one is written in place before ``until``."""
+        if not self.writes:
+            return None
+        first = min(self.position[n] for n in matched)
+        last = self.position[until]
+        for value in matched | values:
+            storage = _storage(value)
+            for write in self.writes.get(storage, ()) if storage is not None else ():
+                if write in matched and self._is_private(write, matched):
+                    continue
+                if first <= self.position[write] <= last or write in matched:
+                    return f"`{value.name}` is written in place by `{write.name}`"
+        return None
+
+    def _is_private(self, write: Node, matched: set[Node]) -> bool:
+        """Whether an in-place write inside a match overwrites a value that nothing else reads."""
+        target = write.args[0]
+        fresh = target.op in ("call_function", "call_method") and target in matched
+        return fresh and all(
+            node is write or user in matched or self.position[user] < self.position[write]
+            for node in self.sharing[_storage(target)]
+            for user in node.users
+        )
+
+
+def is_impure(node: Node) -> bool:
+    """Whether dead-code elimination must keep ``node``: it writes in place, changes a mode or draws numbers."""
+    if node.op in ("placeholder", "output"):
+        return True
+    name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+    return name in _MODES or mutated_argument(node) is not None or node.is_impure()

@@ -1,0 +1,107 @@
+"""What a pass is: a name, the operations it looks for, and a function over one graph.
+
+A pass runs on a copy and its result is taken only when it succeeds: a pass that raises is reported, the
+graph stays as it was, and training goes on.
+"""
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from rewriter.effects import Effects
+from rewriter.match import Match, Miss
+from rewriter.pattern import Rewrite, source_line
+from rewriter.replace import find, graphs_of, put, sweep
+from rewriter.report import MissRecord, PassRecord, count_places, count_misses
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Applied:
+    """What a pass did to one graph.
+
+    ``sites`` are (rewrite's name, place in the model's source) of each rewrite.
+    """
+
+    sites: list[tuple[str, str]] = field(default_factory=list)
+    misses: list[Miss] = field(default_factory=list)
+
+    def add(self, found: Match, place: str) -> None:
+        self.sites.append((found.rewrite.name, place))
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A fusion: ``run`` rewrites one graph in place and says what it did."""
+
+    name: str
+    run: Callable[[Graph], Applied]
+
+
+def pattern_pass(name: str, rewrites: Sequence[Rewrite], anchors: Sequence[str]) -> Pass:
+    """The pass that replaces each match of ``rewrites``, the first that holds, and reports leftover ``anchors``."""
+
+    def run(graph: Graph) -> Applied:
+        effects = Effects.of(graph)
+        found = find(graph, rewrites, anchors, effects)
+        applied = Applied(misses=found.misses)
+        for match in found.matches:
+            place = source_line(match.root)
+            outcome = put(graph, match, effects)
+            if isinstance(outcome, Miss):
+                applied.misses.append(outcome)
+            else:
+                applied.add(match, place)
+        return applied
+
+    return Pass(name, run)
+
+
+def apply(fusion: Pass, module: GraphModule) -> tuple[GraphModule, PassRecord]:
+    """Run a pass on ``module`` and the checkpoint bodies in it; the module unchanged where the pass fails."""
+    start = time.perf_counter()
+    work = duplicate(module)
+    sites: list[tuple[str, str]] = []
+    misses: list[Miss] = []
+    try:
+        for part in graphs_of(work):
+            applied = fusion.run(part.graph)
+            sweep(part)
+            sites += applied.sites
+            misses += applied.misses
+    except Exception as error:
+        log.warning("pass %s failed and was left out: %s", fusion.name, error, exc_info=True)
+        record = PassRecord(fusion.name, (), (), time.perf_counter() - start, f"{type(error).__name__}: {error}")
+        return module, record
+    seconds = time.perf_counter() - start
+    record = PassRecord(fusion.name, count_places(sites), count_misses(map(_record, misses)), seconds, None)
+    log.debug("pass %s: %d rewrites, %d misses", fusion.name, len(sites), len(misses))
+    return (work if sites else module), record
+
+
+def _record(miss: Miss) -> MissRecord:
+    return MissRecord(miss.rewrite.name, miss.pattern_line, miss.model_line, miss.reason)
+
+
+def duplicate(module: GraphModule) -> GraphModule:
+    """A copy whose graphs can be changed: parameters and metadata are shared, nested graphs copied too."""
+    graph = Graph()
+    output = graph.output(graph.graph_copy(module.graph, {}))
+    output.meta = copy.copy(next(iter(module.graph.find_nodes(op="output"))).meta)
+    attributes = {n.target: _attribute(module, n.target) for n in module.graph.find_nodes(op="get_attr")}
+    attributes = {k: duplicate(v) if isinstance(v, GraphModule) else v for k, v in attributes.items()}
+    clone = GraphModule(attributes, graph, type(module).__name__)
+    clone.meta = dict(module.meta)
+    return clone
+
+
+def _attribute(module: torch.nn.Module, target: str) -> object:
+    for part in target.split("."):
+        module = getattr(module, part)
+    return module

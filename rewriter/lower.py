@@ -1,0 +1,61 @@
+"""A rewritten graph to a callable: AOTAutograd and Inductor, or AOTAutograd alone.
+
+PyTorch's private modules that lowering needs are touched here alone.
+"""
+
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.fx import GraphModule
+
+from rewriter.options import Options
+
+
+@functools.cache
+def source_hash() -> str:
+    """SHA-256 of the package's sources: what compiled results of ours depend on beside the graph."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def lower(module: GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable:
+    """Compile ``module``; the result takes and returns what the module does."""
+    if options.lowering == "eager":
+        return _lower_eager(module, example_inputs)
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = list_mode_options(options.mode) if options.mode else {}
+    return compile_fx(module, list(example_inputs), config_patches={**patches, **_cache_key(module)})
+
+
+def _cache_key(module: GraphModule) -> dict[str, Any]:
+    """Let PyTorch's caches hold graphs that call our functions, under a key that changes with our sources.
+
+    Without it every graph with a rewrite would miss AOTAutograd's cache, and one cached before an update of
+    the package would be returned after it.
+    """
+    functions = {
+        f"{n.target.__module__}.{n.target.__name__}"
+        for m in module.modules()
+        if isinstance(m, GraphModule)
+        for n in m.graph.nodes
+        if n.op == "call_function" and getattr(n.target, "__module__", "").partition(".")[0] == "rewriter"
+    }
+    return {"unsafe_marked_cacheable_functions": dict.fromkeys(sorted(functions), source_hash())} if functions else {}
+
+
+def _lower_eager(module: GraphModule, example_inputs: Sequence[Any]) -> Callable:
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._dynamo.backends.debugging import boxed_nop
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    compiler = aot_autograd(
+        fw_compiler=boxed_nop, bw_compiler=boxed_nop, partition_fn=min_cut_rematerialization_partition
+    )
+    return compiler(module, list(example_inputs))

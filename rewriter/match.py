@@ -1,0 +1,331 @@
+"""Matches traced patterns on a graph: a ``Match`` with its bindings, or a ``Miss`` with the reason.
+
+The search walks a pattern from its root towards its inputs, and tries every order of a sum's or product's
+operands. Four rules replace lists of variants: nodes are compared through the canonical view; a cast matches
+a cast to the same dtype, or a value that has that dtype already; expressions over shapes and dtypes are
+evaluated on what is bound; a hole binds a value, a constant or None.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from rewriter.canonical import COMMUTATIVE, Call, DtypeOf, PackedWeight, canonical, dtype_of, is_metadata, value_of
+from rewriter.effects import Effects
+from rewriter.pattern import Rewrite, Unmet, evaluate, pattern_call, same, source_line
+
+
+@dataclass(frozen=True)
+class Match:
+    """A place where a pattern holds.
+
+    ``bindings`` maps each hole to what it bound; ``outputs`` are the graph's values that the replacement
+    provides, the root first; ``nodes`` are all nodes that it makes superfluous.
+    """
+
+    rewrite: Rewrite
+    bindings: dict[str, Any]
+    outputs: tuple[Node, ...]
+    nodes: frozenset[Node]
+
+    def __getitem__(self, hole: str) -> Any:
+        return self.bindings[hole]
+
+    def __getattr__(self, hole: str) -> Any:
+        if hole.startswith("__") or hole not in self.bindings:
+            raise AttributeError(f"{self.rewrite.name} binds {', '.join(self.bindings)}; not `{hole}`")
+        return self.bindings[hole]
+
+    @property
+    def root(self) -> Node:
+        return self.outputs[0]
+
+    def value(self, hole: str) -> Any:
+        """The fake tensor or constant that a hole bound."""
+        return value_of(self.bindings[hole])
+
+
+@dataclass(frozen=True)
+class Miss:
+    """The nearest that a pattern came to a place: how far, and what differed."""
+
+    rewrite: Rewrite
+    reason: str
+    matched: frozenset[Node] = field(repr=False)
+    node: Node | None = field(repr=False)
+    pattern_node: Node | None = field(repr=False)
+
+    @property
+    def depth(self) -> int:
+        return len(self.matched)
+
+    @property
+    def pattern_line(self) -> str:
+        return source_line(self.pattern_node, self.rewrite.line)
+
+    @property
+    def model_line(self) -> str:
+        return source_line(self.node)
+
+
+def match(rewrite: Rewrite, root: Node, effects: Effects) -> Match | list[Miss]:
+    """Match ``rewrite`` with its first result at ``root``; where it fails, the misses met on the way."""
+    search = _Search(rewrite)
+    if not search.may_start(root):
+        return []
+    for env, nodes in search.value(rewrite.root, root, {}, frozenset()):
+        found = search.accept(env, nodes, root, effects)
+        if found is not None:
+            return found
+    return search.misses
+
+
+_Step = tuple[dict[Node, Any], frozenset[Node]]
+
+
+class _Search:
+    """One attempt of one rewrite at one root; collects what failed."""
+
+    def __init__(self, rewrite: Rewrite):
+        self.rewrite = rewrite
+        self.misses: list[Miss] = []
+
+    def may_start(self, root: Node) -> bool:
+        call = canonical(root)
+        if call is None:
+            return False
+        wanted, step = self.rewrite.root, pattern_call(self.rewrite.root)
+        while step is not None and step.name in ("cast", "alias"):
+            if call.name == step.name:
+                return True
+            wanted = step.args[0]
+            step = pattern_call(wanted) if isinstance(wanted, Node) else None
+        return step is None or step.name in ("maybe", call.name)
+
+    def miss(self, reason: str, nodes: frozenset[Node], node: Any = None, pattern_node: Any = None) -> None:
+        node = node if isinstance(node, Node) else None
+        self.misses.append(Miss(self.rewrite, reason, nodes, node, pattern_node))
+
+    def accept(self, env: dict[Node, Any], nodes: frozenset[Node], root: Node, effects: Effects) -> Match | None:
+        if not self._metadata_holds(env, nodes):
+            return None
+        outputs = tuple(env[o] for o in self.rewrite.outputs)
+        if reason := self._escape(nodes, outputs) or effects.mode_border(set(nodes)):
+            self.miss(reason, nodes, root)
+            return None
+        holes = {n.target: n for n in self.rewrite.graph.find_nodes(op="placeholder")}
+        bindings = {hole: env.get(holes[hole]) for hole in self.rewrite.holes}
+        bound = {b for b in bindings.values() if isinstance(b, Node)}
+        if reason := effects.overwritten(set(nodes), bound, root):
+            self.miss(reason, nodes, root)
+            return None
+        found = Match(self.rewrite, bindings, outputs, nodes)
+        if self.rewrite.where is not None:
+            try:
+                self.rewrite.where(found)
+            except Unmet as unmet:
+                self.miss(str(unmet), nodes, root)
+                return None
+        return found
+
+    def _metadata_holds(self, env: dict[Node, Any], nodes: frozenset[Node]) -> bool:
+        """Compare what was still unbound when the search met it."""
+        for expression, found in env.get(_DEFERRED, ()):
+            wanted = dtype_of_expression(expression, env)
+            if not same(wanted, _concrete(found)):
+                self.miss(f"expected {wanted}, found {found}", nodes, found)
+                return False
+        return True
+
+    def _escape(self, nodes: frozenset[Node], outputs: tuple[Node, ...]) -> str | None:
+        for node in nodes:
+            if node in outputs:
+                continue
+            user = next((u for u in node.users if u not in nodes), None)
+            if user is not None:
+                where = "is also returned" if user.op == "output" else f"is also used by `{user.name}`"
+                return f"`{node.name}` {where}"
+        return None
+
+    # The generators below yield every way in which a pattern's value can equal a graph's value, as the
+    # bindings and the matched nodes.
+
+    def value(self, wanted: Any, found: Any, env: dict[Node, Any], nodes: frozenset[Node]) -> Iterator[_Step]:
+        if isinstance(wanted, (tuple, list, slice)):
+            yield from self._structure(wanted, found, env, nodes)
+        elif not isinstance(wanted, Node):
+            if same(wanted, _concrete(found)):
+                yield env, nodes
+            else:
+                self.miss(f"expected the constant {wanted!r}, found {_describe(found)}", nodes, found)
+        elif wanted.op == "placeholder":
+            yield from self._hole(wanted, found, env, nodes)
+        elif is_metadata(wanted):
+            yield from self._metadata(wanted, found, env, nodes)
+        else:
+            yield from self._call(wanted, found, env, nodes)
+
+    def _hole(self, hole: Node, found: Any, env: dict[Node, Any], nodes: frozenset[Node]) -> Iterator[_Step]:
+        found = _resolve(found)
+        if hole not in env:
+            yield {**env, hole: found}, nodes
+        elif same(env[hole], found) or env[hole] == found and isinstance(found, PackedWeight):
+            yield env, nodes
+        else:
+            reason = f"`{hole.target}` is {_describe(env[hole])} in one place and {_describe(found)} in another"
+            self.miss(reason, nodes, found, hole)
+
+    def _metadata(self, wanted: Any, found: Any, env: dict[Node, Any], nodes: frozenset[Node]) -> Iterator[_Step]:
+        try:
+            value = evaluate(wanted, env)
+        except KeyError:
+            yield {**env, _DEFERRED: (*env.get(_DEFERRED, ()), (wanted, found))}, nodes
+            return
+        if same(value, _concrete(found)):
+            yield env, nodes
+        else:
+            self.miss(f"expected {value}, found {_describe(found)}", nodes, found, wanted)
+
+    def _structure(self, wanted: Any, found: Any, env: dict[Node, Any], nodes: frozenset[Node]) -> Iterator[_Step]:
+        if isinstance(wanted, slice):
+            if not isinstance(found, slice):
+                self.miss(f"expected a slice, found {_describe(found)}", nodes, found)
+                return
+            fields = ("start", "stop", "step")
+            yield from self._each([(getattr(wanted, f), getattr(found, f)) for f in fields], env, nodes)
+        elif isinstance(found, (tuple, list)) and len(found) == len(wanted):
+            yield from self._each(list(zip(wanted, found, strict=True)), env, nodes)
+        else:
+            self.miss(f"expected {len(wanted)} values, found {_describe(found)}", nodes, found)
+
+    def _each(self, pairs: list[tuple], env: dict[Node, Any], nodes: frozenset[Node]) -> Iterator[_Step]:
+        if not pairs:
+            yield env, nodes
+            return
+        (wanted, found), *rest = pairs
+        for env_, nodes_ in self.value(wanted, found, env, nodes):
+            yield from self._each(rest, env_, nodes_)
+
+    def _call(self, wanted: Node, found: Any, env: dict[Node, Any], nodes: frozenset[Node]) -> Iterator[_Step]:
+        call = pattern_call(wanted)
+        if not isinstance(found, Node):
+            self.miss(f"expected {call.name}, found {_describe(found)}", nodes, found, wanted)
+            return
+        if wanted in env:
+            if _resolve(env[wanted]) is _resolve(found):
+                yield env, nodes
+            else:
+                reason = f"`{wanted.name}` is `{env[wanted]}` in one place and `{found}` in another"
+                self.miss(reason, nodes, found, wanted)
+            return
+        env = {**env, wanted: found}
+        if call.name == "maybe":
+            yield from self._maybe(call, found, env, nodes)
+            return
+        if call.name == "alias":
+            yield from self.value(call.args[0], found, env, nodes)
+            return
+        seen = canonical(found)
+        if call.name == "cast":
+            yield from self._cast(wanted, call, found, seen, env, nodes)
+            return
+        if seen is not None and seen.name == "alias":
+            yield from self._aliased(wanted, found, seen, env, nodes)
+            return
+        if seen is None or seen.name != call.name:
+            self.miss(f"expected {call.name}, found {seen.name if seen else found.op}", nodes, found, wanted)
+            return
+        yield from self._arguments(wanted, call, found, seen, env, nodes)
+
+    def _aliased(
+        self, wanted: Node, found: Node, seen: Call, env: dict[Node, Any], nodes: frozenset[Node]
+    ) -> Iterator[_Step]:
+        del_env = {k: v for k, v in env.items() if k is not wanted}
+        for env_, nodes_ in self._call(wanted, seen.args[0], del_env, nodes | {found}):
+            yield {**env_, wanted: found}, nodes_
+
+    def _arguments(
+        self, wanted: Node, call: Call, found: Node, seen: Call, env: dict[Node, Any], nodes: frozenset[Node]
+    ) -> Iterator[_Step]:
+        orders = [seen.args]
+        if call.name in COMMUTATIVE and len(seen.args) == 2:
+            orders.append(seen.args[::-1])
+        nodes = nodes | {found, *seen.through}
+        for args in orders:
+            if len(args) != len(call.args):
+                reason = f"{call.name} has {len(args)} arguments where the pattern has {len(call.args)}"
+                self.miss(reason, nodes, found, wanted)
+                return
+            yield from self._each(list(zip(call.args, args, strict=True)), env, nodes)
+
+    def _maybe(self, call: Call, found: Node, env: dict[Node, Any], nodes: frozenset[Node]) -> Iterator[_Step]:
+        function, x, *rest = call.args
+        seen = canonical(found)
+        if seen is not None and seen.name == function.__name__:
+            pairs = [(x, seen.args[0]), *zip(rest, seen.args[1:], strict=False)]
+            yield from self._each(pairs, env, nodes | {found})
+        absent = {r: None for r in rest if isinstance(r, Node)}
+        if all(env.get(r) is None for r in absent):
+            yield from self.value(x, found, {**env, **absent}, nodes)
+
+    def _cast(
+        self, wanted: Node, call: Call, found: Node, seen: Call | None, env: dict[Node, Any], nodes: frozenset[Node]
+    ) -> Iterator[_Step]:
+        operand, dtype = call.args
+        actual = dtype_of(found)
+        try:
+            target = dtype_of_expression(dtype, env)
+        except KeyError:
+            target = actual
+            env = {**env, _DEFERRED: (*env.get(_DEFERRED, ()), (dtype, actual))}
+        if target != actual:
+            self.miss(f"expected a cast to {target}, found {_describe(found)}", nodes, found, wanted)
+            return
+        if seen is not None and seen.name == "cast":
+            yield from self.value(operand, seen.args[0], env, nodes | {found})
+        yield from self.value(operand, found, env, nodes)
+
+
+# The key under which an attempt's bindings keep comparisons that must wait for a binding.
+_DEFERRED: Any = object()
+
+
+def dtype_of_expression(dtype: Any, env: dict[Node, Any]) -> torch.dtype:
+    """The dtype that a pattern's cast asks for: a constant, ``x.dtype``, or that of another value."""
+    if isinstance(dtype, DtypeOf):
+        return dtype_of(env[dtype.value])
+    return evaluate(dtype, env)
+
+
+def _resolve(found: Any) -> Any:
+    """Look through casts to the same dtype: they are the value itself."""
+    while isinstance(found, Node):
+        call = canonical(found)
+        if call is None or call.name != "alias" or found.target == "contiguous":
+            return found
+        found = call.args[0]
+    return found
+
+
+def _concrete(found: Any) -> Any:
+    """A graph value as a number where tracing knows it: symbolic sizes are nodes in dynamic graphs."""
+    if isinstance(found, Node):
+        value = value_of(found)
+        return found if value is None or isinstance(value, torch.Tensor) else value
+    if isinstance(found, (tuple, list)):
+        return type(found)(_concrete(a) for a in found)
+    if isinstance(found, slice):
+        return slice(_concrete(found.start), _concrete(found.stop), _concrete(found.step))
+    return found
+
+
+def _describe(found: Any) -> str:
+    if not isinstance(found, Node):
+        return repr(found)
+    call = canonical(found)
+    dtype = dtype_of(found)
+    kind = f"{call.name} " if call else ""
+    return f"{kind}`{found.name}`" + (f" of {str(dtype).removeprefix('torch.')}" if dtype else "")

@@ -1,0 +1,113 @@
+"""The options of ``torch.compile(model, backend="rewriter", options={...})``, validated before any work.
+
+An option, pass or value that is not known is an error that lists what is known and names the nearest.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_LOWERINGS = ("inductor", "eager")
+_MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+class OptionError(ValueError):
+    """An option that is unknown or malformed; says what is known."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may ask of the backend.
+
+    Attributes:
+        memory_budget: device memory to stay within, in bytes, as "24GB", or a fraction of the device; None
+            for no bound.
+        host_budget: host memory that offloaded activations may take, likewise.
+        passes: names of the passes to run; None for all. Names with a leading "-" are left out instead.
+        verify: compare loss and gradients with the unrewritten graph on each graph's first call.
+        lowering: "inductor", or "eager" for AOTAutograd without Inductor.
+        mode: Inductor's mode, as ``torch.compile(mode=...)`` takes it.
+    """
+
+    memory_budget: int | float | None = None
+    host_budget: int | float | None = None
+    passes: tuple[str, ...] | None = None
+    verify: bool = False
+    lowering: str = "inductor"
+    mode: str | None = None
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any] | None, mode: str | None, known_passes: Sequence[str]) -> "Options":
+        """Validate ``options=`` and ``mode=`` of ``torch.compile``.
+
+        Raises:
+            OptionError: for an unknown name or a malformed value.
+        """
+        given = dict(given or {})
+        names = [f.name for f in fields(cls) if f.name != "mode"]
+        for name in given:
+            if name not in names:
+                raise OptionError(f"rewriter: unknown option {name!r}{_nearest(name, names)}")
+        if mode not in _MODES:
+            raise OptionError(f"rewriter: unknown mode {mode!r}{_nearest(str(mode), [m for m in _MODES if m])}")
+        lowering = given.get("lowering", "inductor")
+        if lowering not in _LOWERINGS:
+            raise OptionError(f"rewriter: unknown lowering {lowering!r}{_nearest(str(lowering), _LOWERINGS)}")
+        verify = given.get("verify", False)
+        if not isinstance(verify, bool):
+            raise OptionError(f"rewriter: option 'verify' is True or False, got {verify!r}.")
+        return cls(
+            memory_budget=parse_budget("memory_budget", given.get("memory_budget")),
+            host_budget=parse_budget("host_budget", given.get("host_budget")),
+            passes=_parse_passes(given.get("passes"), known_passes),
+            verify=verify,
+            lowering=lowering,
+            mode=mode,
+        )
+
+    def runs(self, pass_name: str) -> bool:
+        """Whether the pass of that name is asked for."""
+        if self.passes is None:
+            return True
+        excluded = {p[1:] for p in self.passes if p.startswith("-")}
+        included = {p for p in self.passes if not p.startswith("-")}
+        return pass_name not in excluded and (not included or pass_name in included)
+
+
+def parse_budget(name: str, value: Any) -> int | float | None:
+    """Bytes from 24_000_000_000, "24GB" or "22GiB"; a fraction of the device in (0, 1] from a float.
+
+    Raises:
+        OptionError: for anything else, with the forms that are understood.
+    """
+    if value is None:
+        return None
+    forms = 'bytes (24_000_000_000), a size ("24GB", "22GiB") or a fraction of the memory (0.9)'
+    if isinstance(value, float) and 0.0 < value <= 1.0:
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 1 and float(value).is_integer():
+        return int(value)
+    matched = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)\s*", value, re.IGNORECASE) if isinstance(value, str) else None
+    if matched is None or float(matched[1]) == 0.0:
+        raise OptionError(f"rewriter: option {name!r} is {value!r}; give {forms}.")
+    return int(float(matched[1]) * _UNITS[matched[2].upper()])
+
+
+def _parse_passes(value: Any, known: Sequence[str]) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(v, str) for v in value):
+        raise OptionError(f"rewriter: option 'passes' is a list of pass names, got {value!r}.")
+    for name in value:
+        if name.removeprefix("-") not in known:
+            raise OptionError(f"rewriter: unknown pass {name!r}{_nearest(name.removeprefix('-'), known)}")
+    return tuple(value)
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = get_close_matches(name, known, 1, 0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ";"
+    return f"{hint} Known: {', '.join(sorted(known))}."

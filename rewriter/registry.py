@@ -1,0 +1,51 @@
+"""The patterns that users add: ``@rewriter.rewrite(to=...)`` on a function of their own."""
+
+from collections.abc import Callable
+from typing import Any
+
+from rewriter.pattern import PatternError, Rewrite, declare
+
+# In the order of their declaration; a pattern declared again under its name replaces the older one, so that
+# a notebook's cell can be run twice.
+_patterns: dict[str, Rewrite] = {}
+
+
+def rewrite(*, to: Callable, where: Callable | None = None, name: str | None = None, **constants: Any) -> Callable:
+    """Teach the compiler a pattern of your own, active from here on.
+
+        @rewriter.rewrite(to=my_kernel, where=rows_fit)
+        def scaled_norm(x, weight, eps):
+            ...plain PyTorch, as the model writes it...
+
+    Args:
+        to: the function that replaces it; the pattern's parameters are its arguments, by name. It must be
+            traceable by ``torch.compile`` or call a custom op.
+        where: a guard ``f(match)``, which states conditions by ``rewriter.require(condition, reason)``.
+        name: the pattern's name in reports; the function's by default.
+        constants: further arguments of ``to``.
+
+    Returns:
+        The decorator; the decorated name becomes the ``Rewrite``, which can be called like the function.
+
+    Raises:
+        PatternError: for a pattern that is no function, cannot be traced, or whose names do not fit ``to``.
+    """
+    if not callable(to):
+        raise PatternError(f"rewrite: `to` must be a function, got {to!r}.")
+
+    def decorate(function: Callable) -> Rewrite:
+        declared = declare(function, to=to, where=where, name=name, **constants)
+        _patterns[declared.name] = declared
+        return declared
+
+    return decorate
+
+
+def user_patterns() -> tuple[Rewrite, ...]:
+    """The patterns declared so far."""
+    return tuple(_patterns.values())
+
+
+def remove(pattern: Rewrite) -> None:
+    """Forget a user's pattern; graphs compiled before keep it."""
+    _patterns.pop(pattern.name, None)

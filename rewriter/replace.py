@@ -1,0 +1,215 @@
+"""Finds a pass's patterns in a graph and puts their replacements in.
+
+A replacement is first run on fake tensors: one that gives another shape or dtype than the graph has is not
+put in, and becomes a miss. So a rewrite is either whole, or the graph is as it was.
+"""
+
+import inspect
+import itertools
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._subclasses import FakeTensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from rewriter.canonical import PackedWeight, canonical, subgraph, value_of
+from rewriter.effects import Effects, is_impure
+from rewriter.match import Match, Miss, match
+from rewriter.pattern import Rewrite
+
+
+@dataclass
+class Found:
+    """What a search over one graph gave: disjoint matches in the graph's order, and misses, one an anchor."""
+
+    matches: list[Match] = field(default_factory=list)
+    misses: list[Miss] = field(default_factory=list)
+
+
+def find(graph: Graph, rewrites: Sequence[Rewrite], anchors: Iterable[str], effects: Effects) -> Found:
+    """Match each of ``rewrites``, the first in the list that holds, from the graph's end to its beginning.
+
+    Args:
+        anchors: canonical names of the operations that are worth a line in the report where no rewrite
+            consumed them.
+    """
+    anchors = frozenset(anchors)
+    nodes = list(graph.nodes)
+    calls = {n: canonical(n) for n in nodes}
+    is_anchor = {n for n, call in calls.items() if call is not None and call.name in anchors}
+    claimed: set[Node] = set()
+    near: dict[Node, Miss] = {}
+    found = Found()
+    for node in reversed(nodes):
+        if node in claimed or calls[node] is None:
+            continue
+        for rewrite in rewrites:
+            result = match(rewrite, node, effects)
+            if isinstance(result, Match) and not result.nodes & claimed:
+                found.matches.append(result)
+                claimed |= result.nodes
+                break
+            if isinstance(result, list):
+                _keep_nearest(near, result, is_anchor)
+    found.matches.reverse()
+    for anchor in nodes:
+        if anchor in is_anchor and anchor not in claimed:
+            found.misses.append(near.get(anchor) or _unreached(anchor, rewrites))
+    return found
+
+
+def _keep_nearest(near: dict[Node, Miss], misses: list[Miss], anchors: set[Node]) -> None:
+    for miss in misses:
+        for anchor in anchors & (miss.matched | {miss.node}):
+            best = near.get(anchor)
+            if best is None or _nearness(miss) > _nearness(best):
+                near[anchor] = miss
+
+
+def _nearness(miss: Miss) -> tuple[float, int]:
+    return miss.depth / max(miss.rewrite.size, 1), miss.depth
+
+
+def _unreached(anchor: Node, rewrites: Sequence[Rewrite]) -> Miss:
+    tried = ", ".join(r.name for r in rewrites)
+    return Miss(rewrites[0], f"none of {tried} reaches `{anchor.name}`", frozenset(), anchor, None)
+
+
+def put(graph: Graph, found: Match, effects: Effects) -> Node | Miss:
+    """Replace one match by a call of its rewrite's ``to``; a miss where that gives another shape or dtype."""
+    args, kwargs = arguments(found)
+    return put_call(graph, found, found.rewrite.to, args, kwargs, effects)
+
+
+def put_call(
+    graph: Graph, found: Match, to: Callable, args: tuple, kwargs: dict[str, Any], effects: Effects
+) -> Node | Miss:
+    """Replace ``found``'s outputs by those of ``to(*args, **kwargs)`` and erase what nothing needs any more."""
+    place = insertion_point(found.outputs, found.nodes, args, kwargs, effects)
+    if isinstance(place, str):
+        return Miss(found.rewrite, place, found.nodes, found.root, None)
+    result = fake_call(to, args, kwargs, found.root, effects)
+    results = result if isinstance(result, (tuple, list)) else (result,)
+    for output, new in zip(found.outputs, results, strict=False):
+        if reason := _difference(value_of(output), new):
+            return Miss(found.rewrite, f"the replacement {reason}", found.nodes, output, None)
+    call = insert(graph, place, to, args, kwargs, result, found.root)
+    if not isinstance(result, (tuple, list)):
+        swap(found.outputs[0], call)
+    else:
+        for index, output in enumerate(found.outputs):
+            with graph.inserting_after(call if index == 0 else call.next):
+                item = graph.call_function(operator.getitem, (call, index))
+            _describe(item, results[index], output)
+            swap(output, item)
+    erase(graph, found.nodes)
+    return call
+
+
+def arguments(found: Match) -> tuple[tuple, dict[str, Any]]:
+    """The call's arguments: the holes by name, and the rewrite's constants."""
+    rewrite = found.rewrite
+    given = {hole: _plain(found.bindings[hole]) for hole in rewrite.holes}
+    for name, constant in rewrite.constants.items():
+        given[name] = constant(found) if callable(constant) else constant
+    args: list[Any] = []
+    for name, parameter in inspect.signature(rewrite.to).parameters.items():
+        if name not in given or parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
+            break
+        args.append(given.pop(name))
+    return tuple(args), given
+
+
+def _plain(value: Any) -> Any:
+    return value.flat() if isinstance(value, PackedWeight) else value
+
+
+def insertion_point(
+    outputs: Sequence[Node], nodes: Iterable[Node], args: Any, kwargs: Any, effects: Effects
+) -> Node | str:
+    """The node before which a replacement may stand: after all that it reads, before all that read it."""
+    inside = set(nodes)
+    users = [u for o in outputs for u in o.users if u not in inside]
+    # Nodes that an earlier replacement put in have no position; they stand where what they replaced stood.
+    place = min([outputs[0], *users], key=lambda n: effects.position.get(n, 10**9))
+    read: list[Node] = []
+    map_arg((args, kwargs), read.append)
+    for node in read:
+        if effects.position.get(node, -1) >= effects.position[place]:
+            return f"`{place.name}` needs a result before `{node.name}` is known"
+    return place
+
+
+def fake_call(to: Callable, args: tuple, kwargs: dict[str, Any], like: Node, effects: Effects) -> Any:
+    """Run ``to`` on what tracing knows of its arguments."""
+    values, keywords = map_arg((args, kwargs), value_of)
+    mode = next(v.fake_mode for v in _tensors((values, keywords)) if isinstance(v, FakeTensor))
+    grad, _ = effects.mode.get(like, (True, ()))
+    with mode, torch.set_grad_enabled(grad):
+        return to(*values, **keywords)
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    leaves, _ = torch.utils._pytree.tree_flatten(values)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+def _difference(old: Any, new: Any) -> str | None:
+    if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor):
+        return None if type(old) is type(new) else f"gives {type(new).__name__}, the graph has {type(old).__name__}"
+    if old.dtype != new.dtype:
+        return f"gives {new.dtype}, the graph has {old.dtype}"
+    # As text: comparing symbolic sizes would install guards.
+    if str(tuple(old.shape)) != str(tuple(new.shape)):
+        return f"gives shape {tuple(new.shape)}, the graph has {tuple(old.shape)}"
+    return None
+
+
+def insert(graph: Graph, place: Node, to: Callable, args: tuple, kwargs: dict, value: Any, like: Node) -> Node:
+    """A new call before ``place``, with the value tracing would have given it and ``like``'s place in the model."""
+    with graph.inserting_before(place):
+        call = graph.call_function(to, args, kwargs)
+    _describe(call, value, like)
+    return call
+
+
+def _describe(node: Node, value: Any, like: Node) -> None:
+    node.meta["example_value"] = value
+    for key in ("stack_trace", "nn_module_stack"):
+        if key in like.meta:
+            node.meta[key] = like.meta[key]
+
+
+def swap(old: Node, new: Node) -> None:
+    old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+
+
+def erase(graph: Graph, nodes: Iterable[Node]) -> None:
+    """Erase those of ``nodes`` that nothing uses any more, the last first."""
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    for node in sorted((n for n in nodes if n in order), key=order.__getitem__, reverse=True):
+        if not node.users:
+            graph.erase_node(node)
+
+
+def sweep(module: GraphModule) -> None:
+    """Drop what nothing reads, keep what acts; then check and recompile."""
+    module.graph.eliminate_dead_code(is_impure_node=is_impure)
+    module.graph.lint()
+    module.recompile()
+
+
+def graphs_of(module: GraphModule) -> list[GraphModule]:
+    """``module`` and the bodies of the activation checkpoints in it: all the graphs that passes rewrite."""
+    bodies = [
+        subgraph(node.args[0])
+        for node in module.graph.nodes
+        if node.op == "call_function" and getattr(node.target, "__name__", "") == "tag_activation_checkpoint"
+    ]
+    nested = [graphs_of(body) for body in bodies if body is not None]
+    return [module, *itertools.chain.from_iterable(nested)]
+

@@ -1,0 +1,172 @@
+"""What was rewritten and why the rest was not: plain records, readable text, JSON.
+
+Records hold strings and numbers alone, so that a report keeps no graph and no tensor alive.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+
+@dataclass(frozen=True)
+class MatchRecord:
+    """A rewrite applied at one line of the model's source, ``count`` times."""
+
+    rewrite: str
+    place: str
+    count: int
+
+
+@dataclass(frozen=True)
+class MissRecord:
+    """An operation that a pass looks for and did not rewrite, and the nearest that one of its patterns came."""
+
+    rewrite: str
+    pattern_line: str
+    model_line: str
+    reason: str
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """One pass over one graph; ``error`` says why it was left out, where it failed."""
+
+    name: str
+    matches: tuple[MatchRecord, ...]
+    misses: tuple[MissRecord, ...]
+    seconds: float
+    error: str | None = None
+
+    @property
+    def count(self) -> int:
+        return sum(m.count for m in self.matches)
+
+
+@dataclass
+class GraphRecord:
+    """One graph that Dynamo handed over: its passes, its size before and after, and why Dynamo ended it."""
+
+    name: str
+    passes: list[PassRecord] = field(default_factory=list)
+    nodes_before: int = 0
+    nodes_after: int = 0
+    graph_break: str | None = None
+    notes: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Report:
+    """The graphs compiled, in order."""
+
+    graphs: list[GraphRecord] = field(default_factory=list)
+
+    def counts(self) -> dict[str, int]:
+        """Pass name to rewrites, summed over the graphs."""
+        totals: Counter[str] = Counter()
+        for graph in self.graphs:
+            for record in graph.passes:
+                totals[record.name] += record.count
+        return dict(totals)
+
+    def to_dict(self) -> dict:
+        """For JSON."""
+        return {"counts": self.counts(), "graphs": [asdict(g) for g in self.graphs]}
+
+    def __str__(self) -> str:
+        console = Console(width=110, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+        console.print(self)
+        return console.export_text().rstrip()
+
+    def __rich_console__(self, console: Console, options: object) -> Iterator:
+        if not self.graphs:
+            yield Text("rewriter: no graph has been compiled yet. Call the compiled model once.")
+        for graph in self.graphs:
+            yield from _graph_lines(graph)
+
+
+def _graph_lines(graph: GraphRecord) -> Iterator:
+    yield Text(f"graph {graph.name}: {graph.nodes_before} operations, {graph.nodes_after} after rewriting", "bold")
+    for note in graph.notes:
+        yield Text(f"  {note}")
+    if graph.graph_break:
+        yield Text(f"  Dynamo ended this graph early: {graph.graph_break}")
+    matches = Table("pass", "rewrite", "times", "where", box=None, padding=(0, 2), header_style="dim")
+    for record in graph.passes:
+        for m in record.matches:
+            matches.add_row(record.name, m.rewrite, str(m.count), _short(m.place))
+    if matches.row_count:
+        yield matches
+    for record in graph.passes:
+        if record.error:
+            yield Text(f"  {record.name}: left out, it failed: {record.error}", "red")
+    misses = [(record, m) for record in graph.passes for m in record.misses]
+    if misses:
+        yield Text("  not rewritten:")
+    for record, m in misses:
+        place = _short(m.model_line) or "unknown line"
+        times = f" (×{m.count})" if m.count > 1 else ""
+        yield Text(f"    {record.name} at {place}{times}: {m.reason}  [{m.rewrite}, {_short(m.pattern_line)}]")
+
+
+def _short(place: str) -> str:
+    return place.rpartition("/")[2]
+
+
+def count_places(sites: Iterable[tuple[str, str]]) -> tuple[MatchRecord, ...]:
+    """One record for each rewrite and line, in the order of the graph."""
+    return tuple(MatchRecord(name, place, n) for (name, place), n in Counter(sites).items())
+
+
+def count_misses(misses: Iterable[MissRecord]) -> tuple[MissRecord, ...]:
+    """Equal misses of several layers as one record with a count."""
+    keyed = Counter((m.rewrite, m.pattern_line, m.model_line, _without_numbers(m.reason)) for m in misses)
+    return tuple(MissRecord(*key, count=n) for key, n in keyed.items())
+
+
+def _without_numbers(reason: str) -> str:
+    """Node names as Dynamo numbers them differ from layer to layer; the reason does not."""
+    words = []
+    for word in reason.split("`"):
+        head, _, tail = word.rpartition("_")
+        words.append(head if head and tail.isdigit() and " " not in word else word)
+    return "`".join(words)
+
+
+# The reports that graphs are added to: the process's own, and those of the `inspect` blocks being run.
+_listeners: list[Report] = [Report()]
+
+
+def record_graph(graph: GraphRecord) -> None:
+    """Add a compiled graph to every open report."""
+    for listener in _listeners:
+        listener.graphs.append(graph)
+
+
+def report() -> Report:
+    """What was compiled in this process since its start or the last ``torch._dynamo.reset()``."""
+    return _listeners[0]
+
+
+def forget() -> None:
+    """Begin the process's report anew."""
+    _listeners[0] = Report()
+
+
+@contextmanager
+def inspect() -> Iterator[Report]:
+    """Collect the graphs compiled inside the block: ``with inspect() as report: step(batch)``."""
+    collected = Report()
+    _listeners.append(collected)
+    try:
+        yield collected
+    finally:
+        # By identity: two empty reports are equal.
+        _listeners[:] = [listener for listener in _listeners if listener is not collected]
