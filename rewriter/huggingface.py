@@ -72,8 +72,8 @@ def prepare(model: nn.Module) -> Preparation:
         switches = tuple(_disarm_switches(model))
     elif any(map(_gradient_hooks, model.modules())):
         changes.append(
-            "the embedding's requires_grad hook stays and breaks the graph: reentrant checkpointing needs it. "
-            "Enable checkpointing with gradient_checkpointing_kwargs={'use_reentrant': False}"
+            "the requires_grad hook stays and breaks the graph: reentrant checkpointing needs it; "
+            "enable checkpointing with gradient_checkpointing_kwargs={'use_reentrant': False}"
         )
     if hooks:
         changes.append(
