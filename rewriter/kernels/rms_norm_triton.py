@@ -187,7 +187,7 @@ def rms_norm_backward_kernel(
             dweight += gradient * normal
         if dx_ptr is not None:
             if weight_ptr is not None:
-                # Read again for each row, from L1: held over the loop it costs a third of the resident programs.
+                # Read again each time, from L1: held over the loop, fewer programs would fit.
                 weight = tl.load(weight_ptr + column, mask=column < HIDDEN, other=0.0).to(tl.float32) + offset
                 gradient = gradient * weight[None, :]
             along = tl.sum(gradient * normal, 1)[:, None] / HIDDEN
