@@ -209,7 +209,7 @@ def build(
             config, dtype=dtype, attn_implementation=family.attention
         )
         if dtype == torch.float32 and model._can_set_experts_implementation():
-            # The default, grouped_mm, falls back to loops over data-dependent sizes, which AOTAutograd refuses.
+            # The default, grouped_mm, falls back to loops of data-dependent sizes, which AOTAutograd refuses.
             model.set_experts_implementation("batched_mm")
         _randomise(model)
         if nf4:
@@ -287,7 +287,11 @@ def _adapt(model: nn.Module, targets: str, dropout: float, dtype: torch.dtype, r
     adapted = get_peft_model(model, config)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
+            if "lora_A" in name:
                 parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
+            if "lora_B" in name:
+                # An update larger than the base sharpens attention until 16 bit gives 10% errors.
+                parameter.normal_(0.0, 0.1)
+            if "lora_" in name:
                 parameter.data = parameter.data.to(dtype)
     return adapted

@@ -46,8 +46,12 @@ class Parity:
     eager: Step
     truth: Step
 
-    def check(self, *, median: float = 1.0, worst: float = 2.0, each: float = 2.0) -> None:
-        """Raise ``AssertionError``, naming the tensor, where the compiled run is further from fp64."""
+    def check(self, *, median: float = 1.1, worst: float = 2.0, each: float = 2.0) -> None:
+        """Raise ``AssertionError``, naming the tensor, where the compiled run is further from fp64.
+
+        The median's limit is not 1.0, as it is for single kernels: another order of the same sums, which
+        plain Inductor chooses too, moves the median of a whole tiny model by 6% in either direction.
+        """
         names = self.eager.gradients.keys()
         assert self.compiled.gradients.keys() == names, (
             f"gradients that only one of compiled and eager has: {self.compiled.gradients.keys() ^ names}"
@@ -69,7 +73,9 @@ class Parity:
         assert self.compiled.loss.dtype == self.eager.loss.dtype, "loss: another dtype than eager's"
         # Eager's loss can be right by luck: errors of many tokens cancel in the mean.
         limit = max(worst * abs(eager - truth), 0.5 * self._unit() * abs(truth))
-        assert abs(ours - truth) <= limit, f"loss: {ours} is further from {truth} than {limit:.3e}; eager: {eager}"
+        assert abs(ours - truth) <= limit, (
+            f"loss: {ours} is further from {truth} than {limit:.3e}; eager: {eager}"
+        )
 
     def _check_gradient(self, name: str, each: float) -> None:
         ours, eager = self.compiled.gradients[name], self.eager.gradients[name]
@@ -85,7 +91,9 @@ class Parity:
         size = max(truth.norm().item(), self._floor() * math.sqrt(truth.numel()))
         if size == 0.0:
             size = 1.0
-        return tuple((s.gradients[name].double() - truth).norm().item() / size for s in (self.compiled, self.eager))
+        return tuple(
+            (s.gradients[name].double() - truth).norm().item() / size for s in (self.compiled, self.eager)
+        )
 
     def _typical(self) -> float:
         """Eager's median relative error over the tensors: what a small tensor may have, whatever its luck."""
@@ -203,7 +211,7 @@ def _dequantise(model: nn.Module) -> None:
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if hasattr(getattr(child, "weight", None), "quant_state")
+        if hasattr(child._parameters.get("weight"), "quant_state")
     ]
     for parent, name, child in quantised:
         import bitsandbytes.functional as bnb
