@@ -1,14 +1,14 @@
 """LayerNorm, alone or with the residual add before it, in one pass over memory.
 
-``y = (weight + offset) · (x - mean(x)) / sqrt(var(x) + eps) + bias`` over the last dimension, after Ba, Kiros and
-Hinton, "Layer Normalization" (2016): ``torch.nn.functional.layer_norm``, its form with ``weight + 1``
+``y = (weight + offset) · (x - mean(x)) / sqrt(var(x) + eps) + bias`` over the last dimension, after Ba, Kiros
+and Hinton, "Layer Normalization" (2016): ``torch.nn.functional.layer_norm``, its form with ``weight + 1``
 (``offset``), and LayerNorms written by hand that cast to fp32, normalise, multiply and cast back.
 
 Bytes moved per element of a bf16 ``x``: forward 4, with the add 8; backward 6, with the add's gradient 8.
-Besides, 8 bytes a row (mean and reciprocal deviation, fp32) and the parameters, which stay in L2. The variance is
-taken of the centred row, in registers. Saved for the backward: ``x`` (or the sum) and the two statistics. The
-parameters' gradients are computed only where they are asked for: fp32 sums of each program, then their sum in a
-fixed order, so that they are deterministic.
+Besides, 8 bytes a row (mean and reciprocal deviation, fp32) and the parameters, which stay in L2. The
+variance is taken of the centred row, in registers. Saved for the backward: ``x`` (or the sum) and the two
+statistics. The parameters' gradients are computed only where they are asked for: fp32 sums of each program,
+then their sum in a fixed order, so that they are deterministic.
 
 Refused: last dimensions beyond 65536 (``hidden_fits``), dtypes other than bf16, fp16 and fp32.
 """
@@ -157,8 +157,8 @@ _add_forward = define(
 )
 _backward = define(
     # bias_dtype is None where the bias's gradient is not asked for; its values play no part in it.
-    "layer_norm_backward(Tensor dy, Tensor? dh, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, float offset,"
-    " ScalarType? bias_dtype, bool grad_x, bool grad_weight) -> (Tensor, Tensor, Tensor)",
+    "layer_norm_backward(Tensor dy, Tensor? dh, Tensor x, Tensor? weight, Tensor mean, Tensor rstd,"
+    " float offset, ScalarType? bias_dtype, bool grad_x, bool grad_weight) -> (Tensor, Tensor, Tensor)",
     kernel=_backward_kernel,
     fake=_backward_fake,
 )

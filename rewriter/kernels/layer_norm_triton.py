@@ -61,8 +61,8 @@ def launch_forward(x, residual, weight, bias, y, h, mean, rstd, eps, offset) -> 
     columns, tile_rows, warps = tile(hidden)
     with torch.cuda.device_of(x):
         layer_norm_forward_kernel[(triton.cdiv(rows, tile_rows),)](
-            x, *x_strides, residual, *residual_strides, weight, bias, y, h, mean, rstd, rows, inner, eps, offset,
-            hidden, columns, tile_rows, num_warps=warps,
+            x, *x_strides, residual, *residual_strides, weight, bias, y, h, mean, rstd,
+            rows, inner, eps, offset, hidden, columns, tile_rows, num_warps=warps,
         )  # fmt: skip
 
 
@@ -119,7 +119,7 @@ def layer_norm_backward_kernel(
 
 
 def launch_backward(dy, dh, x, weight, mean, rstd, offset, dx, dweight, dbias) -> None:
-    """Fill ``dx``, unless it is on meta and only gives the order of rows; ``dweight``, ``dbias`` unless None."""
+    """Fill ``dx``, unless it is on meta and only gives the order of rows, ``dweight`` and ``dbias``."""
     wanted = [gradient for gradient in (dweight, dbias) if gradient is not None]
     if x.numel() == 0:
         for gradient in wanted:

@@ -112,6 +112,8 @@ def dense_rows(x: Tensor, dtype: torch.dtype, device: torch.device | str | None 
 
 def row_statistic(y: Tensor) -> Tensor:
     """An empty fp32 value a row of the dense ``y``, shape (...), in ``y``'s memory order."""
+    if y.shape[-1] == 0:
+        return y.new_empty(y.shape[:-1], dtype=torch.float32)
     return torch.empty_like(y.select(-1, 0), dtype=torch.float32)
 
 
