@@ -1,24 +1,25 @@
 """``cross_entropy(softcap(scale * linear(x)).float(), target)`` without the ``(tokens, vocab)`` logits.
 
-The model's head and its loss are computed in chunks of rows. A chunk's logits go to one buffer, rounded as the
-model's own linear rounds them; one kernel turns them into the rows' losses and, in place, into their gradient
-(fp32 arithmetic); two matrix products then give the gradients of ``x`` and of the weight, so that the backward
-has only to scale them. At 8192 tokens, hidden 4096, vocabulary 128256 in bf16 the model's own code holds 2.1 GB
-of logits, as much of their gradient and twice that in fp32 copies, and passes over them some twelve times; here
-the buffer is 256 MiB, passed over five times (written, read, read, written, and read by the product).
+The model's head and its loss are computed in chunks of rows. A chunk's logits go to one buffer, rounded as
+the model's own linear rounds them; one kernel turns them into the rows' losses and, in place, into their
+gradient (fp32 arithmetic); two matrix products then give the gradients of ``x`` and of the weight, so that
+the backward has only to scale them. At 8192 tokens, hidden 4096, vocabulary 128256 in bf16 the model's own
+code holds 2.1 GB of logits, as much of their gradient and twice that in fp32 copies, and passes over them
+some twelve times; here the buffer is 256 MiB, passed over five times (written, read, read, written, and
+read by the product).
 
 Where gradients are rounded. The loss's factor, 1/n of a mean or the divisor, is known in the forward. Its
-mantissa goes into the fp32 gradient of the logits before that is rounded, its power of two is left to the end
-(``unit``), where multiplying by it is exact: so fp16 gradients do not underflow, and a backward from the loss
-itself rounds as eager does. An upstream gradient that is no power of two adds one rounding, in the dtype of
-``x``; keeping the gradient in fp32 instead would double the largest tensor that this op keeps.
+mantissa goes into the fp32 gradient of the logits before that is rounded, its power of two is left to the
+end (``unit``), where multiplying by it is exact: so fp16 gradients do not underflow, and a backward from
+the loss itself rounds as eager does. An upstream gradient that is no power of two adds one rounding, in the
+dtype of ``x``; keeping the gradient in fp32 instead would double the largest tensor that this op keeps.
 
 Rows without a label cost no product. Their number is on the device, so the host has to wait for it once: a
 bubble of some 50 µs, taken only when the head's products are far longer (`_SYNC_FROM`), and never while a
 CUDA graph is captured; otherwise they are computed with the others and their gradient written as zeros.
 
-Refused: class weights, targets that are probabilities, and reduction "none", for which the gradient's upstream
-is not one number. fp64 runs the reference.
+Refused: class weights, targets that are probabilities, and reduction "none", for which the gradient's
+upstream is not one number. fp64 runs the reference.
 
 The idea of a gradient made in the forward, chunk by chunk, is Liger Kernel's (arXiv:2410.10989); the online
 softmax is Milakov and Gimelshein's (arXiv:1805.02867).
@@ -32,7 +33,7 @@ import torch.nn.functional as F
 from .registration import define, differentiate
 
 _CUDA_BUFFER = 2**28  # bytes of logits: a bf16 chunk of 1024 rows at 128K tokens fills the multiprocessors
-_CPU_BUFFER = 2**25  # bytes of logits: about the last-level cache
+_CPU_BUFFER = 2**27  # bytes of logits: with fewer rows the products read the weight too often
 _SYNC_FROM = 2**25  # logits: from here on the products outlast the host's wait for the number of labels
 
 
@@ -100,7 +101,7 @@ def linear_cross_entropy(
         scale, softcap: the logits are ``softcap * tanh(scale * linear / softcap)``; no cap where it is 0.
         reduction: "mean" over the rows that have a label (NaN where there is none), or "sum".
         divisor: a number of items, one element, by which the loss is divided; gets no gradient.
-        compute_dtype: dtype of the linear's output in the model, ``x``'s by default: under autocast, its dtype.
+        compute_dtype: dtype of the model's linear's output (autocast's, if it is on); ``x``'s by default.
         loss_dtype: dtype of the logits that the model hands to its loss; None if it does not cast them.
 
     Raises:
@@ -156,15 +157,19 @@ def _check(x, weight, bias, target, label_smoothing: float, reduction: str) -> N
         )
     if target.is_floating_point():
         raise ValueError(
-            f"linear_cross_entropy: target is {target.dtype}; class indices are needed, probabilities stay unfused."
+            f"linear_cross_entropy: target is {target.dtype}; probabilities, not labels, are left unfused."
         )
     if reduction not in ("mean", "sum"):
-        raise ValueError(f"linear_cross_entropy: reduction {reduction!r} is neither 'mean' nor 'sum'; left unfused.")
+        raise ValueError(
+            f"linear_cross_entropy: reduction {reduction!r} is neither 'mean' nor 'sum'; left unfused."
+        )
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"linear_cross_entropy: label_smoothing {label_smoothing} is outside [0, 1].")
 
 
-def _chunk_loss(logits, target, gradient_scale, losses, *, scale, softcap, ignore_index, label_smoothing, gradient):
+def _chunk_loss(
+    logits, target, gradient_scale, losses, *, scale, softcap, ignore_index, label_smoothing, gradient
+) -> torch.Tensor:
     """What the Triton kernel's `chunk_loss` does, in PyTorch, for rows that all have a label."""
     z = logits.float()  # fp32 logits are worked on in place
     ratio = None
@@ -205,8 +210,8 @@ def _labelled_rows(target: torch.Tensor, vocab: int, ignore_index: int) -> torch
 def _chunks(rows: int, vocab: int, dtype: torch.dtype, *, cuda: bool, weight_bytes: int) -> Iterator[slice]:
     """Slices of about equal length whose logits fit the buffer.
 
-    ``weight_bytes`` is 0 for a frozen weight. The gradient of a trainable one is read and written once a chunk,
-    in fp32; half its size as a buffer halves that and is small beside it.
+    ``weight_bytes`` is 0 for a frozen weight. The gradient of a trainable one is read and written once a
+    chunk, in fp32: a buffer of half the weight's size makes that seldom, and is small beside it.
     """
     buffer = max(_CUDA_BUFFER, weight_bytes // 2) if cuda else _CPU_BUFFER
     most = max(1, buffer // (vocab * dtype.itemsize))
@@ -278,7 +283,9 @@ def _forward(
 
     losses = x.new_empty(count, dtype=torch.float32)
     dx = _gradient_buffer(x, x.shape, compute_dtype, needs_x, zeros=rows is not None)
-    total_dtype = torch.float32 if len(chunks) > 1 else compute_dtype
+    # A single product rounds as eager's does; but sums over tokens, not yet divided, can pass fp16's range.
+    direct = len(chunks) == 1 and compute_dtype != torch.float16
+    total_dtype = compute_dtype if direct else torch.float32
     dw = _gradient_buffer(x, weight.shape, total_dtype, needs_weight, zeros=not chunks)
     db = _gradient_buffer(x, weight.shape[:1], torch.float32, needs_bias, zeros=True)
 
@@ -314,18 +321,17 @@ def _forward(
             db += dlogits.sum(0, dtype=torch.float32)
 
     loss = (losses.sum() / denominator).to(loss_dtype)
-    return loss, dx, _scaled(dw, unit, weight.dtype), _scaled(db, unit, x.dtype if bias is None else bias.dtype), unit
+    return loss, dx, dw.to(_kept_dtype(weight)), db, unit
 
 
-def _gradient_buffer(x: torch.Tensor, shape, dtype: torch.dtype, needed: bool, *, zeros: bool) -> torch.Tensor:
+def _gradient_buffer(x, shape, dtype: torch.dtype, needed: bool, *, zeros: bool) -> torch.Tensor:
     make = x.new_zeros if zeros else x.new_empty
     return make(shape if needed else (0,), dtype=dtype)
 
 
-def _scaled(gradient: torch.Tensor, unit: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``gradient * unit`` in ``dtype``, in one pass; in place where the dtype stays."""
-    out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
-    return torch.mul(gradient, unit, out=out)
+def _kept_dtype(weight: torch.Tensor) -> torch.dtype:
+    """Dtype of the weight's gradient before it is divided."""
+    return torch.float32 if weight.dtype == torch.float16 else weight.dtype
 
 
 def _fake(
@@ -348,41 +354,39 @@ def _fake(
     return (
         x.new_empty((), dtype=loss_dtype),
         x.new_empty(x.shape if needs_x else (0,), dtype=compute_dtype),
-        x.new_empty(weight.shape if needs_weight else (0,), dtype=weight.dtype),
-        x.new_empty(weight.shape[:1] if needs_bias else (0,), dtype=x.dtype if bias is None else bias.dtype),
+        x.new_empty(weight.shape if needs_weight else (0,), dtype=_kept_dtype(weight)),
+        x.new_empty(weight.shape[:1] if needs_bias else (0,), dtype=torch.float32),
         x.new_empty((), dtype=torch.float32),
     )
 
 
 def _setup_context(ctx, inputs, output):
-    loss, dx, dw, db, unit = output
-    ctx.mark_non_differentiable(dx, dw, db, unit)
+    _, *gradients, unit = output
+    ctx.mark_non_differentiable(*gradients, unit)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(dx, dw, db, unit)
-    ctx.x_dtype = inputs[0].dtype
+    ctx.save_for_backward(*gradients, unit)
+    ctx.dtypes = [None if t is None else t.dtype for t in inputs[:3]]
     ctx.needs = inputs[-3:]
 
 
 def _backward(ctx, grad_loss, *_):
-    nothing = (None,) * 15
+    given = len(ctx.needs_input_grad)
     if grad_loss is None:
-        return nothing
-    dx, dw, db, unit = ctx.saved_tensors
-    needs_x, needs_weight, needs_bias = ctx.needs
+        return (None,) * given
+    *gradients, unit = ctx.saved_tensors
     # In fp32, rounded once: a 0-d factor would otherwise be rounded to the gradient's dtype first.
-    upstream = grad_loss.float()
-    return (
-        (dx.float() * (upstream * unit)).to(ctx.x_dtype) if needs_x else None,
-        (dw.float() * upstream).to(dw.dtype) if needs_weight else None,
-        (db.float() * upstream).to(db.dtype) if needs_bias else None,
-        *nothing[3:],
-    )
+    factor = grad_loss.float() * unit
+    scaled = [
+        (gradient.float() * factor).to(dtype) if needed else None
+        for gradient, dtype, needed in zip(gradients, ctx.dtypes, ctx.needs, strict=True)
+    ]
+    return (*scaled, *(None,) * (given - 3))
 
 
 _op = define(
-    "linear_cross_entropy(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? divisor, float scale, "
-    "float softcap, int ignore_index, float label_smoothing, bool mean, ScalarType compute_dtype, "
-    "ScalarType loss_dtype, bool needs_x, bool needs_weight, bool needs_bias) "
+    "linear_cross_entropy(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? divisor, "
+    "float scale, float softcap, int ignore_index, float label_smoothing, bool mean, "
+    "ScalarType compute_dtype, ScalarType loss_dtype, bool needs_x, bool needs_weight, bool needs_bias) "
     "-> (Tensor loss, Tensor dx, Tensor dweight, Tensor dbias, Tensor unit)",
     kernel=_forward,
     fake=_fake,

@@ -111,7 +111,7 @@ def chunk_loss(
     label_smoothing: float,
     gradient: bool,
 ) -> torch.Tensor:
-    """Write each row's loss to ``losses``; with ``gradient``, overwrite ``logits`` with theirs and return them.
+    """Write each row's loss to ``losses``; with ``gradient``, overwrite ``logits`` with theirs. Returns them.
 
     Args:
         logits: ``(rows, vocab)``, dense in the last dimension, fp32, bf16 or fp16; all arithmetic is fp32.

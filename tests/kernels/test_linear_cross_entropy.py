@@ -37,7 +37,8 @@ def make(tokens=37, hidden=24, vocab=203, dtype=torch.float32, bias=True, ignore
 
 def run(function, x, weight, bias, target, *, upstream=1.0, dtype=None, **options):
     """Loss and gradients of fresh leaves."""
-    leaves = [None if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for t in (x, weight, bias)]
+    leaves = [None if t is None else t.detach().to(dtype or t.dtype) for t in (x, weight, bias)]
+    leaves = [None if t is None else t.requires_grad_() for t in leaves]
     loss = function(*leaves, target, **options)
     loss.backward(torch.tensor(upstream, dtype=loss.dtype, device=loss.device))
     return [loss.detach()] + [None if t is None else t.grad for t in leaves]
@@ -54,10 +55,11 @@ def compare(inputs, *, upstream=1.0, **options):
     eager = run(linear_cross_entropy_reference, *inputs, upstream=upstream, **options)
     exact = {**options, "compute_dtype": None, "loss_dtype": torch.float64}
     truth = run(linear_cross_entropy_reference, *inputs, upstream=upstream, dtype=torch.float64, **exact)
-    sample = [losses_of_rotations(f, *inputs, **options) for f in (linear_cross_entropy, linear_cross_entropy_reference)]
+    functions = linear_cross_entropy, linear_cross_entropy_reference
+    sample = [losses_of_rotations(function, *inputs, **options) for function in functions]
     true_sample = losses_of_rotations(linear_cross_entropy_reference, *inputs, dtype=torch.float64, **exact)
     assert_as_accurate(*sample, true_sample, name="losses", median=1.25)
-    # In fp32 both do one arithmetic in another order: their medians differ by the noise of a few hundred elements.
+    # In fp32 both round alike, in another order: medians of some hundred elements differ by their noise.
     median = 1.2 if inputs[0].dtype == torch.float32 and "compute_dtype" not in options else 1.0
     for name, a, b, c in zip(("dx", "dweight", "dbias"), ours[1:], eager[1:], truth[1:], strict=True):
         if c is not None:
@@ -131,7 +133,7 @@ def test_ignored_rows_get_a_zero_gradient_and_cost_no_product(monkeypatch, small
     x, weight, bias, target = make()
     rows = []
     chunks = module._chunks
-    monkeypatch.setattr(module, "_chunks", lambda count, *a, **k: rows.append(count) or chunks(count, *a, **k))
+    monkeypatch.setattr(module, "_chunks", lambda n, *a, **k: rows.append(n) or chunks(n, *a, **k))
     _, dx, _, _ = run(linear_cross_entropy, x, weight, bias, target)
     assert rows == [int((target != -100).sum())]
     assert not dx[target == -100].any() and dx[target != -100].any(1).all()
@@ -148,9 +150,9 @@ def test_nan_in_the_weight_propagates():
 def test_only_the_gradients_needed_are_computed(frozen, small_chunks):
     leaves = [t.requires_grad_(i not in frozen) for i, t in enumerate(make()[:3])]
     target = make()[3]
-    outputs = torch.ops.rewriter.linear_cross_entropy(
-        *leaves, target, None, 1.0, 0.0, -100, 0.0, True, torch.float32, torch.float32, *[t.requires_grad for t in leaves]
-    )
+    options = (1.0, 0.0, -100, 0.0, True, torch.float32, torch.float32)
+    needs = [t.requires_grad for t in leaves]
+    outputs = torch.ops.rewriter.linear_cross_entropy(*leaves, target, None, *options, *needs)
     for leaf, gradient in zip(leaves, outputs[1:4], strict=True):
         assert gradient.shape == (leaf.shape if leaf.requires_grad else (0,))
         assert not gradient.requires_grad
@@ -220,7 +222,9 @@ def test_the_triton_kernel_of_a_chunk(dtype, gradient, options):
         assert torch.equal(logits, before)
         return
     assert made is logits and not logits[2].any()
-    assert_as_accurate(logits, eager_gradient, true_gradient, name="gradient", median=1.2 if dtype == torch.float32 else 1.0)
+    # The GPU's own exponential is good to two units of fp32, PyTorch's to one; a product's error hides both.
+    median = 2.0 if dtype == torch.float32 else 1.0
+    assert_as_accurate(logits, eager_gradient, true_gradient, name="gradient", median=median)
 
 
 @pytest.mark.parametrize("needs", [(True, False, False), (True, True, True), (False, False, False)], ids=str)
@@ -228,7 +232,8 @@ def test_opcheck(needs):
     x, weight, bias, target = make(dtype=torch.bfloat16)
     leaves = [t.requires_grad_(n) for t, n in zip((x, weight, bias), needs, strict=True)]
     options = (1.0, 0.0, -100, 0.0, True, torch.bfloat16, torch.float32)
-    torch.library.opcheck(torch.ops.rewriter.linear_cross_entropy.default, (*leaves, target, None, *options, *needs))
+    op = torch.ops.rewriter.linear_cross_entropy.default
+    torch.library.opcheck(op, (*leaves, target, None, *options, *needs))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -275,7 +280,8 @@ def test_as_a_target_in_a_torch_level_graph_inductor_compiles_it_for_any_length(
     ],
 )
 def test_bad_input_is_named(change, words):
-    given = {"x": torch.zeros(2, 8), "weight": torch.zeros(5, 8), "bias": None, "target": torch.zeros(2).long()}
+    given = {"x": torch.zeros(2, 8), "weight": torch.zeros(5, 8), "bias": None}
+    given["target"] = torch.zeros(2, dtype=torch.long)
     with pytest.raises(ValueError, match=words):
         linear_cross_entropy(**{**given, **change})
 
