@@ -1,10 +1,11 @@
-"""4-bit weights of bitsandbytes (NF4, FP4, with or without double quantisation) to 16 or 32 bits, in one launch.
+"""4-bit weights of bitsandbytes (NF4, FP4, double quantisation or not) to 16 or 32 bits, in one launch.
 
 A weight is a nibble, the position of its value in a code of 16; each run of ``blocksize`` weights of the
-flattened matrix has one fp32 scale. Double quantisation (Dettmers et al., "QLoRA", arXiv:2305.14314) stores that
-scale in 8 bits, as ``absmax_code[absmax_8bit] * absmax[block // 256] + absmax_offset``. bitsandbytes takes three
-launches and two fp32 copies of the scales; here both levels are undone where the weight is made, and the result
-is bit for bit the same: every product and the sum in fp32, rounded once each, the weight once more to ``dtype``.
+flattened matrix has one fp32 scale. Double quantisation (Dettmers et al., "QLoRA", arXiv:2305.14314) stores
+that scale in 8 bits, as ``absmax_code[absmax_8bit] * absmax[block // 256] + absmax_offset``. bitsandbytes
+takes three launches and two fp32 copies of the scales; here both levels are undone where the weight is made,
+and the result is bit for bit the same: every product and the sum in fp32, rounded once each, the weight once
+more to ``dtype``.
 
 Bytes moved per weight to bf16: 0.5 read, 2 written, and 1/64 or, without double quantisation, 1/16 for the
 scales; the aim is 85% of what a copy moves in a second. Nothing is saved and nothing has a gradient: a 4-bit
@@ -26,9 +27,10 @@ SECOND_BLOCKSIZE = 256
 
 # Quantiles of the normal distribution (QLoRA, appendix E), as the fp32 numbers that bitsandbytes has.
 _NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 _FP4_MAGNITUDES = (0.0, 0.0625 / 12, 8 / 12, 1.0, 4 / 12, 0.5, 2 / 12, 0.25)
 CODES = {"nf4": _NF4, "fp4": (*_FP4_MAGNITUDES, *(-m for m in _FP4_MAGNITUDES))}
@@ -121,8 +123,8 @@ def _check(data, shape, absmax, blocksize, quant_type, absmax_8bit, absmax_code,
         raise ValueError(f"dequantize_4bit: {scales.numel()} scales are too few for {blocks} blocks.")
     if absmax_8bit is not None and absmax.numel() * SECOND_BLOCKSIZE < blocks:
         raise ValueError(
-            f"dequantize_4bit: {absmax.numel()} second-level scales are too few for {blocks} blocks; they stand "
-            f"for {SECOND_BLOCKSIZE} blocks each."
+            f"dequantize_4bit: {absmax.numel()} second-level scales are too few for {blocks} blocks; each "
+            f"stands for {SECOND_BLOCKSIZE}."
         )
 
 

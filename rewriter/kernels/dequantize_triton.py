@@ -1,10 +1,10 @@
 """Triton kernel of ``dequantize_4bit``: packed nibbles and both levels of scales in, weights out, one launch.
 
 A thread reads one 32-bit word (8 weights) and writes 8 weights (16 bytes of a 16-bit dtype), eight times over:
-the loads and the stores of a warp are each one unbroken run, and nothing changes threads in between. The 16
-values of the code are made by the program itself and looked up in shared memory (``tl.gather``, 16 banks, no
-conflicts): a tree of selections costs 15 instructions a weight, where an H200 has 17 at full bandwidth, and a
-table in device memory would be state that somebody has to own.
+loads and stores of a warp are each one unbroken run, and nothing changes threads in between. The 16 values of
+the code are made by the program itself and looked up in shared memory (``tl.gather``, 16 banks, no conflicts):
+a tree of selections costs 15 instructions a weight, where an H200 has 17 at full bandwidth (this takes 10 in
+all), and a table in device memory would be state that somebody has to own.
 """
 
 import torch
@@ -112,7 +112,7 @@ def _dequantize_kernel(
 ):
     values = _codebook(NF4)
     span: tl.constexpr = WORDS * TILES * 8
-    # Only the program's first weight can lie past 2^31; inside it, 32 bits do. Blocks are at least 32 weights.
+    # Only a program's first weight can lie past 2^31; inside it, and for blocks of 32 or more, 32 bits do.
     first = tl.program_id(0).to(tl.int64) * span
     left = tl.minimum(n - first, span).to(tl.int32)
     block = (first // BLOCK).to(tl.int32)

@@ -2,24 +2,25 @@
 
 After Hu et al., "LoRA" (arXiv:2106.09685), and QLoRA (arXiv:2305.14314). Nothing here is a kernel: it is one
 autograd function made of PyTorch's own products and the op ``dequantize_4bit``, so that Inductor and a
-partitioner see every product. What it saves against the model's own code, for M tokens, a weight (N, K), rank r:
+partitioner see every product. What it saves against the model's own code, for M tokens, a weight (N, K) and
+rank r:
 
-- the update is added by the product that makes it, where dtypes allow (``addmm``): ``update``, ``update * scale``
-  and their gradients, M·N each, are not made;
-- projections of one input (q, k, v; gate and up) share the product with their stacked A matrices, so that ``x`` is
-  read once for them, and one gradient of ``x`` is accumulated for all;
+- the update is added by the product that makes it, where dtypes allow (``addmm``): ``update``,
+  ``update * scale`` and their gradients, M·N each, are not made;
+- projections of one input (q, k, v; gate and up) share the product with their stacked A matrices, so that
+  ``x`` is read once for them, and one gradient of ``x`` is accumulated for all;
 - a 4-bit weight is dequantised again in the backward, not kept: 2·N·K bytes;
 - a frozen weight gets no gradient, and neither does an input that needs none.
 
-Saved for the backward: ``x`` (and dropped inputs), the weights as given (packed), A, B, and ``x Aᵀ`` (M·r), each
-only where a gradient needs it.
+Saved for the backward: ``x`` (and dropped inputs), the weights as given (packed), A, B, and ``x Aᵀ`` (M·r),
+each only where a gradient needs it.
 
 Precision is the graph's: each product in the dtype that the model's code has for it, sums in fp32 inside a
 product, and never a rounding more than the model's code makes. A parameter in another dtype is cast, and its
 gradient comes back in its own.
 
-It pays only where adapters are narrow (``adapter_is_narrow``). Not differentiated: 4-bit weights, the scale; nor
-is there a second derivative.
+It pays only where adapters are narrow (``adapter_is_narrow``). Not differentiated: 4-bit weights, the scale;
+nor is there a second derivative.
 """
 
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ _FORWARD, _BACKWARD = 0, 1
 
 
 def adapter_is_narrow(r: int, n: int, k: int) -> bool:
-    """Whether rank ``r`` is small beside the weight (n, k): otherwise the model's own products are as good."""
+    """Whether rank ``r`` is small beside the weight (n, k); if not, the model's own products are as good."""
     return r * 4 <= min(n, k)
 
 
@@ -106,8 +107,8 @@ def lora_linears(
 ) -> tuple[Tensor, ...]:
     """Several projections of one ``x``, each as in ``lora_linear``; any of them may have no adapter.
 
-    The adapters that read ``x`` itself and compute in one dtype share one product with their stacked A matrices.
-    One with its own dropout reads its entry of ``dropped`` in a product of its own.
+    The adapters that read ``x`` itself and compute in one dtype share one product with their stacked A
+    matrices. One with its own dropout reads its entry of ``dropped`` in a product of its own.
 
     Returns:
         a tuple of (..., N_i), one a weight.
@@ -140,7 +141,7 @@ def _autocast_dtype(device: str) -> torch.dtype | None:
 def _check(x, shape, bias, a, b, own) -> None:
     n, k = shape
     if x.dim() == 0 or x.shape[-1] != k:
-        raise ValueError(f"lora_linear: input {tuple(x.shape)} does not end in {k}, as weight ({n}, {k}) asks.")
+        raise ValueError(f"lora_linear: input {tuple(x.shape)} does not end in {k}, the weight's ({n}, {k}).")
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"lora_linear: bias {tuple(bias.shape)}; weight ({n}, {k}) asks for ({n},).")
     if (a is None) != (b is None):
@@ -235,7 +236,7 @@ def _accumulate(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.
 
 
 class _LoraLinears(torch.autograd.Function):
-    """``lora_linears`` with its backward; operands are flattened, as autograd tracks no tensors in containers."""
+    """``lora_linears`` and its backward. Operands come flat: autograd tracks no tensors in containers."""
 
     @staticmethod
     def forward(ctx, specs, x, *tensors):
@@ -279,7 +280,8 @@ class _LoraLinears(torch.autograd.Function):
             if needs_x:
                 dx = _accumulate(dx, dy.to(spec.compute), spec.weight(p, _BACKWARD), ctx.dtypes[0])
             if need.b:
-                result["b"] = (dy.to(spec.adapter).t() @ down[i]).to(ctx.dtypes[1][i].b) * spec.scale
+                wide = torch.promote_types(spec.adapter, ctx.dtypes[1][i].b)
+                result["b"] = (dy.to(spec.adapter).t() @ down[i]).to(wide) * spec.scale
             if p.b is None:
                 continue
             ddown[i] = (dy.to(spec.adapter) @ p.b.to(spec.adapter)) * spec.scale
