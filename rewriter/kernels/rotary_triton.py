@@ -1,0 +1,235 @@
+"""Triton kernel of the rotary embedding: one launch rotates the heads of q and of k.
+
+A program owns a tile of tokens × heads. The cosines of its tokens are loaded once and serve all its heads.
+The tile runs along the heads where a token's heads are neighbours in memory, else along the tokens.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from rewriter.kernels.rotary import LARGEST_HEAD
+
+# Pairs per program. With one 16-byte load a thread of each half, four warps hold a tile in few enough
+# registers that more than 20 KB of loads are in flight per multiprocessor; 12 KB would cover the latency.
+TILE = 1024
+PAIRS_PER_WARP = 256
+HEADS_FAR_APART = 4
+
+HALVES, INTERLEAVED, HALF_SIZE = 0, 1, 2
+COSINES_IN_HALVES = tl.constexpr(HALVES)
+COSINES_INTERLEAVED = tl.constexpr(INTERLEAVED)
+
+
+@triton.jit
+def _load_pairs(
+    x, rows, inside, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Both members of each pair, each ``(TOKENS, HEADS, BLOCK)`` in fp32."""
+    if INTERLEAVED:
+        column = tl.arange(0, 2 * BLOCK)[None, None, :]
+        both = tl.load(x + rows + column, mask=inside & (column < 2 * HALF), other=0.0).to(tl.float32)
+        first, second = tl.split(tl.reshape(both, (TOKENS, HEADS, BLOCK, 2)))
+    else:
+        column = tl.arange(0, BLOCK)[None, None, :]
+        mask = inside & (column < HALF)
+        first = tl.load(x + rows + column, mask=mask, other=0.0).to(tl.float32)
+        second = tl.load(x + rows + HALF + column, mask=mask, other=0.0).to(tl.float32)
+    return first, second
+
+
+@triton.jit
+def _store_pairs(
+    out, rows, inside, first, second, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    if INTERLEAVED:
+        column = tl.arange(0, 2 * BLOCK)[None, None, :]
+        both = tl.reshape(tl.join(first, second), (TOKENS, HEADS, 2 * BLOCK))
+        tl.store(out + rows + column, both.to(out.dtype.element_ty), mask=inside & (column < 2 * HALF))
+    else:
+        column = tl.arange(0, BLOCK)[None, None, :]
+        mask = inside & (column < HALF)
+        tl.store(out + rows + column, first.to(out.dtype.element_ty), mask=mask)
+        tl.store(out + rows + HALF + column, second.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _load_angles(
+    table, rows, inside, HALF: tl.constexpr, COSINES: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The factors of the first and of the second member of each pair, each ``(TOKENS, 1, BLOCK)``."""
+    if COSINES == COSINES_INTERLEAVED:
+        first, second = _load_pairs(table, rows, inside, HALF, True, TOKENS, 1, BLOCK)
+    elif COSINES == COSINES_IN_HALVES:
+        first, second = _load_pairs(table, rows, inside, HALF, False, TOKENS, 1, BLOCK)
+    else:
+        column = tl.arange(0, BLOCK)[None, None, :]
+        first = tl.load(table + rows + column, mask=inside & (column < HALF), other=0.0).to(tl.float32)
+        second = first
+    return first, second
+
+
+@triton.jit
+def _rotate_heads(
+    x, out, outer, token, head, heads, token_inside,
+    x_outer, x_token, x_head, out_outer, out_token, out_head,
+    cos1, cos2, sin1, sin2,
+    HALF: tl.constexpr, REST: tl.constexpr, IN_INTERLEAVED: tl.constexpr, OUT_INTERLEAVED: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
+):  # fmt: skip
+    inside = token_inside & (head < heads)
+    x_rows = outer * x_outer + token * x_token + head * x_head
+    out_rows = outer * out_outer + token * out_token + head * out_head
+    a, b = _load_pairs(x, x_rows, inside, HALF, IN_INTERLEAVED, TOKENS, HEADS, BLOCK)
+    if BACKWARD:
+        first = a * cos1 + b * sin2
+        second = b * cos2 - a * sin1
+    else:
+        first = a * cos1 - b * sin1
+        second = b * cos2 + a * sin2
+    _store_pairs(out, out_rows, inside, first, second, HALF, OUT_INTERLEAVED, TOKENS, HEADS, BLOCK)
+    if REST > 0:
+        column = tl.arange(0, REST_BLOCK)[None, None, :]
+        mask = inside & (column < REST)
+        rest = tl.load(x + x_rows + 2 * HALF + column, mask=mask)
+        tl.store(out + out_rows + 2 * HALF + column, rest.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["tokens", "token_blocks", "q_heads", "k_heads", "q_blocks", "k_blocks"])
+def _rotate_kernel(
+    q, k, q_out, k_out, cos, sin,
+    q_outer, q_token, q_head, q_out_outer, q_out_token, q_out_head,
+    k_outer, k_token, k_head, k_out_outer, k_out_token, k_out_head,
+    cos_outer, cos_token,
+    tokens, token_blocks, q_heads, k_heads, q_blocks, k_blocks,
+    HALF: tl.constexpr, REST: tl.constexpr, IN_INTERLEAVED: tl.constexpr, OUT_INTERLEAVED: tl.constexpr,
+    COSINES: tl.constexpr, BACKWARD: tl.constexpr,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    # The head blocks of one token run side by side, so that its cosines are still in the cache.
+    head_block = program % (q_blocks + k_blocks)
+    token_program = program // (q_blocks + k_blocks)
+    outer = (token_program // token_blocks).to(tl.int64)
+    first_token = (token_program % token_blocks).to(tl.int64) * TOKENS
+    token = first_token + tl.arange(0, TOKENS)[:, None, None]
+    token_inside = token < tokens
+
+    cos_rows = outer * cos_outer + token * cos_token
+    cos1, cos2 = _load_angles(cos, cos_rows, token_inside, HALF, COSINES, TOKENS, BLOCK)
+    sin1, sin2 = _load_angles(sin, cos_rows, token_inside, HALF, COSINES, TOKENS, BLOCK)
+
+    lane = tl.arange(0, HEADS)[None, :, None]
+    if head_block < q_blocks:
+        head = head_block.to(tl.int64) * HEADS + lane
+        _rotate_heads(
+            q, q_out, outer, token, head, q_heads, token_inside,
+            q_outer, q_token, q_head, q_out_outer, q_out_token, q_out_head, cos1, cos2, sin1, sin2,
+            HALF, REST, IN_INTERLEAVED, OUT_INTERLEAVED, BACKWARD, TOKENS, HEADS, BLOCK, REST_BLOCK,
+        )  # fmt: skip
+    else:
+        head = (head_block - q_blocks).to(tl.int64) * HEADS + lane
+        _rotate_heads(
+            k, k_out, outer, token, head, k_heads, token_inside,
+            k_outer, k_token, k_head, k_out_outer, k_out_token, k_out_head, cos1, cos2, sin1, sin2,
+            HALF, REST, IN_INTERLEAVED, OUT_INTERLEAVED, BACKWARD, TOKENS, HEADS, BLOCK, REST_BLOCK,
+        )  # fmt: skip
+
+
+def _four_dimensional(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dim() == 4 else x[(None,) * (4 - x.dim())]
+
+
+def _dense_last(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _head_dimension(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor) -> int:
+    """The dimension that shares its cosines: where q and k differ, else one in which cos has size 1."""
+    shared = [d for d in (1, 2, 0) if cos.size(d) == 1]
+    differing = [d for d in range(3) if q.size(d) != k.size(d)]
+    if len(differing) > 1 or not shared or (differing and differing[0] not in shared):
+        raise ValueError(
+            f"rotary: q {tuple(q.shape)} and k {tuple(k.shape)} may differ only in their heads, "
+            f"the dimension along which cos {tuple(cos.shape)} has size 1; use rotary_reference."
+        )
+    return differing[0] if differing else shared[0]
+
+
+def rotate(
+    q: torch.Tensor,
+    q_out: torch.Tensor,
+    k: torch.Tensor | None,
+    k_out: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    rotary_dim: int,
+    in_interleaved: bool,
+    out_interleaved: bool,
+    cosines: int,
+    backward: bool,
+) -> None:
+    """Rotate ``q`` into ``q_out`` and ``k``, if there is one, into ``k_out``, in one launch.
+
+    Args:
+        q, k: (batch, heads, tokens, head) or (batch, tokens, heads, head), any strides; dimensions may be
+            missing at the left.
+        q_out, k_out: the same shapes, dense in the last dimension.
+        cos, sin: broadcastable to ``q`` but for the last dimension, of size 1 along the heads.
+        cosines: ``HALVES``, ``INTERLEAVED`` or ``HALF_SIZE``, where the factors of a pair stand in ``cos``.
+        backward: rotate back, by the transpose of the forward's matrix.
+    """
+    head_dim = q.size(-1)
+    if head_dim > LARGEST_HEAD:
+        raise ValueError(
+            f"rotary: head size {head_dim} exceeds {LARGEST_HEAD}, the most one program can hold; "
+            "use rotary_reference."
+        )
+    q, q_out = _dense_last(_four_dimensional(q)), _four_dimensional(q_out)
+    if k is None:
+        k, k_out, k_heads = q, q_out, 0
+    else:
+        k, k_out, k_heads = _dense_last(_four_dimensional(k)), _four_dimensional(k_out), None
+    cos, sin = _dense_last(_four_dimensional(cos)), _dense_last(_four_dimensional(sin))
+    if cos.stride() != sin.stride():
+        cos, sin = cos.contiguous(), sin.contiguous()
+
+    heads_at = _head_dimension(q, k, cos)
+    outer_at, token_at = [d for d in range(3) if d != heads_at]
+    for d in (outer_at, token_at):
+        if cos.size(d) not in (1, q.size(d)):
+            raise ValueError(f"rotary: cos {tuple(cos.shape)} does not broadcast to q {tuple(q.shape)}.")
+    outer, tokens, q_heads = q.size(outer_at), q.size(token_at), q.size(heads_at)
+    if k_heads is None:
+        k_heads = k.size(heads_at)
+
+    half, rest = rotary_dim // 2, head_dim - rotary_dim
+    block = triton.next_power_of_2(max(half, 1))
+    heads_block = min(triton.next_power_of_2(max(q_heads, k_heads, 1)), max(TILE // block, 1))
+    if q_out.stride(heads_at) > q_out.stride(token_at):
+        heads_block = min(heads_block, HEADS_FAR_APART)
+    tokens_block = min(max(TILE // (block * heads_block), 1), triton.next_power_of_2(max(tokens, 1)))
+    token_blocks = triton.cdiv(tokens, tokens_block)
+    q_blocks, k_blocks = triton.cdiv(q_heads, heads_block), triton.cdiv(k_heads, heads_block)
+    programs = outer * token_blocks * (q_blocks + k_blocks)
+    if programs == 0 or head_dim == 0:
+        return
+
+    def strides(x: torch.Tensor) -> tuple[int, int, int]:
+        return x.stride(outer_at), x.stride(token_at), x.stride(heads_at)
+
+    _rotate_kernel[(programs,)](
+        q, k, q_out, k_out, cos, sin,
+        *strides(q), *strides(q_out), *strides(k), *strides(k_out),
+        0 if cos.size(outer_at) == 1 else cos.stride(outer_at),
+        0 if cos.size(token_at) == 1 else cos.stride(token_at),
+        tokens, token_blocks, q_heads, k_heads, q_blocks, k_blocks,
+        HALF=half, REST=rest, IN_INTERLEAVED=in_interleaved, OUT_INTERLEAVED=out_interleaved,
+        COSINES=cosines, BACKWARD=backward,
+        TOKENS=tokens_block, HEADS=heads_block, BLOCK=block, REST_BLOCK=triton.next_power_of_2(max(rest, 1)),
+        num_warps=max(1, min(8, tokens_block * heads_block * block // PAIRS_PER_WARP)),
+    )  # fmt: skip
