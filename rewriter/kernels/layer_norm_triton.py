@@ -133,7 +133,7 @@ def launch_backward(dy, dh, x, weight, mean, rstd, offset, dx, dweight, dbias) -
     columns, tile_rows, warps = tile(hidden)
     programs = triton.cdiv(rows, tile_rows)
     if wanted:
-        programs = min(programs, resident_programs(x.device, warps))
+        programs = min(programs, resident_programs(x.device, warps, len(wanted)))
     shape = (len(wanted), programs, hidden)
     partials = list(torch.empty(shape, dtype=torch.float32, device=x.device)) if wanted else []
     weight_partial = partials[0] if dweight is not None else None

@@ -82,9 +82,12 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def resident_programs(device: torch.device, warps: int) -> int:
-    """How many programs of ``warps`` warps run together when a thread takes up to 80 registers."""
-    return multiprocessors(device) * max(1, 24 // warps)
+def resident_programs(device: torch.device, warps: int, sums: int) -> int:
+    """How many programs of ``warps`` warps run together, each with ``sums`` sums a column in registers.
+
+    Compiled for sm_90, a thread takes up to 80 registers with one sum and 128 with two, of 65536 together.
+    """
+    return multiprocessors(device) * max(1, (24 if sums == 1 else 16) // warps)
 
 
 @triton.jit
@@ -217,7 +220,7 @@ def launch_backward(dy, dh, x, weight, rstd, offset, dx, dweight) -> None:
     programs = triton.cdiv(rows, tile_rows)
     partial = None
     if dweight is not None:
-        programs = min(programs, resident_programs(x.device, warps))
+        programs = min(programs, resident_programs(x.device, warps, 1))
         partial = torch.empty((programs, hidden), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         rms_norm_backward_kernel[(programs,)](

@@ -52,8 +52,8 @@ def compare(ours, eager, exact, tensors, *gradients):
     doubles = [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
     found, plain = results(ours, tensors, gradients), results(eager, tensors, gradients)
     for i, values in enumerate(zip(found, plain, results(exact, doubles, gradients), strict=True)):
-        # In fp32 both compute alike, in another order: over 40 seeds the errors' mean ratio is 1.0, with
-        # single draws up to 2 (median) and 3.6 (worst).
+        # In fp32 both compute alike, in another order: over 40 seeds the errors' mean ratio is at most 1.13,
+        # and one draw of a few rows can have 2.2 (median) and 3.6 (worst).
         noise = 2.0 if values[0].dtype == torch.float32 else 1.0
         assert_as_accurate(*values, name=f"result {i}", median=noise, worst=2.0 * noise)
 
@@ -85,13 +85,13 @@ def compare_add(x, residual, weight, variant=LLAMA, gradients=None):
 @pytest.mark.parametrize("dtype", dtypes)
 @pytest.mark.parametrize("variant", [LLAMA, GEMMA, OLMO, OFFSET_AFTER_ROUNDING])
 def test_every_variant_is_as_accurate_as_eager(variant, dtype):
-    compare_norm(leaf(3, 5, 72, dtype=dtype), leaf(72, dtype=dtype), variant)
+    compare_norm(leaf(3, 20, 72, dtype=dtype), leaf(72, dtype=dtype), variant)
 
 
 @pytest.mark.parametrize("hidden", [7, 64, 127, 128, 300, 2049, 5000])
 @pytest.mark.parametrize("dtype", dtypes)
 def test_odd_and_large_sizes(hidden, dtype):
-    compare_norm(leaf(5, hidden, dtype=dtype), leaf(hidden, dtype=dtype))
+    compare_norm(leaf(24, hidden, dtype=dtype), leaf(hidden, dtype=dtype))
 
 
 @pytest.mark.parametrize("hidden", [1, 2])
@@ -111,7 +111,7 @@ def test_rows_that_do_not_fill_a_program(rows):
 
 @pytest.mark.parametrize("variant", [LLAMA, OLMO])
 def test_no_weight(variant):
-    compare_norm(leaf(4, 40, dtype=torch.float16), None, variant)
+    compare_norm(leaf(24, 40, dtype=torch.float16), None, variant)
 
 
 @pytest.mark.parametrize("variant", [LLAMA, GEMMA, OLMO])
@@ -119,19 +119,19 @@ def test_no_weight(variant):
     "x_dtype, weight_dtype", [(torch.float16, torch.float32), (torch.float32, torch.float16)]
 )
 def test_weight_of_another_dtype(x_dtype, weight_dtype, variant):
-    compare_norm(leaf(6, 48, dtype=x_dtype), leaf(48, dtype=weight_dtype), variant)
+    compare_norm(leaf(24, 48, dtype=x_dtype), leaf(48, dtype=weight_dtype), variant)
 
 
 @pytest.mark.parametrize("variant", [LLAMA, GEMMA])
 @pytest.mark.parametrize("out_dtype", [torch.float16, torch.float32])
 def test_a_cast_after_the_norm_folds_into_it(out_dtype, variant):
-    compare_norm(leaf(6, 48, dtype=torch.float16), leaf(48, dtype=torch.float32), variant, out_dtype)
+    compare_norm(leaf(24, 48, dtype=torch.float16), leaf(48, dtype=torch.float32), variant, out_dtype)
 
 
 @pytest.mark.parametrize("variant", [LLAMA, GEMMA, OLMO])
 def test_bf16_on_any_device_within_two_units(variant):
-    x, weight = leaf(6, 48, dtype=torch.bfloat16), leaf(48, dtype=torch.bfloat16)
-    gradient = torch.randn(6, 48, device=device)
+    x, weight = leaf(24, 48, dtype=torch.bfloat16), leaf(48, dtype=torch.bfloat16)
+    gradient = torch.randn(24, 48, device=device)
     ours = results(lambda x, w: fused(x, w, *variant), (x, weight), [gradient])
     eager = results(lambda x, w: rms_norm_reference(x, w, EPS, *variant), (x, weight), [gradient])
     for a, b in zip(ours, eager, strict=True):
@@ -190,33 +190,33 @@ def test_strides_are_followed_without_a_copy_where_two_do():
 @pytest.mark.parametrize("layout", ["expanded", "transposed", "every other column"])
 def test_gradients_of_any_strides(layout):
     gradient = {
-        "expanded": torch.ones((), device=device).expand(2, 6, 40),
-        "transposed": torch.randn(6, 2, 40, device=device).transpose(0, 1),
-        "every other column": torch.randn(2, 6, 80, device=device)[..., ::2],
+        "expanded": torch.ones((), device=device).expand(2, 12, 40),
+        "transposed": torch.randn(12, 2, 40, device=device).transpose(0, 1),
+        "every other column": torch.randn(2, 12, 80, device=device)[..., ::2],
     }[layout]
-    compare_norm(leaf(2, 6, 40, dtype=torch.float32), leaf(40, dtype=torch.float32), gradient=gradient)
+    compare_norm(leaf(2, 12, 40, dtype=torch.float32), leaf(40, dtype=torch.float32), gradient=gradient)
 
 
 @pytest.mark.parametrize("dtype", dtypes)
 @pytest.mark.parametrize("variant", [LLAMA, GEMMA])
 def test_add_and_norm_give_both_results_and_one_gradient(variant, dtype):
-    compare_add(leaf(2, 5, 72, dtype=dtype), leaf(2, 5, 72, dtype=dtype), leaf(72, dtype=dtype), variant)
+    compare_add(leaf(2, 20, 72, dtype=dtype), leaf(2, 20, 72, dtype=dtype), leaf(72, dtype=dtype), variant)
 
 
 @pytest.mark.parametrize("used", [0, 1])
 def test_add_with_one_result_unused(used):
     gradients = [None, None]
-    gradients[used] = torch.randn(4, 40, device=device)
+    gradients[used] = torch.randn(24, 40, device=device)
     weight = leaf(40, dtype=torch.float32).requires_grad_(used == 0)
     compare_add(
-        leaf(4, 40, dtype=torch.float32), leaf(4, 40, dtype=torch.float32), weight, gradients=gradients
+        leaf(24, 40, dtype=torch.float32), leaf(24, 40, dtype=torch.float32), weight, gradients=gradients
     )
 
 
 def test_add_of_two_dtypes():
-    x, residual = leaf(4, 40, dtype=torch.float16), leaf(4, 40, dtype=torch.float32)
+    x, residual = leaf(24, 40, dtype=torch.float16), leaf(24, 40, dtype=torch.float32)
     compare_add(
-        x, residual, leaf(40, dtype=torch.float32), gradients=torch.randn(2, 4, 40, device=device).unbind()
+        x, residual, leaf(40, dtype=torch.float32), gradients=torch.randn(2, 24, 40, device=device).unbind()
     )
 
 
@@ -238,7 +238,7 @@ def test_only_the_gradients_that_are_needed(needs_x, needs_weight):
 
 
 def test_only_the_residual_needs_a_gradient():
-    x, residual = leaf(4, 40, dtype=torch.float32).detach(), leaf(4, 40, dtype=torch.float32)
+    x, residual = leaf(24, 40, dtype=torch.float32).detach(), leaf(24, 40, dtype=torch.float32)
     compare_add(x, residual, None)
 
 
@@ -251,7 +251,7 @@ def test_empty(shape):
 
 
 def test_nan_and_infinity_propagate_as_in_eager():
-    x = torch.randn(4, 40, device=device)
+    x = torch.randn(24, 40, device=device)
     x[0, 3], x[1, 5] = float("nan"), float("inf")
     y, expected = fused(x, None), rms_norm_reference(x, None, EPS)
     assert torch.equal(y.isnan(), expected.isnan())

@@ -1,0 +1,123 @@
+"""The norms where only a GPU goes: past 2^31 elements, wide rows, bandwidth beside a clone."""
+
+import pytest
+import torch
+
+from rewriter.kernels.layer_norm import add_layer_norm, layer_norm, layer_norm_reference
+from rewriter.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_reference
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+EPS = 1e-5
+
+
+def normal(*shape, dtype=torch.bfloat16):
+    return torch.randn(shape, device="cuda", dtype=dtype).requires_grad_()
+
+
+def test_past_two_to_the_31_elements():
+    rows, hidden = 2**31 // 4096 + 9, 4096
+    x = torch.zeros(rows, hidden, device="cuda", dtype=torch.bfloat16)
+    x[-8:].normal_()
+    x.requires_grad_()
+    weight = normal(hidden)
+    y, h = add_rms_norm(x, x, weight, EPS)
+    dy = torch.zeros_like(y)
+    dy[-8:] = 1
+    (dx,) = torch.autograd.grad(y, x, dy)
+    tail = x[-8:].detach().requires_grad_()
+    expected = rms_norm_reference(tail + tail, weight, EPS)
+    expected_dx = torch.autograd.grad(expected.sum(), tail)[0]
+    torch.testing.assert_close(y[-8:], expected)
+    torch.testing.assert_close(dx[-8:], expected_dx, rtol=2e-2, atol=2e-2)
+    assert torch.equal(h[-8:], x[-8:] + x[-8:])
+    assert y[:-8].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("hidden", [5120, 16384, 28672, 65536])
+def test_wide_rows(hidden):
+    x, weight, bias = normal(40, hidden), normal(hidden), normal(hidden)
+    gradient = torch.randn(40, hidden, device="cuda", dtype=torch.bfloat16)
+    cases = [
+        (rms_norm(x, weight, EPS), rms_norm_reference(x, weight, EPS), [x, weight]),
+        (layer_norm(x, weight, bias, EPS), layer_norm_reference(x, weight, bias, EPS), [x, weight, bias]),
+    ]
+    for ours, eager, tensors in cases:
+        torch.testing.assert_close(ours, eager)
+        found, plain = (torch.autograd.grad(y, tensors, gradient) for y in (ours, eager))
+        for a, b in zip(found, plain, strict=True):
+            assert (a - b).abs().max() <= 2 * torch.finfo(torch.bfloat16).eps * b.abs().max()
+
+
+def test_weight_gradients_are_the_same_bits_every_time():
+    x, weight, bias = normal(3000, 1000), normal(1000), normal(1000)
+    gradient = torch.randn(3000, 1000, device="cuda", dtype=torch.bfloat16)
+    runs = [
+        torch.autograd.grad(layer_norm(x, weight, bias, EPS), (x, weight, bias), gradient) for _ in range(3)
+    ]
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_inductor_keeps_results_and_gradients(dynamic):
+    def model(q, x, residual, weight, scale):
+        y, h = add_rms_norm(x, residual, weight, EPS)
+        z, h = add_layer_norm(y * 2, h, weight, None, EPS)
+        return (
+            z,
+            h,
+            rms_norm(q.transpose(1, 2), scale, EPS, 1.0, False).transpose(1, 2).view(*x.shape[:2], -1),
+        )
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic)
+    for length in (64, 96):
+        tensors = [
+            normal(2, length, 4, 64),
+            normal(2, length, 512),
+            normal(2, length, 512),
+            normal(512),
+            normal(64),
+        ]
+        found, plain = compiled(*tensors), model(*tensors)
+        gradients = [torch.randn_like(y) for y in plain]
+        pairs = zip(
+            [*found, *torch.autograd.grad(found, tensors, gradients)],
+            [*plain, *torch.autograd.grad(plain, tensors, gradients)],
+            strict=True,
+        )
+        for a, b in pairs:
+            assert (a - b).abs().max() <= 4 * torch.finfo(torch.bfloat16).eps * b.abs().max()
+
+
+@pytest.mark.parametrize(
+    "kind, floor", [("forward", 0.92), ("add", 0.92), ("heads", 0.85), ("backward", 0.88), ("weight", 0.80)]
+)
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_share_of_a_clones_bandwidth(norm, kind, floor, record_property):
+    from triton.testing import do_bench
+
+    x, residual, weight = (normal(*shape).detach() for shape in ((8192, 4096), (8192, 4096), (4096,)))
+    dy, dh = torch.randn_like(x), torch.randn_like(x)
+    ops = torch.ops.rewriter
+    statistic = [torch.rand(8192, device="cuda") for _ in range(1 if norm == "rms" else 2)]
+    bias = [] if norm == "rms" else [None]
+    extra = [True, None] if norm == "rms" else [None]
+    heads = x.view(4, 2048, 32, 128).transpose(1, 2)
+
+    def backward(grad_weight):
+        flags = [True, grad_weight] if norm == "rms" else [None, True, grad_weight]
+        op = getattr(ops, f"{norm}_norm_backward")
+        return lambda: op(dy, dh, x, weight, *statistic, 0.0, *flags)
+
+    forward, add = getattr(ops, f"{norm}_norm"), getattr(ops, f"add_{norm}_norm")
+    step, tensors_moved = {
+        "forward": (lambda: forward(x, weight, *bias, EPS, 0.0, *extra), 2),
+        "heads": (lambda: forward(heads, weight[:128], *bias, EPS, 0.0, *extra), 2),
+        "add": (lambda: add(x, residual, weight, *bias, EPS, 0.0, *extra), 4),
+        "backward": (backward(False), 4),
+        "weight": (backward(True), 4),
+    }[kind]
+    clone = do_bench(lambda: x.clone(), return_mode="median") / 2
+    share = clone * tensors_moved / do_bench(step, return_mode="median")
+    record_property("share_of_clone", round(share, 3))
+    assert share >= floor, f"{norm} {kind}: {share:.3f} of a clone's bandwidth, below {floor}"
