@@ -15,7 +15,7 @@ A model is known by its structure alone, so that neither transformers nor PEFT i
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -31,9 +31,9 @@ class Preparation:
     """What ``prepare`` changed, and what ``restore`` needs to undo it; prints as a list of the changes."""
 
     changes: tuple[str, ...]
-    configs: tuple[Any, ...]
-    hooks: tuple[tuple[nn.Module, tuple[tuple[int, Callable], ...]], ...]
-    switches: tuple[nn.Module, ...]
+    configs: tuple[Any, ...] = field(repr=False)
+    hooks: tuple[tuple[nn.Module, tuple[tuple[int, Callable], ...]], ...] = field(repr=False)
+    switches: tuple[nn.Module, ...] = field(repr=False)
 
     def __str__(self) -> str:
         if not self.changes:
