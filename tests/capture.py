@@ -1,7 +1,4 @@
-"""The graphs that Dynamo hands a backend for a model, and a text form of them for people.
-
-``python -m tests.capture llama --lora --nf4`` prints a family's graphs.
-"""
+"""The graphs that Dynamo hands a backend for a model, and a text form of them for people."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,7 +9,9 @@ from torch import fx, nn
 Graph = tuple[fx.GraphModule, list]
 
 
-def capture(model: nn.Module, /, *, dynamic: bool | None = None, autocast=None, **inputs) -> list[Graph]:
+def capture(
+    model: nn.Module, /, *, dynamic: bool | None = None, autocast: torch.dtype | None = None, **inputs
+) -> list[Graph]:
     """Run ``model(**inputs)`` under Dynamo; return each graph with the example inputs it came with.
 
     The graphs are run as they are, so graphs after a graph break are captured too. ``autocast``, a dtype,
