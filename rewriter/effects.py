@@ -7,9 +7,11 @@ where all of them ran under the same grad mode and autocast state.
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
 from rewriter.canonical import value_of
 
@@ -43,12 +45,17 @@ def _storage(node: Node) -> int | None:
 
 @dataclass
 class Effects:
-    """The order of a graph's nodes, their modes, and the writes into storages."""
+    """The order of a graph's nodes, their modes, and the writes into storages.
 
-    position: dict[Node, int] = field(default_factory=dict)
+    ``replaced`` maps values that rewrites took out of the graph to what stands for them: matches found before
+    still speak of the old ones.
+    """
+
+    position: dict[Node, float] = field(default_factory=dict)
     mode: dict[Node, tuple] = field(default_factory=dict)
     writes: dict[int, list[Node]] = field(default_factory=lambda: defaultdict(list))
     sharing: dict[int, list[Node]] = field(default_factory=lambda: defaultdict(list))
+    replaced: dict[Node, Node] = field(default_factory=dict)
 
     @classmethod
     def of(cls, graph: Graph) -> "Effects":
@@ -71,6 +78,21 @@ class Effects:
             if written is not None and (storage := _storage(written)) is not None:
                 effects.writes[storage].append(node)
         return effects
+
+    def put(self, node: Node, before: Node) -> None:
+        """Note a new node in front of ``before``."""
+        self.position[node] = self.position[before] - 0.5
+        self.mode[node] = self.mode[before]
+
+    def current(self, values: Any) -> Any:
+        """``values``, nested as a node's arguments are, with what stands for them now."""
+
+        def latest(node: Node) -> Node:
+            while node in self.replaced:
+                node = self.replaced[node]
+            return node
+
+        return map_arg(values, latest)
 
     def mode_border(self, nodes: set[Node]) -> str | None:
         """Why ``nodes`` may not be merged: they lie on two sides of a mode's border; None if they may."""

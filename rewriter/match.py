@@ -243,9 +243,8 @@ class _Search:
     def _aliased(
         self, wanted: Node, found: Node, seen: Call, env: dict[Node, Any], nodes: frozenset[Node]
     ) -> Iterator[_Step]:
-        del_env = {k: v for k, v in env.items() if k is not wanted}
-        for env_, nodes_ in self._call(wanted, seen.args[0], del_env, nodes | {found}):
-            yield {**env_, wanted: found}, nodes_
+        unbound = {k: v for k, v in env.items() if k is not wanted}
+        yield from self._call(wanted, seen.args[0], unbound, nodes | {found})
 
     def _arguments(
         self, wanted: Node, call: Call, found: Node, seen: Call, env: dict[Node, Any], nodes: frozenset[Node]

@@ -89,6 +89,7 @@ def put_call(
     graph: Graph, found: Match, to: Callable, args: tuple, kwargs: dict[str, Any], effects: Effects
 ) -> Node | Miss:
     """Replace ``found``'s outputs by those of ``to(*args, **kwargs)`` and erase what nothing needs any more."""
+    args, kwargs = effects.current((args, kwargs))
     place = insertion_point(found.outputs, found.nodes, args, kwargs, effects)
     if isinstance(place, str):
         return Miss(found.rewrite, place, found.nodes, found.root, None)
@@ -98,14 +99,16 @@ def put_call(
         if reason := _difference(value_of(output), new):
             return Miss(found.rewrite, f"the replacement {reason}", found.nodes, output, None)
     call = insert(graph, place, to, args, kwargs, result, found.root)
+    effects.put(call, place)
     if not isinstance(result, (tuple, list)):
-        swap(found.outputs[0], call)
+        swap(found.outputs[0], call, effects)
     else:
         for index, output in enumerate(found.outputs):
             with graph.inserting_after(call if index == 0 else call.next):
                 item = graph.call_function(operator.getitem, (call, index))
             _describe(item, results[index], output)
-            swap(output, item)
+            effects.put(item, place)
+            swap(output, item, effects)
     erase(graph, found.nodes)
     return call
 
@@ -134,12 +137,11 @@ def insertion_point(
     """The node before which a replacement may stand: after all that it reads, before all that read it."""
     inside = set(nodes)
     users = [u for o in outputs for u in o.users if u not in inside]
-    # Nodes that an earlier replacement put in have no position; they stand where what they replaced stood.
-    place = min([outputs[0], *users], key=lambda n: effects.position.get(n, 10**9))
+    place = min([outputs[0], *users], key=effects.position.__getitem__)
     read: list[Node] = []
     map_arg((args, kwargs), read.append)
     for node in read:
-        if effects.position.get(node, -1) >= effects.position[place]:
+        if effects.position[node] >= effects.position[place]:
             return f"`{place.name}` needs a result before `{node.name}` is known"
     return place
 
@@ -184,8 +186,10 @@ def _describe(node: Node, value: Any, like: Node) -> None:
             node.meta[key] = like.meta[key]
 
 
-def swap(old: Node, new: Node) -> None:
+def swap(old: Node, new: Node, effects: Effects) -> None:
+    """Let all that read ``old`` read ``new``, and matches found before know it."""
     old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+    effects.replaced[old] = new
 
 
 def erase(graph: Graph, nodes: Iterable[Node]) -> None:
