@@ -108,13 +108,18 @@ def _as_rows(
     return width, [_rows(x, width) for x in inputs], [x.view(-1, width) for x in outputs]
 
 
+def _blocks(width: int) -> tuple[int, int]:
+    """The size of a block, a power of 2, and how many cover a row."""
+    block = min(BLOCK, 1 << (width - 1).bit_length())
+    return block, -(-width // block)
+
+
 def launch_forward(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor, activation: str) -> None:
     """``out = activation(gate) * up``; all (..., width), ``out`` contiguous."""
     if out.numel() == 0:
         return
     width, (gate, up), (out,) = _as_rows([gate, up], [out])
-    block = min(BLOCK, triton.next_power_of_2(width))
-    blocks = triton.cdiv(width, block)
+    block, blocks = _blocks(width)
     _forward_kernel[(gate.size(0) * blocks,)](
         gate, up, out, gate.stride(0), up.stride(0), width, blocks,
         ACTIVATION=activation, BLOCK=block, num_warps=FORWARD_WARPS,
@@ -139,8 +144,7 @@ def launch_backward(
         return
     width, (grad, gate, up), outputs = _as_rows([grad, gate, up], outputs)
     first, last = outputs[0], outputs[-1]
-    block = min(BLOCK, triton.next_power_of_2(width))
-    blocks = triton.cdiv(width, block)
+    block, blocks = _blocks(width)
     _backward_kernel[(gate.size(0) * blocks,)](
         grad, gate, up, first, last,
         grad.stride(0), gate.stride(0), up.stride(0), first.stride(0), last.stride(0), width, blocks,

@@ -201,13 +201,16 @@ def _shared_by_heads(q, k, cos) -> bool:
 def _memory_order(x: Tensor) -> list[int]:
     """The dimensions of ``x`` from the slowest to the fastest, the last one always at the end."""
     last = x.dim() - 1
-    return [*sorted(range(last), key=lambda d: -x.stride(d)), last]
+    return [*sorted(range(last), key=x.stride().__getitem__, reverse=True), last]
 
 
 def _empty_in_order(x: Tensor, order: list[int], dtype: torch.dtype) -> Tensor:
     """An empty dense tensor of ``x``'s shape whose memory runs in ``order``."""
-    inverse = [order.index(d) for d in range(x.dim())]
-    return x.new_empty([x.shape[d] for d in order], dtype=dtype).permute(inverse)
+    strides, step = [1] * len(order), 1
+    for d in reversed(order):
+        strides[d] = step
+        step = step * x.shape[d]
+    return torch.empty_strided(x.shape, strides, dtype=dtype, device=x.device)
 
 
 def _result(x: Tensor, cos: Tensor, sin: Tensor, compute_dtype: torch.dtype | None) -> Tensor:

@@ -17,6 +17,9 @@ PAIRS_PER_WARP = 256
 HEADS_FAR_APART = 4
 
 HALVES, INTERLEAVED, HALF_SIZE = 0, 1, 2
+# The two dimensions besides the heads: outer, and the one whose tokens a tile takes.
+_OTHERS = ((1, 2), (0, 2), (0, 1))
+
 COSINES_IN_HALVES = tl.constexpr(HALVES)
 COSINES_INTERLEAVED = tl.constexpr(INTERLEAVED)
 
@@ -139,24 +142,33 @@ def _rotate_kernel(
         )  # fmt: skip
 
 
-def _four_dimensional(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dim() == 4 else x[(None,) * (4 - x.dim())]
+def _power_of_2(n: int) -> int:
+    """The least power of 2 that is at least ``n`` and 1."""
+    return 1 << max(n - 1, 0).bit_length()
 
 
 def _dense_last(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _head_dimension(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor) -> int:
+def _leading(dimensions: tuple[int, ...], fill: int) -> tuple[int, ...]:
+    """Three sizes or strides before the last, with ``fill`` for those that are missing."""
+    return (fill,) * (4 - len(dimensions)) + dimensions[:-1]
+
+
+def _head_dimension(q: tuple[int, ...], k: tuple[int, ...], cos: tuple[int, ...]) -> int:
     """The dimension that shares its cosines: where q and k differ, else one in which cos has size 1."""
-    shared = [d for d in (1, 2, 0) if cos.size(d) == 1]
-    differing = [d for d in range(3) if q.size(d) != k.size(d)]
+    shared = [d for d in (1, 2, 0) if cos[d] == 1]
+    differing = [d for d in range(3) if q[d] != k[d]]
     if len(differing) > 1 or not shared or (differing and differing[0] not in shared):
         raise ValueError(
-            f"rotary: q {tuple(q.shape)} and k {tuple(k.shape)} may differ only in their heads, "
-            f"the dimension along which cos {tuple(cos.shape)} has size 1; use rotary_reference."
+            f"rotary: q (but for features) {q} and k {k} may differ only in their heads, the dimension along "
+            f"which cos {cos} has size 1; use rotary_reference."
         )
-    return differing[0] if differing else shared[0]
+    heads_at = differing[0] if differing else shared[0]
+    if any(cos[d] not in (1, q[d]) for d in range(3) if d != heads_at):
+        raise ValueError(f"rotary: cos (but for features) {cos} does not broadcast to q {q}.")
+    return heads_at
 
 
 def rotate(
@@ -189,47 +201,46 @@ def rotate(
             f"rotary: head size {head_dim} exceeds {LARGEST_HEAD}, the most one program can hold; "
             "use rotary_reference."
         )
-    q, q_out = _dense_last(_four_dimensional(q)), _four_dimensional(q_out)
+    q, cos, sin = _dense_last(q), _dense_last(cos), _dense_last(sin)
     if k is None:
-        k, k_out, k_heads = q, q_out, 0
+        k, k_out, single = q, q_out, True
     else:
-        k, k_out, k_heads = _dense_last(_four_dimensional(k)), _four_dimensional(k_out), None
-    cos, sin = _dense_last(_four_dimensional(cos)), _dense_last(_four_dimensional(sin))
+        k, single = _dense_last(k), False
     if cos.stride() != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
 
-    heads_at = _head_dimension(q, k, cos)
-    outer_at, token_at = [d for d in range(3) if d != heads_at]
-    for d in (outer_at, token_at):
-        if cos.size(d) not in (1, q.size(d)):
-            raise ValueError(f"rotary: cos {tuple(cos.shape)} does not broadcast to q {tuple(q.shape)}.")
-    outer, tokens, q_heads = q.size(outer_at), q.size(token_at), q.size(heads_at)
-    if k_heads is None:
-        k_heads = k.size(heads_at)
+    q_shape, k_shape, cos_shape = (_leading(tuple(x.shape), 1) for x in (q, k, cos))
+    heads_at = _head_dimension(q_shape, k_shape, cos_shape)
+    outer_at, token_at = _OTHERS[heads_at]
+    outer, tokens, q_heads = q_shape[outer_at], q_shape[token_at], q_shape[heads_at]
+    k_heads = 0 if single else k_shape[heads_at]
+    q_strides, q_out_strides, k_strides, k_out_strides = (
+        _leading(x.stride(), 0) for x in (q, q_out, k, k_out)
+    )
+    cos_strides = _leading(cos.stride(), 0)
 
     half, rest = rotary_dim // 2, head_dim - rotary_dim
-    block = triton.next_power_of_2(max(half, 1))
-    heads_block = min(triton.next_power_of_2(max(q_heads, k_heads, 1)), max(TILE // block, 1))
-    if q_out.stride(heads_at) > q_out.stride(token_at):
+    block = _power_of_2(half)
+    heads_block = min(_power_of_2(max(q_heads, k_heads)), max(TILE // block, 1))
+    if q_out_strides[heads_at] > q_out_strides[token_at]:
         heads_block = min(heads_block, HEADS_FAR_APART)
-    tokens_block = min(max(TILE // (block * heads_block), 1), triton.next_power_of_2(max(tokens, 1)))
-    token_blocks = triton.cdiv(tokens, tokens_block)
-    q_blocks, k_blocks = triton.cdiv(q_heads, heads_block), triton.cdiv(k_heads, heads_block)
+    tokens_block = min(max(TILE // (block * heads_block), 1), _power_of_2(tokens))
+    token_blocks = -(-tokens // tokens_block)
+    q_blocks, k_blocks = -(-q_heads // heads_block), -(-k_heads // heads_block)
     programs = outer * token_blocks * (q_blocks + k_blocks)
     if programs == 0 or head_dim == 0:
         return
-
-    def strides(x: torch.Tensor) -> tuple[int, int, int]:
-        return x.stride(outer_at), x.stride(token_at), x.stride(heads_at)
-
     _rotate_kernel[(programs,)](
         q, k, q_out, k_out, cos, sin,
-        *strides(q), *strides(q_out), *strides(k), *strides(k_out),
-        0 if cos.size(outer_at) == 1 else cos.stride(outer_at),
-        0 if cos.size(token_at) == 1 else cos.stride(token_at),
+        q_strides[outer_at], q_strides[token_at], q_strides[heads_at],
+        q_out_strides[outer_at], q_out_strides[token_at], q_out_strides[heads_at],
+        k_strides[outer_at], k_strides[token_at], k_strides[heads_at],
+        k_out_strides[outer_at], k_out_strides[token_at], k_out_strides[heads_at],
+        0 if cos_shape[outer_at] == 1 else cos_strides[outer_at],
+        0 if cos_shape[token_at] == 1 else cos_strides[token_at],
         tokens, token_blocks, q_heads, k_heads, q_blocks, k_blocks,
         HALF=half, REST=rest, IN_INTERLEAVED=in_interleaved, OUT_INTERLEAVED=out_interleaved,
         COSINES=cosines, BACKWARD=backward,
-        TOKENS=tokens_block, HEADS=heads_block, BLOCK=block, REST_BLOCK=triton.next_power_of_2(max(rest, 1)),
+        TOKENS=tokens_block, HEADS=heads_block, BLOCK=block, REST_BLOCK=_power_of_2(rest),
         num_warps=max(1, min(8, tokens_block * heads_block * block // PAIRS_PER_WARP)),
     )  # fmt: skip
