@@ -59,9 +59,9 @@ def _activate(g, ACTIVATION: tl.constexpr):
 def _forward_kernel(
     gate, up, out, gate_stride, up_stride, width, blocks, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
 ):
-    program = tl.program_id(0).to(tl.int64)
-    row = program // blocks
-    column = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    program = tl.program_id(0)
+    row = (program // blocks).to(tl.int64)
+    column = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     g = tl.load(gate + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
@@ -75,9 +75,9 @@ def _backward_kernel(
     grad_stride, gate_stride, up_stride, d_gate_stride, d_up_stride, width, blocks,
     ACTIVATION: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    row = program // blocks
-    column = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    program = tl.program_id(0)
+    row = (program // blocks).to(tl.int64)
+    column = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     dy = tl.load(grad + row * grad_stride + column, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(gate + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)

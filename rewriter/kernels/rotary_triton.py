@@ -202,7 +202,7 @@ def rotate(
             "use rotary_reference."
         )
     q, cos, sin = _dense_last(q), _dense_last(cos), _dense_last(sin)
-    if k is None:
+    if k is None or k_out is None:
         k, k_out, single = q, q_out, True
     else:
         k, single = _dense_last(k), False
