@@ -77,6 +77,8 @@ _ALIASES = {
     "concat": "cat",
     "concatenate": "cat",
     "less_equal": "le",
+    "less": "lt",
+    "greater_equal": "ge",
     "greater": "gt",
 }
 
@@ -89,6 +91,8 @@ _SIGNATURES: dict[str, tuple[tuple[str, Any], ...]] = {
     "linear": (("input", REQUIRED), ("weight", REQUIRED), ("bias", None)),
     "mean": (("input", REQUIRED), ("dim", None), ("keepdim", False), ("dtype", None)),
     "sum": (("input", REQUIRED), ("dim", None), ("keepdim", False), ("dtype", None)),
+    "cumsum": (("input", REQUIRED), ("dim", REQUIRED), ("dtype", None)),
+    "diff": (("input", REQUIRED), ("n", 1), ("dim", -1), ("prepend", None), ("append", None)),
     "pow": (("input", REQUIRED), ("exponent", REQUIRED)),
     "cat": (("tensors", REQUIRED), ("dim", 0)),
     "stack": (("tensors", REQUIRED), ("dim", 0)),

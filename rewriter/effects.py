@@ -6,6 +6,8 @@ where all of them ran under the same grad mode and autocast state.
 
 import re
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,7 +69,7 @@ class Effects:
             if name == "_set_grad_enabled":
                 grad = node.args[0]
             elif name == "_enter_autocast":
-                autocasts = (*autocasts, tuple(map(str, node.args)))
+                autocasts = (*autocasts, tuple(node.args))
             elif name == "_exit_autocast":
                 autocasts = autocasts[:-1]
             effects.mode[node] = (grad, autocasts)
@@ -93,6 +95,20 @@ class Effects:
             return node
 
         return map_arg(values, latest)
+
+    @contextmanager
+    def entered(self, node: Node) -> Iterator[None]:
+        """Run under the grad mode and the autocast state that ``node`` runs under."""
+        grad, autocasts = self.mode[node]
+        with ExitStack() as modes:
+            for device, dtype, enabled, cache in autocasts:
+                modes.enter_context(torch.autocast(device, dtype, enabled, cache))
+            modes.enter_context(torch.set_grad_enabled(grad))
+            yield
+
+    def is_written(self, node: Node) -> bool:
+        """Whether anything in the graph writes into the memory of ``node``."""
+        return bool(self.writes) and _storage(node) in self.writes
 
     def mode_border(self, nodes: set[Node]) -> str | None:
         """Why ``nodes`` may not be merged: they lie on two sides of a mode's border; None if they may."""

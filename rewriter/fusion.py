@@ -35,6 +35,10 @@ class Applied:
     def add(self, found: Match, place: str) -> None:
         self.sites.append((found.rewrite.name, place))
 
+    def extend(self, other: "Applied") -> None:
+        self.sites += other.sites
+        self.misses += other.misses
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -42,6 +46,24 @@ class Pass:
 
     name: str
     run: Callable[[Graph], Applied]
+
+    def over(self, module: GraphModule) -> Applied:
+        """Run on the graph of ``module`` and on the bodies of the checkpoints in it."""
+        whole = Applied()
+        for part in graphs_of(module):
+            whole.extend(self.run(part.graph))
+            sweep(part)
+        return whole
+
+
+@dataclass(frozen=True)
+class CrossingPass(Pass):
+    """A pass whose proofs cross the borders of checkpoints: ``run`` takes, and sweeps, the outermost module."""
+
+    run: Callable[[GraphModule], Applied]
+
+    def over(self, module: GraphModule) -> Applied:
+        return self.run(module)
 
 
 def pattern_pass(name: str, rewrites: Sequence[Rewrite], anchors: Sequence[str]) -> Pass:
@@ -67,22 +89,16 @@ def apply(fusion: Pass, module: GraphModule) -> tuple[GraphModule, PassRecord]:
     """Run a pass on ``module`` and the checkpoint bodies in it; the module unchanged where the pass fails."""
     start = time.perf_counter()
     work = duplicate(module)
-    sites: list[tuple[str, str]] = []
-    misses: list[Miss] = []
     try:
-        for part in graphs_of(work):
-            applied = fusion.run(part.graph)
-            sweep(part)
-            sites += applied.sites
-            misses += applied.misses
+        applied = fusion.over(work)
     except Exception as error:
         log.warning("pass %s failed and was left out: %s", fusion.name, error, exc_info=True)
         record = PassRecord(fusion.name, (), (), time.perf_counter() - start, f"{type(error).__name__}: {error}")
         return module, record
     seconds = time.perf_counter() - start
-    record = PassRecord(fusion.name, count_places(sites), count_misses(map(_record, misses)), seconds, None)
-    log.debug("pass %s: %d rewrites, %d misses", fusion.name, len(sites), len(misses))
-    return (work if sites else module), record
+    matches, misses = count_places(applied.sites), count_misses(map(_record, applied.misses))
+    log.debug("pass %s: %d rewrites, %d misses", fusion.name, len(applied.sites), len(applied.misses))
+    return (work if applied.sites else module), PassRecord(fusion.name, matches, misses, seconds, None)
 
 
 def _record(miss: Miss) -> MissRecord:

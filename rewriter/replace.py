@@ -150,8 +150,7 @@ def fake_call(to: Callable, args: tuple, kwargs: dict[str, Any], like: Node, eff
     """Run ``to`` on what tracing knows of its arguments."""
     values, keywords = map_arg((args, kwargs), value_of)
     mode = next(v.fake_mode for v in _tensors((values, keywords)) if isinstance(v, FakeTensor))
-    grad, _ = effects.mode.get(like, (True, ()))
-    with mode, torch.set_grad_enabled(grad):
+    with mode, effects.entered(like):
         return to(*values, **keywords)
 
 

@@ -172,7 +172,7 @@ def attention_refusal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str 
 
 
 def causal_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None, dropout: float = 0.0
 ) -> torch.Tensor:
     """PyTorch's own causal attention, with K and V repeated only where its kernels need that.
 
@@ -184,12 +184,26 @@ def causal_attention(
     Args:
         q: (batch, heads, tokens, dim); k, v: (batch, kv_heads, tokens, dim), of as many tokens.
         scale: factor of the logits; ``None`` is ``dim ** -0.5``.
+        dropout: probability of dropping an attention weight.
     """
+    return _unmasked(q, k, v, scale, dropout, causal=True)
+
+
+def full_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None, dropout: float = 0.0
+) -> torch.Tensor:
+    """As ``causal_attention``, every query seeing every key; the keys may be of another number."""
+    return _unmasked(q, k, v, scale, dropout, causal=False)
+
+
+def _unmasked(q, k, v, scale: float | None, dropout: float, *, causal: bool) -> torch.Tensor:
     grouped = q.shape[1] != k.shape[1]
     if grouped and q.is_cuda and not _flash_takes(q, v):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         grouped = False
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(
+        q, k, v, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
 
 
 def _flash_takes(q: torch.Tensor, v: torch.Tensor) -> bool:
