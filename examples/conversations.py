@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
+from pyarrow import ArrowInvalid
 
 IGNORED = -100
 READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -30,13 +32,14 @@ def read(path: Path | None) -> Dataset:
         raise InputError(f"--data: no such file: {path}")
     if path.suffix not in READERS:
         raise InputError(f"--data: {path.name} ends in {path.suffix!r}; known are {', '.join(READERS)}.")
+    if path.stat().st_size == 0:
+        raise InputError(f"--data: {path.name} is empty.")
+    reader = READERS[path.suffix]
     try:
-        rows = load_dataset(READERS[path.suffix], data_files=str(path), split="train")
-    except (
-        Exception
-    ) as error:  # the reader's own errors differ by format and release; all mean this one thing
+        rows = load_dataset(reader, data_files=str(path), split="train")
+    except (DatasetGenerationError, ArrowInvalid) as error:
         cause = str(error.__cause__ or error).splitlines()[0]
-        raise InputError(f"--data: {path.name} is not readable as {READERS[path.suffix]}: {cause}") from error
+        raise InputError(f"--data: {path.name} is not readable as {reader}: {cause}") from error
     if not {"messages", "text"} & set(rows.column_names):
         raise InputError(
             f"--data: {path.name} needs a column 'messages' or 'text'; it has {', '.join(rows.column_names)}."

@@ -1,0 +1,155 @@
+"""The run itself: load, a few eager steps, compile, train, compare, and say what came of it."""
+
+import argparse
+import tempfile
+from typing import Any
+
+import torch
+from checkpoint import load
+from conversations import Collator, InputError, read, tokenise
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from progress import Curve, StepBar
+from rich.console import Console
+from rich.table import Table
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+
+import rewriter
+from rewriter.huggingface import prepare
+
+SEED = 7
+console = Console()
+
+
+def run(args: argparse.Namespace) -> None:
+    rows = read(args.data)
+    console.rule("Loading")
+    model, tokenizer = load(args.model, dtype=base_dtype(args), four_bit=args.load_in_4bit)
+    train, held_out = split(rows, tokenizer, args)
+    set_seed(SEED)
+    if not args.full:
+        adapters = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear")
+        model = get_peft_model(model, adapters)
+    print(prepare(model))
+    start = {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
+    millions = sum(value.numel() for value in start.values()) / 1e6
+    console.print(f"{model.device.type}: {millions:.1f} million weights to train, on {len(train)} rows")
+    answers = [answer(model, tokenizer, args.prompt)]
+    collator = Collator(tokenizer.pad_token_id, args.pad_to)
+
+    console.rule("Training")
+    eager = None
+    if args.compare:
+        bar = StepBar("eager", args.steps, console, stop_after=args.compare)
+        trainer_for(model, train, held_out, collator, args, bar).train()
+        eager = bar.curve
+        with torch.no_grad():
+            for name, value in start.items():
+                model.get_parameter(name).copy_(value)
+    if args.backend != "none":
+        model.compile(backend=args.backend)
+    bar = StepBar(args.backend, args.steps, console, first="compiling")
+    trainer = trainer_for(model, train, held_out, collator, args, bar)
+    losses = [held_out_loss(trainer)]
+    trainer.train()
+    losses.append(held_out_loss(trainer))
+    answers.append(answer(model, tokenizer, args.prompt))
+    if eager:
+        console.print(comparison(eager, bar.curve, args.backend))
+    if args.backend == "rewriter":
+        console.rule("Report")
+        print(rewriter.report())
+
+    console.rule("Result")
+    console.print(f"held-out loss: {losses[0]:.3f} before, {losses[1]:.3f} after {args.steps} steps")
+    console.print(
+        f"asked: {args.prompt}", f"before: {answers[0]}", f"after: {answers[1]}", sep="\n", markup=False
+    )
+    if args.output:
+        trainer.save_model(str(args.output))
+        tokenizer.save_pretrained(args.output)
+        console.print(f"saved to {args.output}")
+
+
+def base_dtype(args: argparse.Namespace) -> torch.dtype:
+    """Frozen weights are as wide as the products; trained ones stay in float32, under autocast."""
+    return torch.bfloat16 if args.bf16 and not args.full else torch.float32
+
+
+def split(rows: Dataset, tokenizer: Any, args: argparse.Namespace) -> tuple[Dataset, Dataset]:
+    """Rows to train on and rows held out, of different conversations; no more than the run will read."""
+    wanted = args.steps * args.batch_size * args.gradient_accumulation
+    rows = rows.shuffle(seed=SEED)
+    if len(rows) <= args.held_out:
+        raise InputError(f"--held-out {args.held_out} leaves nothing of {len(rows)} rows to train on.")
+    held_out = tokenise(rows.take(args.held_out), tokenizer, args.max_length)
+    rest = rows.skip(args.held_out)
+    train = tokenise(rest.take(min(wanted, len(rest))), tokenizer, args.max_length)
+    return train, held_out.take(min(args.held_out, len(held_out)))
+
+
+def trainer_for(
+    model: Any, train: Dataset, held_out: Dataset, collator: Collator, args: argparse.Namespace, bar: StepBar
+) -> Trainer:
+    """A Trainer whose seed, order of batches and schedule are the same every time; it shows only ``bar``."""
+    settings = TrainingArguments(
+        output_dir=tempfile.gettempdir(),
+        max_steps=args.steps,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine",
+        bf16=args.bf16,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        seed=SEED,
+        disable_tqdm=True,
+    )
+    trainer = Trainer(
+        model=model,
+        args=settings,
+        train_dataset=train,
+        eval_dataset=held_out,
+        data_collator=collator,
+        callbacks=[bar],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+@torch.compiler.set_stance("force_eager")
+def held_out_loss(trainer: Trainer) -> float:
+    """In eager PyTorch: a graph for evaluation alone would take longer to compile than these rows take."""
+    return trainer.evaluate()["eval_loss"]
+
+
+@torch.compiler.set_stance("force_eager")
+def answer(model: Any, tokenizer: Any, prompt: str) -> str:
+    """What the model says to ``prompt``, word by likeliest word."""
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
+    training = model.training
+    output = model.eval().generate(
+        **inputs, max_new_tokens=40, do_sample=False, use_cache=True, pad_token_id=tokenizer.pad_token_id
+    )
+    model.train(training)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def comparison(eager: Curve, compiled: Curve, backend: str) -> Table:
+    table = Table(title="The first steps, from the same weights and batches")
+    for column in ("step", "eager loss", f"{backend} loss", "difference", "eager s", f"{backend} s"):
+        table.add_column(column, justify="right")
+    rows = zip(eager.losses, compiled.losses, eager.seconds, compiled.seconds, strict=False)
+    for step, (loss, ours, seconds, our_seconds) in enumerate(rows, start=1):
+        figures = f"{loss:.4f}", f"{ours:.4f}", f"{ours - loss:+.1e}", f"{seconds:.2f}", f"{our_seconds:.2f}"
+        table.add_row(str(step), *figures)
+    typical = f"{eager.typical_seconds():.2f}", f"{compiled.typical_seconds():.2f}"
+    table.add_row("typical", "", "", "", *typical, style="bold")
+    table.caption = "Step 1 compiles. Typical: the median of all other steps."
+    return table
