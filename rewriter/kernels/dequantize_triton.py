@@ -1,9 +1,9 @@
 """Triton kernel of ``dequantize_4bit``: packed nibbles and both levels of scales in, weights out, one launch.
 
-A thread reads one 32-bit word (8 weights) and writes 8 weights (16 bytes of a 16-bit dtype), eight times over:
+A thread reads one 32-bit word (8 weights) and writes 8 weights (16 bytes of a 16-bit dtype), eight times:
 loads and stores of a warp are each one unbroken run, and nothing changes threads in between. The 16 values of
-the code are made by the program itself and looked up in shared memory (``tl.gather``, 16 banks, no conflicts):
-a tree of selections costs 15 instructions a weight, where an H200 has 17 at full bandwidth (this takes 10 in
+the code are made by the program itself and looked up in shared memory (``tl.gather``, no bank conflicts): a
+tree of selections costs 15 instructions a weight, where an H200 has 17 at full bandwidth (this takes 10 in
 all), and a table in device memory would be state that somebody has to own.
 """
 

@@ -219,8 +219,6 @@ def _add_update(spec: _Spec, base: Tensor, down: Tensor, b: Tensor) -> Tensor:
     """``base + scale · down Bᵀ``: added inside the product where all dtypes are one, else in the widest."""
     up = b.to(spec.adapter).t()
     if spec.compute == spec.adapter == spec.out:
-        if isinstance(spec.scale, torch.SymFloat):
-            return torch.addmm(base, down * spec.scale, up)
         return torch.addmm(base, down, up, alpha=spec.scale)
     wide = torch.promote_types(torch.promote_types(spec.compute, spec.adapter), spec.out)
     return (base.to(wide) + (down @ up).to(wide) * spec.scale).to(spec.out)
@@ -233,6 +231,11 @@ def _accumulate(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.
     if total.dtype == left.dtype:
         return torch.addmm(total, left, right)
     return total + left @ right
+
+
+def _scaled(left: Tensor, right: Tensor, scale: float, shape: Tensor) -> Tensor:
+    """``scale · left right``, rounded once; of ``shape`` only the shape counts."""
+    return torch.addmm(shape, left, right, beta=0, alpha=scale)
 
 
 class _LoraLinears(torch.autograd.Function):
@@ -279,12 +282,13 @@ class _LoraLinears(torch.autograd.Function):
                 result["weight"] = dy.to(spec.compute).t() @ rows.to(spec.compute)
             if needs_x:
                 dx = _accumulate(dx, dy.to(spec.compute), spec.weight(p, _BACKWARD), ctx.dtypes[0])
-            if need.b:
-                wide = torch.promote_types(spec.adapter, ctx.dtypes[1][i].b)
-                result["b"] = (dy.to(spec.adapter).t() @ down[i]).to(wide) * spec.scale
             if p.b is None:
                 continue
-            ddown[i] = (dy.to(spec.adapter) @ p.b.to(spec.adapter)) * spec.scale
+            dy, b = dy.to(spec.adapter), p.b.to(spec.adapter)
+            if need.b:
+                result["b"] = _scaled(dy.t(), down[i], spec.scale, b)
+            if need.a or (need.dropped if own else needs_x):
+                ddown[i] = _scaled(dy, b, spec.scale, down[i])
             if own and need.a:
                 result["a"] = ddown[i].t() @ p.dropped.reshape(-1, p.dropped.shape[-1]).to(spec.adapter)
             if own and need.dropped:
@@ -317,9 +321,10 @@ def _save(ctx, specs, x, operands, down) -> None:
     reads_x, kept_down, kept = False, [], []
     for p, need, d, own in zip(operands, needs, down, ctx.own, strict=True):
         reads_x |= need.weight or (need.a and not own)
-        kept_down.append(d if need.b else None)
-        weight = p[:5] if needs_x else (None,) * 5
         through = need.dropped if own else needs_x
-        kept += [*weight, None, p.dropped if need.a else None, p.a if through else None]
-        kept.append(p.b if through or need.a else None)
+        adapts = through or need.a or need.b
+        kept_down.append(d if adapts else None)
+        weight = p[:5] if needs_x else (None,) * 5
+        kept += [*weight, None, p.dropped if need.a else None]
+        kept += [p.a if through else None, p.b if adapts else None]
     ctx.save_for_backward(x if reads_x else None, *kept_down, *kept)

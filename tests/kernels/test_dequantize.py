@@ -41,8 +41,8 @@ def assert_same_bits(ours, theirs):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-# bitsandbytes' CPU kernel is wrong where a block ends inside a row of even length, and there only: odd rows take
-# its generic path. (96 with blocks of 32, 256 with 64, and rows of one block.)
+# bitsandbytes' CPU kernel is wrong where a block ends inside a row of even length, and there only: odd rows
+# take its generic path.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
