@@ -38,7 +38,7 @@ class Checkpoints:
         parts = tuple(dict.fromkeys(reversed(graphs_of(module))))
         calls = defaultdict(list)
         for part in parts:
-            for node in part.graph.find_nodes(op="call_function"):
+            for node in part.graph.nodes:
                 body = _body(node)
                 if body is not None and len(_placeholders(body.graph)) == len(node.args) - 1:
                     calls[body.graph].append(node)
