@@ -101,6 +101,7 @@ def trainer_for(
         learning_rate=args.learning_rate,
         lr_scheduler_type="cosine",
         bf16=args.bf16,
+        use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         logging_steps=1,
         save_strategy="no",
