@@ -1,11 +1,13 @@
 """The fusion passes in the order in which they run."""
 
 from rewriter.fusion import Pass, pattern_pass
+from rewriter.passes.attention import attention_pass
 from rewriter.passes.gated_mlp import gated_mlp
+from rewriter.passes.lora import lora_pass
 from rewriter.passes.norm import norm
 from rewriter.registry import user_patterns
 
-_PASSES: tuple[Pass, ...] = (norm, gated_mlp)
+_PASSES: tuple[Pass, ...] = (norm, attention_pass, lora_pass, gated_mlp)
 
 
 def ordered_passes() -> tuple[Pass, ...]:
