@@ -164,7 +164,7 @@ def canonical(node: Node) -> Call | None:
         return Call("pow", (node.args[0], 2))
     if name in ("add", "sub") and node.kwargs.get("alpha", 1) != 1:
         return Call(f"{name}_scaled", (*node.args, node.kwargs["alpha"]))
-    if name == "contiguous" and not node.kwargs:
+    if name in ("contiguous", "clone") and not node.kwargs:
         return Call("alias", node.args[:1])
     if name == "getitem":
         return _getitem(node)

@@ -18,18 +18,20 @@ from rewriter.effects import Effects
 from rewriter.pattern import Rewrite, Unmet, evaluate, pattern_call, same, source_line
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Match:
     """A place where a pattern holds.
 
     ``bindings`` maps each hole to what it bound; ``outputs`` are the graph's values that the replacement
-    provides, the root first; ``nodes`` are all nodes that it makes superfluous.
+    provides, the root first; ``nodes`` are all nodes that it makes superfluous; ``inner`` maps the pattern's own
+    values, by their names in its traced graph (``linear_1``), to the graph's.
     """
 
     rewrite: Rewrite
     bindings: dict[str, Any]
     outputs: tuple[Node, ...]
     nodes: frozenset[Node]
+    inner: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, hole: str) -> Any:
         return self.bindings[hole]
@@ -122,7 +124,8 @@ class _Search:
         if reason := effects.overwritten(set(nodes), bound, root):
             self.miss(reason, nodes, root)
             return None
-        found = Match(self.rewrite, bindings, outputs, nodes)
+        inner = {n.name: v for n, v in env.items() if isinstance(n, Node) and n.op != "placeholder"}
+        found = Match(self.rewrite, bindings, outputs, nodes, inner)
         if self.rewrite.where is not None:
             try:
                 self.rewrite.where(found)
@@ -303,7 +306,7 @@ def _resolve(found: Any) -> Any:
     """Look through casts to the same dtype: they are the value itself."""
     while isinstance(found, Node):
         call = canonical(found)
-        if call is None or call.name != "alias" or found.target == "contiguous":
+        if call is None or call.name != "alias" or found.target in ("contiguous", "clone"):
             return found
         found = call.args[0]
     return found
