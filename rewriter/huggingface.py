@@ -1,6 +1,6 @@
 """Sets a Hugging Face model up to be one whole graph, with nothing in it that training never reads.
 
-Two settings of a model that trains cost it its graph, or memory:
+Two settings cost a model that trains its one graph, or memory:
 
 - ``config.use_cache``, true by default, makes every layer's keys and values outputs of the graph: they are
   kept to the end of the step, and a concatenation with an empty cache stands before each attention.
@@ -9,6 +9,10 @@ Two settings of a model that trains cost it its graph, or memory:
   which drops the gradients of a layer whose inputs need none. Without checkpointing, and with the
   non-reentrant kind (the default of transformers), autograd reaches the adapters of every layer by itself:
   removing the hook changes no parameter's gradient. Under reentrant checkpointing it stays.
+
+One costs it its gradients: on CPUs with bfloat16 instructions, bitsandbytes packs 4-bit weights anew
+when they are first used in evaluation, for a product that has no backward. An evaluation before training, or
+between steps, would then stop the gradient at every such layer; so packing is turned off.
 
 A model is known by its structure alone, so that neither transformers nor PEFT is imported here.
 """
@@ -24,6 +28,7 @@ from torch import nn
 
 _STATE = "_rewriter_preparation"
 _SWITCH = "enable_input_require_grads"
+_PACKS = "support_avx512bf16_for_cpu"
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Preparation:
     configs: tuple[Any, ...] = field(repr=False)
     hooks: tuple[tuple[nn.Module, tuple[tuple[int, Callable], ...]], ...] = field(repr=False)
     switches: tuple[nn.Module, ...] = field(repr=False)
+    packing: tuple[nn.Module, ...] = field(repr=False)
 
     def __str__(self) -> str:
         if not self.changes:
@@ -55,11 +61,13 @@ def prepare(model: nn.Module) -> Preparation:
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
+        ValueError: 4-bit weights are packed for inference already, and cannot be trained through.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"prepare: expected a torch.nn.Module, got {type(model).__name__}.")
     if _STATE in vars(model):
         restore(model)
+    _refuse_packed_weights(model)
     changes = []
     configs = tuple(_caching_configs(model))
     for config in configs:
@@ -81,7 +89,12 @@ def prepare(model: nn.Module) -> Preparation:
         )
     if switches:
         changes.append(f"{_SWITCH}() adds no such hook, unless checkpointing is reentrant")
-    preparation = Preparation(tuple(changes), configs, hooks, switches)
+    packing = tuple(module for module in model.modules() if getattr(module, _PACKS, False))
+    for module in packing:
+        setattr(module, _PACKS, False)
+    if packing:
+        changes.append(f"evaluation leaves the 4-bit weights of {len(packing)} layers as training needs them")
+    preparation = Preparation(tuple(changes), configs, hooks, switches, packing)
     setattr(model, _STATE, preparation)
     return preparation
 
@@ -101,7 +114,19 @@ def restore(model: nn.Module) -> None:
         _put_back(module._forward_hooks, before)
     for module in preparation.switches:
         delattr(module, _SWITCH)
+    for module in preparation.packing:
+        setattr(module, _PACKS, True)
     delattr(model, _STATE)
+
+
+def _refuse_packed_weights(model: nn.Module) -> None:
+    states = (getattr(parameter, "quant_state", None) for parameter in model.parameters())
+    packed = sum(getattr(state, "packing_format_for_cpu", False) for state in states)
+    if packed:
+        raise ValueError(
+            f"prepare: {packed} 4-bit weights were packed for inference when the model was evaluated; they pass "
+            "no gradient. Load the model again, and prepare it before its first evaluation."
+        )
 
 
 def _caching_configs(model: nn.Module) -> Iterator[Any]:

@@ -191,6 +191,42 @@ def test_trainer_may_enable_checkpointing_after_prepare(tmp_path, reentrant):
             assert not torch.equal(parameter, before[name]), name
 
 
+def four_bit(layer):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    packed = bitsandbytes.nn.Linear4bit(64, 128, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    packed.weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+    return packed.to("cpu")
+
+
+def test_4bit_weights_keep_their_gradient_after_an_evaluation():
+    model = nn.Sequential(four_bit(nn.Linear(64, 128, bias=False)))
+    x = torch.randn(4, 64, requires_grad=True)
+    (expected,) = torch.autograd.grad(model(x).sum(), x)
+    prepare(model)
+    with torch.no_grad():
+        model.eval()(x.detach())
+    (found,) = torch.autograd.grad(model.train()(x).sum(), x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_4bit_weights_that_an_evaluation_packed_are_refused():
+    model = nn.Sequential(four_bit(nn.Linear(64, 128, bias=False)))
+    if not model[0].support_avx512bf16_for_cpu:
+        pytest.skip("bitsandbytes packs no weights on this CPU")
+    with torch.no_grad():
+        model.eval()(torch.randn(4, 64))
+    with pytest.raises(ValueError, match="1 4-bit weights were packed"):
+        prepare(model)
+
+
+def test_packing_is_allowed_again_after_restore():
+    model = nn.Sequential(nn.Linear(2, 2))
+    model[0].support_avx512bf16_for_cpu = True
+    assert "1 layers" in str(prepare(model)) and not model[0].support_avx512bf16_for_cpu
+    restore(model)
+    assert model[0].support_avx512bf16_for_cpu
+
+
 def test_what_prepare_says():
     said = str(prepare(hooked(tiny_model())))
     assert "use_cache" in said and "hook" in said
