@@ -10,6 +10,7 @@ column ``messages`` or ``text``. On a machine with a GPU it runs there.
 
 import argparse
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -60,8 +61,8 @@ def _positive(text: str) -> int:
 def main() -> None:
     args = parse()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    for library in ("transformers", "bitsandbytes"):
-        logging.getLogger(library).setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Only now, so that --help and a mistyped option are answered at once.
     with Console().status("Loading PyTorch, transformers and PEFT"):
         from conversations import InputError

@@ -124,8 +124,8 @@ def _refuse_packed_weights(model: nn.Module) -> None:
     packed = sum(getattr(state, "packing_format_for_cpu", False) for state in states)
     if packed:
         raise ValueError(
-            f"prepare: {packed} 4-bit weights were packed for inference when the model was evaluated; they pass "
-            "no gradient. Load the model again, and prepare it before its first evaluation."
+            f"prepare: {packed} 4-bit weights were packed for inference when the model was evaluated; no "
+            "gradient passes through them. Load the model again, and prepare it before its first evaluation."
         )
 
 
