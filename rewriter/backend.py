@@ -13,13 +13,13 @@ from torch._guards import CompileContext
 from torch._logging import trace_structured
 from torch.fx import GraphModule
 
-
 from rewriter.deferred import split_deferred
 from rewriter.fusion import apply
-from rewriter.lower import lower
+from rewriter.lower import lower, lower_beside
 from rewriter.options import Options
 from rewriter.passes import ordered_passes, pass_names
 from rewriter.report import GraphRecord, forget, record_graph
+from rewriter.verify import Stage, verified
 
 log = logging.getLogger(__name__)
 
@@ -46,28 +46,38 @@ def rewriter(
     record = GraphRecord(_graph_name(), nodes_before=_operations(module), graph_break=_graph_break(module))
     _show("before", module)
     start = time.perf_counter()
-    rewritten = rewrite_graph(module, chosen, record)
+    stages = rewrite_graph(module, chosen, record)
+    rewritten = stages[-1].module
     record.nodes_after = _operations(rewritten)
     record.seconds["rewriting"] = time.perf_counter() - start
     _show("after", rewritten)
     body, finish = split_deferred(rewritten)
     start = time.perf_counter()
-    compiled = lower(body, example_inputs, chosen)
+    compiled = finish(lower(body, example_inputs, chosen))
+    if chosen.verify and rewritten is not module:
+        compiled = verified(compiled, lower_beside(module, example_inputs, chosen), stages, record)
     record.seconds["lowering"] = time.perf_counter() - start
     record_graph(record)
-    return finish(compiled)
+    return compiled
 
 
 rewriter.reset = forget
 
 
-def rewrite_graph(module: GraphModule, options: Options, record: GraphRecord) -> GraphModule:
-    """Run the passes that ``options`` asks for, in order, and write down what each did."""
+def rewrite_graph(module: GraphModule, options: Options, record: GraphRecord) -> list[Stage]:
+    """Run the passes that ``options`` asks for, in order, and write down what each did.
+
+    Returns:
+        ``module``, then what each pass that rewrote something made of it.
+    """
+    stages = [Stage("", module)]
     for fusion in ordered_passes():
         if options.runs(fusion.name):
-            module, done = apply(fusion, module)
+            after, done = apply(fusion, stages[-1].module)
             record.passes.append(done)
-    return module
+            if after is not stages[-1].module:
+                stages.append(Stage(fusion.name, after))
+    return stages
 
 
 def _graph_name() -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch._guards import TracingContext, tracing
 from torch.fx import GraphModule
 
 from rewriter.options import Options
@@ -32,6 +33,18 @@ def lower(module: GraphModule, example_inputs: Sequence[Any], options: Options) 
 
     patches = list_mode_options(options.mode) if options.mode else {}
     return compile_fx(module, list(example_inputs), config_patches={**patches, **_cache_key(module)})
+
+
+def lower_beside(module: GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable:
+    """``lower``, for a second graph of the same inputs: in a tracing context of its own, with the same guards."""
+    context = TracingContext.try_get()
+    if context is None:
+        return lower(module, example_inputs, options)
+    own = TracingContext(context.fake_mode)
+    own.tensor_to_context = context.tensor_to_context
+    own.guards_context = context.guards_context
+    with tracing(own):
+        return lower(module, example_inputs, options)
 
 
 def _cache_key(module: GraphModule) -> dict[str, Any]:
