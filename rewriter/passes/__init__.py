@@ -3,11 +3,12 @@
 from rewriter.fusion import Pass, pattern_pass
 from rewriter.passes.attention import attention_pass
 from rewriter.passes.gated_mlp import gated_mlp
+from rewriter.passes.lm_head_loss import lm_head_loss
 from rewriter.passes.lora import lora_pass
 from rewriter.passes.norm import norm
 from rewriter.registry import user_patterns
 
-_PASSES: tuple[Pass, ...] = (norm, attention_pass, lora_pass, gated_mlp)
+_PASSES: tuple[Pass, ...] = (norm, attention_pass, lora_pass, gated_mlp, lm_head_loss)
 
 
 def ordered_passes() -> tuple[Pass, ...]:
