@@ -102,7 +102,7 @@ def attention_reference(
     """``attention`` in plain PyTorch, with the S×S mask: what a model does, and what other devices run."""
     _check_terms(q, k, causal, window, chunk, segments)
     allowed = dense_mask(q, k, causal, window, chunk, segments, key_mask)
-    grouped = q.shape[1] != k.shape[1]
+    grouped = bool(q.shape[1] != k.shape[1])
     if sinks is None and not softcap:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale, enable_gqa=grouped)
     if grouped:
@@ -197,7 +197,7 @@ def full_attention(
 
 
 def _unmasked(q, k, v, scale: float | None, dropout: float, *, causal: bool) -> torch.Tensor:
-    grouped = q.shape[1] != k.shape[1]
+    grouped = bool(q.shape[1] != k.shape[1])
     if grouped and q.is_cuda and not _flash_takes(q, v):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         grouped = False
