@@ -98,6 +98,7 @@ _SIGNATURES: dict[str, tuple[tuple[str, Any], ...]] = {
     "stack": (("tensors", REQUIRED), ("dim", 0)),
     "chunk": (("input", REQUIRED), ("chunks", REQUIRED), ("dim", 0)),
     "split": (("tensor", REQUIRED), ("split_size_or_sections", REQUIRED), ("dim", 0)),
+    "repeat_interleave": (("input", REQUIRED), ("repeats", REQUIRED), ("dim", None), ("output_size", None)),
     "flatten": (("input", REQUIRED), ("start_dim", 0), ("end_dim", -1)),
     "softmax": (("input", REQUIRED), ("dim", None), ("_stacklevel", 3), ("dtype", None)),
     "dropout": (("input", REQUIRED), ("p", 0.5), ("training", True), ("inplace", False)),
@@ -124,7 +125,7 @@ _SIGNATURES: dict[str, tuple[tuple[str, Any], ...]] = {
     ),
 }  # fmt: skip
 
-_LAST_DIM_OPS = {"mean": 1, "sum": 1, "cat": 1, "chunk": 2, "split": 2, "softmax": 1}
+_LAST_DIM_OPS = {"mean": 1, "sum": 1, "cat": 1, "chunk": 2, "split": 2, "softmax": 1, "repeat_interleave": 2}
 
 
 def value_of(value: Any) -> Any:
@@ -230,7 +231,16 @@ def _getitem(node: Node) -> Call:
         inner = _autograd_function_linear(source)
         if inner is not None:
             return Call("linear", inner.args, through=(source,))
-    return Call("getitem", node.args)
+    return Call("getitem", (source, _from_start(index)))
+
+
+def _from_start(index: Any) -> Any:
+    """An index in which slices that start at 0 have no start: they are the same slices."""
+    if isinstance(index, tuple):
+        return tuple(map(_from_start, index))
+    if isinstance(index, slice) and isinstance(index.start, int) and index.start == 0:
+        return slice(None, index.stop, index.step)
+    return index
 
 
 def _autograd_function_linear(node: Node) -> Call | None:

@@ -6,9 +6,10 @@ from rewriter.passes.gated_mlp import gated_mlp
 from rewriter.passes.lm_head_loss import lm_head_loss
 from rewriter.passes.lora import lora_pass
 from rewriter.passes.norm import norm
+from rewriter.passes.rotary import rotary_pass
 from rewriter.registry import user_patterns
 
-_PASSES: tuple[Pass, ...] = (norm, attention_pass, lora_pass, gated_mlp, lm_head_loss)
+_PASSES: tuple[Pass, ...] = (norm, rotary_pass, attention_pass, lora_pass, gated_mlp, lm_head_loss)
 
 
 def ordered_passes() -> tuple[Pass, ...]:

@@ -1,0 +1,293 @@
+"""Rotary position embedding of q and k, as models write it, to one kernel for both.
+
+One tensor's rotation is matched by itself, in each of the layouts of ``rewriter.kernels.rotary``, over the whole
+head or its first features, at the input's precision or in fp32; two that share cosine and sine, q's and k's of a
+layer, become one call. Pays because eager moves 20 bytes per bf16 element forward (negate, concatenate, two
+products, a sum) and the kernel 4.
+
+Refuses: a rotated half that is used elsewhere; trained cosines, or ones that differ between heads; a result that
+is viewed as only eager's memory order allows. Mirrors ``apply_rotary_pos_emb`` of Llama, Phi, GPT-NeoX, GPT-OSS,
+Cohere, GLM, OLMo2 and DeepSeek in transformers.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, Node
+
+from rewriter.canonical import canonical, value_of
+from rewriter.effects import Effects
+from rewriter.fusion import Applied, Pass
+from rewriter.kernels.rotary import DTYPES, LARGEST_HEAD, LAYOUTS, rotary, rotary_one
+from rewriter.match import Match, Miss
+from rewriter.pattern import Rewrite, declare, require, same, source_line
+from rewriter.replace import fake_call, find, put_call
+
+
+def cosines_fit(match: Match) -> None:
+    """The kernel takes 16- and 32-bit floats, and constant cosines that all heads share."""
+    x, cos, sin = (match.value(hole) for hole in ("x", "cos", "sin"))
+    for name, value in (("x", x), ("cos", cos), ("sin", sin)):
+        require(isinstance(value, torch.Tensor), f"{name} is no tensor")
+        require(value.dtype in DTYPES, f"{name} of {value.dtype}; the kernel takes 16- and 32-bit floats")
+    require(not cos.requires_grad and not sin.requires_grad, "cos or sin is trained; the kernel gives it no gradient")
+    require(same(tuple(cos.shape), tuple(sin.shape)), f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} differ")
+    require(x.ndim in (2, 3, 4), f"x of {x.ndim} dimensions; the kernel takes 2 to 4")
+    require(cos.ndim <= x.ndim, f"cos of {cos.ndim} dimensions for x of {x.ndim}")
+    _features_fit(match, x.shape[-1], cos.shape[-1])
+    shared = _shared_dimensions(x, cos)
+    for d in range(x.ndim - 1):
+        fits = d in shared or same(cos.shape[d - x.ndim], x.shape[d])
+        require(fits, f"cos {tuple(cos.shape)} does not broadcast to x {tuple(x.shape)}")
+    require(bool(shared) or x.ndim < 4, f"cos {tuple(cos.shape)} differs between heads")
+
+
+def _features_fit(match: Match, head: int | torch.SymInt, factors: int | torch.SymInt) -> None:
+    require(isinstance(head, int) and isinstance(factors, int), "the last dimension is not a constant")
+    require(head <= LARGEST_HEAD, f"heads of {head} features exceed {LARGEST_HEAD}, the most one program can hold")
+    turned = 2 * factors if _layout(match).endswith("_half_cos") else factors
+    expected = match.bindings.get("rotary_dim", head)
+    require(same(turned, expected), f"cos turns {turned} features, the model {expected}")
+    require(turned % 2 == 0 and turned <= head, f"{turned} features of {head} do not make pairs")
+
+
+def _shared_dimensions(x: torch.Tensor, cos: torch.Tensor) -> set[int]:
+    """The dimensions of ``x`` but for the last along which the cosines do not change."""
+    missing = x.ndim - cos.ndim
+    return {d for d in range(x.ndim - 1) if d < missing or same(cos.shape[d - missing], 1)}
+
+
+def _sliced_halves(x):
+    half = x.shape[-1] // 2
+    return x[..., :half], x[..., half:]
+
+
+def _chunked_halves(x):
+    halves = x.chunk(2, -1)
+    return halves[0], halves[1]
+
+
+def _pairs(x):
+    return x[..., ::2], x[..., 1::2]
+
+
+def _turned(first, second, cos, sin):
+    return first * cos - second * sin, second * cos + first * sin
+
+
+def halves(x, cos, sin):
+    first, second = _sliced_halves(x)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+def halves_half_cos(x, cos, sin):
+    return torch.cat(_turned(*_chunked_halves(x), cos, sin), -1)
+
+
+def halves_half_cos_sliced(x, cos, sin):
+    return torch.cat(_turned(*_sliced_halves(x), cos, sin), -1)
+
+
+def interleaved(x, cos, sin):
+    first, second = _pairs(x)
+    return x * cos + torch.stack((-second, first), -1).flatten(-2) * sin
+
+
+def interleaved_half_cos(x, cos, sin):
+    return torch.stack(_turned(*_pairs(x), cos, sin), -1).flatten(-2)
+
+
+def pairs_to_halves(x, cos, sin):
+    batch, heads, tokens, head = x.shape[0], x.shape[1], x.shape[2], x.shape[3]
+    sorted_ = x.view(batch, heads, tokens, head // 2, 2).transpose(4, 3).reshape(batch, heads, tokens, head)
+    return halves(sorted_, cos, sin)
+
+
+def pairs_to_halves_half_cos(x, cos, sin):
+    return torch.cat(_turned(*_pairs(x), cos, sin), -1)
+
+
+def _as_it_is(turn: Callable, x, cos, sin):
+    return turn(x, cos, sin)
+
+
+def _rounded(turn: Callable, x, cos, sin):
+    return turn(x, cos, sin).to(x.dtype)
+
+
+def _in_fp32(turn: Callable, x, cos, sin):
+    return turn(x.to(torch.float32), cos, sin).to(x.dtype)
+
+
+# Casts vanish where they change nothing, so the more particular form comes first.
+_PRECISIONS = (_in_fp32, _rounded, _as_it_is)
+_TURNS = (
+    halves, halves_half_cos, halves_half_cos_sliced, interleaved, interleaved_half_cos, pairs_to_halves,
+    pairs_to_halves_half_cos,
+)  # fmt: skip
+
+
+def _layout(match: Match) -> str:
+    return match.rewrite.constants["layout"]
+
+
+def _compute_dtype(precision: Callable) -> Callable[[Match], torch.dtype | None]:
+    """What the model computes in before it rounds to the input's dtype; None where it does not round."""
+
+    def compute_dtype(match: Match) -> torch.dtype | None:
+        x, cos, sin = (match.value(hole).dtype for hole in ("x", "cos", "sin"))
+        computed = torch.promote_types(torch.float32 if precision is _in_fp32 else x, torch.promote_types(cos, sin))
+        return None if precision is _as_it_is or computed == x else computed
+
+    return compute_dtype
+
+
+def _rewrites(turn: Callable, precision: Callable) -> Iterator[Rewrite]:
+    """One turn of a whole head, and of its first ``rotary_dim`` features."""
+
+    def whole(x, cos, sin):
+        return precision(turn, x, cos, sin)
+
+    def partial(x, cos, sin, rotary_dim):
+        return torch.cat((precision(turn, x[..., :rotary_dim], cos, sin), x[..., rotary_dim:]), -1)
+
+    layout = turn.__name__.removesuffix("_sliced")
+    constants = {"layout": layout, "compute_dtype": _compute_dtype(precision)}
+    for form in (partial, whole):
+        yield declare(form, to=rotary_one, where=cosines_fit, name=layout, **constants)
+
+
+REWRITES = tuple(r for turn in _TURNS for precision in _PRECISIONS for r in _rewrites(turn, precision))
+
+
+@dataclass(frozen=True)
+class _Rotation:
+    """One rotated tensor: its match, and the call's arguments other than the tensor."""
+
+    found: Match
+    factors: tuple
+
+    @classmethod
+    def of(cls, found: Match, effects: Effects) -> "_Rotation":
+        layout, cos, sin = _layout(found), found["cos"], found["sin"]
+        inner = _not_repeated(cos, effects), _not_repeated(sin, effects)
+        if layout == "interleaved" and None not in inner:
+            layout, (cos, sin) = "interleaved_half_cos", inner
+        compute_dtype = found.rewrite.constants["compute_dtype"](found)
+        return cls(found, (cos, sin, layout, found.bindings.get("rotary_dim"), compute_dtype))
+
+    @property
+    def layout(self) -> str:
+        return self.factors[2]
+
+
+def _not_repeated(cos: Node, effects: Effects) -> Node | None:
+    """The cosines, one a pair, which ``cos`` repeats for both features of a pair; None where it does not."""
+    call = canonical(cos)
+    if call is None or call.name != "repeat_interleave" or not same(call.args[1:3], (2, -1)):
+        return None
+    return None if effects.is_written(call.args[0]) else call.args[0]
+
+
+def _may_share(first: _Rotation, second: _Rotation, effects: Effects) -> bool:
+    """Whether one call can turn both: the same factors, and shapes that differ along the heads alone."""
+    if first.factors != second.factors or effects.mode_border({first.found.root, second.found.root}):
+        return False
+    q, k, cos = first.found.value("x"), second.found.value("x"), first.found.value("cos")
+    if q.ndim != k.ndim or not same(q.shape[-1], k.shape[-1]):
+        return False
+    differing = {d for d in range(q.ndim - 1) if not same(q.shape[d], k.shape[d])}
+    return not differing or len(differing) == 1 and differing <= _shared_dimensions(q, cos)
+
+
+def _both(graph: Graph, first: _Rotation, second: _Rotation, effects: Effects) -> bool:
+    """Turn two tensors by one call; False, and nothing done, where the one is not known in time for the other."""
+    nodes = first.found.nodes | second.found.nodes
+    last = max(first.found.root, second.found.root, key=effects.position.__getitem__)
+    read = {node for node in (first.found["x"], second.found["x"], *first.factors[:2]) if isinstance(node, Node)}
+    if effects.overwritten(set(nodes), read, last):
+        return False
+    # A call stands before its first result: where q is used before k is known, the other order may do.
+    for q, k in ((first, second), (second, first)):
+        whole = Match(q.found.rewrite, q.found.bindings, (q.found.root, k.found.root), nodes)
+        args = (q.found["x"], k.found["x"], *q.factors)
+        if not isinstance(put_call(graph, whole, rotary, args, {}, effects), Miss):
+            return True
+    return False
+
+
+def _order_needed(rotation: _Rotation, effects: Effects) -> Miss | None:
+    """The miss of a result that is viewed in eager's memory order, where the kernel's is another."""
+    found = rotation.found
+    cos, sin, layout, _, compute_dtype = rotation.factors
+    op = torch.ops.rewriter.rotary_one.default
+    args = effects.current((found["x"], cos, sin, layout, compute_dtype))
+    ours, eager = fake_call(op, args, {}, found.root, effects), value_of(found.root)
+    if same(ours.stride(), eager.stride()):
+        return None
+    broken = _broken_view(found.root, ours)
+    if broken is None:
+        return None
+    reason = f"`{broken.name}` views the result in a memory order that the kernel does not give"
+    return Miss(found.rewrite, reason, found.nodes, broken, None)
+
+
+def _broken_view(node: Node, value: torch.Tensor) -> Node | None:
+    """The first view of ``node``, or of its views, that ``value`` in its place would not allow."""
+    storage = value_of(node).untyped_storage()._cdata
+    for user in node.users:
+        seen = value_of(user)
+        if not isinstance(seen, torch.Tensor) or seen.untyped_storage()._cdata != storage:
+            continue
+        try:
+            view = _replayed(user, node, value)
+        except (RuntimeError, ValueError):
+            return user
+        if broken := _broken_view(user, view):
+            return broken
+    return None
+
+
+def _replayed(user: Node, node: Node, value: torch.Tensor) -> torch.Tensor:
+    args, kwargs = torch.fx.node.map_arg((user.args, user.kwargs), lambda n: value if n is node else value_of(n))
+    with value.fake_mode:
+        if user.op == "call_method":
+            return getattr(args[0], user.target)(*args[1:], **kwargs)
+        return user.target(*args, **kwargs)
+
+
+def _run(graph: Graph) -> Applied:
+    effects = Effects.of(graph)
+    found = find(graph, REWRITES, ("neg", "sub", "view_as_complex"), effects)
+    applied = Applied(misses=[miss for miss in found.misses if _is_near(miss)])
+    rotations = []
+    for match in found.matches:
+        rotation = _Rotation.of(match, effects)
+        miss = _order_needed(rotation, effects)
+        if miss is None:
+            rotations.append(rotation)
+        else:
+            applied.misses.append(miss)
+    while rotations:
+        rotation, place = rotations.pop(0), source_line(rotations[0].found.root)
+        if rotations and _may_share(rotation, rotations[0], effects) and _both(graph, rotation, rotations[0], effects):
+            del rotations[0]
+            applied.sites.append((rotation.layout, place))
+            continue
+        args = (rotation.found["x"], *rotation.factors)
+        outcome = put_call(graph, rotation.found, rotary_one, args, {}, effects)
+        if isinstance(outcome, Miss):
+            applied.misses.append(outcome)
+        else:
+            applied.sites.append((rotation.layout, place))
+    return applied
+
+
+def _is_near(miss: Miss) -> bool:
+    """Negations and differences abound elsewhere: those that start no rotation are not worth a line."""
+    complex_form = miss.node is not None and miss.node.target is torch.view_as_complex
+    return complex_form or 2 * miss.depth >= miss.rewrite.size
+
+
+rotary_pass = Pass("rotary", _run)
