@@ -3,8 +3,19 @@
 model.compile(backend="rewriter")
 """
 
+from rewriter.check import CheckError, check
 from rewriter.pattern import PatternError, maybe, require
 from rewriter.registry import rewrite
 from rewriter.report import Report, inspect, report
 
-__all__ = ["PatternError", "Report", "inspect", "maybe", "report", "require", "rewrite"]
+__all__ = [
+    "CheckError",
+    "PatternError",
+    "Report",
+    "check",
+    "inspect",
+    "maybe",
+    "report",
+    "require",
+    "rewrite",
+]

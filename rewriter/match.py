@@ -252,23 +252,23 @@ class _Search:
     def _arguments(
         self, wanted: Node, call: Call, found: Node, seen: Call, env: dict[Node, Any], nodes: frozenset[Node]
     ) -> Iterator[_Step]:
-        orders = [seen.args]
-        if call.name in COMMUTATIVE and len(seen.args) == 2:
-            orders.append(seen.args[::-1])
         nodes = nodes | {found, *seen.through}
-        for args in orders:
+        for args in _orders(seen):
             if len(args) != len(call.args):
                 reason = f"{call.name} has {len(args)} arguments where the pattern has {len(call.args)}"
                 self.miss(reason, nodes, found, wanted)
                 return
+            if call.name == "getitem":
+                args = (args[0], _index_like(call.args[1], args[1], args[0]))
             yield from self._each(list(zip(call.args, args, strict=True)), env, nodes)
 
     def _maybe(self, call: Call, found: Node, env: dict[Node, Any], nodes: frozenset[Node]) -> Iterator[_Step]:
         function, x, *rest = call.args
         seen = canonical(found)
         if seen is not None and seen.name == function.__name__:
-            pairs = [(x, seen.args[0]), *zip(rest, seen.args[1:], strict=False)]
-            yield from self._each(pairs, env, nodes | {found})
+            for args in _orders(seen):
+                pairs = [(x, args[0]), *zip(rest, args[1:], strict=False)]
+                yield from self._each(pairs, env, nodes | {found})
         absent = {r: None for r in rest if isinstance(r, Node)}
         if all(env.get(r) is None for r in absent):
             yield from self.value(x, found, {**env, **absent}, nodes)
@@ -295,6 +295,12 @@ class _Search:
 _DEFERRED: Any = object()
 
 
+def _orders(call: Call) -> list[tuple]:
+    """The arguments of ``call``, in every order in which they mean the same."""
+    commutes = call.name in COMMUTATIVE and len(call.args) == 2
+    return [call.args, call.args[::-1]] if commutes else [call.args]
+
+
 def dtype_of_expression(dtype: Any, env: dict[Node, Any]) -> torch.dtype:
     """The dtype that a pattern's cast asks for: a constant, ``x.dtype``, or that of another value."""
     if isinstance(dtype, DtypeOf):
@@ -310,6 +316,16 @@ def _resolve(found: Any) -> Any:
             return found
         found = call.args[0]
     return found
+
+
+def _index_like(wanted: Any, index: Any, source: Any) -> Any:
+    """``index`` with ``...`` for its leading full slices where the pattern has ``...``: ``x[:, :, 1:]``."""
+    starts = isinstance(wanted, tuple) and isinstance(index, tuple) and wanted[:1] == (Ellipsis,)
+    if not starts or Ellipsis in index or None in index or len(index) != getattr(value_of(source), "ndim", None):
+        return index
+    extra = len(index) - len(wanted) + 1
+    full = extra >= 0 and all(isinstance(i, slice) and i == slice(None) for i in index[:extra])
+    return (Ellipsis, *index[extra:]) if full else index
 
 
 def _concrete(found: Any) -> Any:

@@ -167,6 +167,10 @@ def _check_arguments(name: str, to: Callable, holes: tuple[str, ...], constants:
 class _Tracer(fx.Tracer):
     record_stack_traces = True
 
+    def create_arg(self, a: Any) -> Any:
+        # `maybe` takes a function. fx lets those of Python be arguments, but not those in C, as torch.mul.
+        return a if inspect.isbuiltin(a) else super().create_arg(a)
+
 
 def _trace(name: str, function: Callable) -> tuple[fx.Graph, tuple[Node, ...]]:
     try:

@@ -76,7 +76,7 @@ def find_fault(stages: Sequence[Stage], inputs: Sequence[Any]) -> tuple[str | No
     original, *rewritten = stages
     eager = run(original.module, inputs)
     truth, refusal = true_results(original.module, inputs)
-    allowed = Allowed.of(eager, truth, _unit(inputs, eager))
+    allowed = Allowed.of(eager, truth, unit_of(inputs, eager))
     if (difference := _compare(rewritten[-1].module, inputs, allowed)) is None:
         against = "and fp64" if refusal is None else f"({refusal})"
         count = len(eager)
@@ -160,7 +160,7 @@ def _weight(output: Tensor, generator: torch.Generator) -> Tensor:
     return drawn.to(output.device, output.dtype)
 
 
-def _unit(inputs: Sequence[Any], eager: dict[str, Tensor]) -> float:
+def unit_of(inputs: Sequence[Any], eager: dict[str, Tensor]) -> float:
     """The rounding unit of the narrowest float of 16 bits or more in the computation."""
     floats = [x for x in (*inputs, *eager.values()) if isinstance(x, Tensor) and x.is_floating_point()]
     dtypes = {x.dtype for x in floats if x.dtype.itemsize >= 2}
@@ -188,6 +188,8 @@ class Allowed:
         """``truth`` None: without fp64, as far from eager as a sum of a few hundred roundings."""
         rounding = max(unit / 2, _FP32_SUMS) if truth is not None else max(16 * unit, 1e-4)
         truth = truth or {name: value.double() for name, value in eager.items()}
+        # What overflows in eager may overflow in ours.
+        truth = {n: torch.where(value.isfinite(), truth[n], torch.nan) for n, value in eager.items()}
         scale = {name: _rms(value) for name, value in truth.items()}
         floor = 1e-3 * median(scale.values()) if scale else 0.0
         sizes = {name: max(size, floor) or 1.0 for name, size in scale.items()}
@@ -198,19 +200,22 @@ class Allowed:
 
     def difference(self, ours: dict[str, Tensor]) -> str | None:
         """The result that is furthest beyond its limit, in words; None where all are within."""
-        worst, reason = 1.0, None
-        for name, limit in self.limits.items():
-            truth = self.truth[name]
+        for name, truth in self.truth.items():
             if name not in ours or ours[name].shape != truth.shape:
                 return f"{name} has shape {tuple(truth.shape)} without it"
             wrong = ~ours[name].isfinite() & truth.isfinite()
             if wrong.any():
                 return f"{name} has {int(wrong.sum())} values that are not finite"
-            error = _error(ours[name], truth) / self.sizes[name]
-            if error > worst * limit:
-                worst = error / limit
-                reason = f"{name} has a relative error of {error:.1e}, where rounding explains {limit:.1e}"
-        return reason
+        errors = self.errors(ours)
+        name = max(errors, key=lambda name: errors[name] / self.limits[name], default=None)
+        if name is None or errors[name] <= self.limits[name]:
+            return None
+        error, limit = errors[name], self.limits[name]
+        return f"{name} has a relative error of {error:.1e}, where rounding explains {limit:.1e}"
+
+    def errors(self, ours: dict[str, Tensor]) -> dict[str, float]:
+        """The distance of each result from the truth, relative to its size."""
+        return {n: _error(ours[n], truth) / self.sizes[n] for n, truth in self.truth.items()}
 
 
 def _rms(value: Tensor) -> float:
