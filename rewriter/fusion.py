@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from rewriter.effects import Effects, is_impure
+from rewriter.effects import Effects
 from rewriter.match import Match, Miss
 from rewriter.pattern import Rewrite, source_line
-from rewriter.replace import find, graphs_of, put, sweep
+from rewriter.replace import drop_dead, find, graphs_of, put, sweep
 from rewriter.report import MissRecord, PassRecord, count_places, count_misses
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def apply(fusion: Pass, module: GraphModule) -> tuple[GraphModule, PassRecord]:
     try:
         for part in graphs_of(work):
             # Bodies of checkpoints come with unused results, which would count as uses of what a match erases.
-            part.graph.eliminate_dead_code(is_impure_node=is_impure)
+            drop_dead(part.graph)
         applied = fusion.over(work)
     except Exception as error:
         log.warning("pass %s failed and was left out: %s", fusion.name, error, exc_info=True)

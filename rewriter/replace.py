@@ -201,9 +201,20 @@ def erase(graph: Graph, nodes: Iterable[Node]) -> None:
 
 def sweep(module: GraphModule) -> None:
     """Drop what nothing reads, keep what acts; then check and recompile."""
-    module.graph.eliminate_dead_code(is_impure_node=is_impure)
+    drop_dead(module.graph)
     module.graph.lint()
     module.recompile()
+
+
+def drop_dead(graph: Graph) -> None:
+    """Erase what nothing reads, but what acts.
+
+    ``Graph.eliminate_dead_code`` also enters nested graphs, and there does not ask what must stay: it deletes
+    in-place writes in the bodies of checkpoints.
+    """
+    for node in reversed(list(graph.nodes)):
+        if not node.users and not is_impure(node):
+            graph.erase_node(node)
 
 
 def graphs_of(module: GraphModule) -> list[GraphModule]:
