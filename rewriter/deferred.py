@@ -10,7 +10,8 @@ what they reach without the rewrite.
 
 A tensor whose inputs were changed in place before the first read, as by an optimizer's step, raises instead
 of giving the logits of other weights. Changes that leave no mark in a tensor's version, as those of kernels
-that write through a bare pointer, are not seen.
+that write through a bare pointer, are not seen. Another compiled function cannot trace a ``DeferredTensor``:
+Dynamo breaks the graph there, and under ``fullgraph=True`` raises; give it ``logits.clone()``.
 """
 
 from __future__ import annotations
@@ -79,12 +80,14 @@ class _Value:
         self.versions = [_version(t) for t in self.inputs]
         self.result: Tensor | None = None
 
+    @torch.compiler.disable
     def read(self) -> Tensor:
         if self.result is None:
             self.result = self._computed(_Value.read)
             self.inputs, self.origin = (), None
         return self.result
 
+    @torch.compiler.disable
     def fresh(self) -> Tensor:
         """The result without history, and not kept."""
         return self._computed(_Value.fresh) if self.result is None else self.result.detach()
