@@ -321,7 +321,8 @@ def _resolve(found: Any) -> Any:
 def _index_like(wanted: Any, index: Any, source: Any) -> Any:
     """``index`` with ``...`` for its leading full slices where the pattern has ``...``: ``x[:, :, 1:]``."""
     starts = isinstance(wanted, tuple) and isinstance(index, tuple) and wanted[:1] == (Ellipsis,)
-    if not starts or Ellipsis in index or None in index or len(index) != getattr(value_of(source), "ndim", None):
+    rank = getattr(value_of(source), "ndim", None)
+    if not starts or Ellipsis in index or None in index or len(index) != rank:
         return index
     extra = len(index) - len(wanted) + 1
     full = extra >= 0 and all(isinstance(i, slice) and i == slice(None) for i in index[:extra])

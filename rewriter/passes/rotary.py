@@ -1,13 +1,13 @@
 """Rotary position embedding of q and k, as models write it, to one kernel for both.
 
-One tensor's rotation is matched by itself, in each of the layouts of ``rewriter.kernels.rotary``, over the whole
-head or its first features, at the input's precision or in fp32; two that share cosine and sine, q's and k's of a
-layer, become one call. Pays because eager moves 20 bytes per bf16 element forward (negate, concatenate, two
-products, a sum) and the kernel 4.
+One tensor's rotation is matched by itself, in each of the layouts of ``rewriter.kernels.rotary``, over the
+whole head or its first features, at the input's precision or in fp32; two that share cosine and sine, q's and
+k's of a layer, become one call. Pays because eager moves 20 bytes per bf16 element forward (negate,
+concatenate, two products, a sum) and the kernel 4.
 
-Refuses: a rotated half that is used elsewhere; trained cosines, or ones that differ between heads; a result that
-is viewed as only eager's memory order allows. Mirrors ``apply_rotary_pos_emb`` of Llama, Phi, GPT-NeoX, GPT-OSS,
-Cohere, GLM, OLMo2 and DeepSeek in transformers.
+Refuses: a rotated half that is used elsewhere; trained cosines, or ones that differ between heads; a result
+that is viewed as only eager's memory order allows. Mirrors ``apply_rotary_pos_emb`` of Llama, Phi, GPT-NeoX,
+GPT-OSS, GPT-J, Cohere, GLM, OLMo2 and DeepSeek in transformers.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,11 +15,12 @@ from dataclasses import dataclass
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
 from rewriter.canonical import canonical, value_of
 from rewriter.effects import Effects
 from rewriter.fusion import Applied, Pass
-from rewriter.kernels.rotary import DTYPES, LARGEST_HEAD, LAYOUTS, rotary, rotary_one
+from rewriter.kernels.rotary import DTYPES, LARGEST_HEAD, rotary, rotary_one
 from rewriter.match import Match, Miss
 from rewriter.pattern import Rewrite, declare, require, same, source_line
 from rewriter.replace import fake_call, find, put_call
@@ -31,8 +32,9 @@ def cosines_fit(match: Match) -> None:
     for name, value in (("x", x), ("cos", cos), ("sin", sin)):
         require(isinstance(value, torch.Tensor), f"{name} is no tensor")
         require(value.dtype in DTYPES, f"{name} of {value.dtype}; the kernel takes 16- and 32-bit floats")
-    require(not cos.requires_grad and not sin.requires_grad, "cos or sin is trained; the kernel gives it no gradient")
-    require(same(tuple(cos.shape), tuple(sin.shape)), f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} differ")
+        require(value is x or not value.requires_grad, f"{name} is trained; the kernel gives it no gradient")
+    shapes = tuple(cos.shape), tuple(sin.shape)
+    require(same(*shapes), f"cos {shapes[0]} and sin {shapes[1]} differ in shape")
     require(x.ndim in (2, 3, 4), f"x of {x.ndim} dimensions; the kernel takes 2 to 4")
     require(cos.ndim <= x.ndim, f"cos of {cos.ndim} dimensions for x of {x.ndim}")
     _features_fit(match, x.shape[-1], cos.shape[-1])
@@ -45,7 +47,7 @@ def cosines_fit(match: Match) -> None:
 
 def _features_fit(match: Match, head: int | torch.SymInt, factors: int | torch.SymInt) -> None:
     require(isinstance(head, int) and isinstance(factors, int), "the last dimension is not a constant")
-    require(head <= LARGEST_HEAD, f"heads of {head} features exceed {LARGEST_HEAD}, the most one program can hold")
+    require(head <= LARGEST_HEAD, f"heads of {head} features exceed {LARGEST_HEAD}, the most that fit")
     turned = 2 * factors if _layout(match).endswith("_half_cos") else factors
     expected = match.bindings.get("rotary_dim", head)
     require(same(turned, expected), f"cos turns {turned} features, the model {expected}")
@@ -137,7 +139,8 @@ def _compute_dtype(precision: Callable) -> Callable[[Match], torch.dtype | None]
 
     def compute_dtype(match: Match) -> torch.dtype | None:
         x, cos, sin = (match.value(hole).dtype for hole in ("x", "cos", "sin"))
-        computed = torch.promote_types(torch.float32 if precision is _in_fp32 else x, torch.promote_types(cos, sin))
+        turned = torch.float32 if precision is _in_fp32 else x
+        computed = torch.promote_types(turned, torch.promote_types(cos, sin))
         return None if precision is _as_it_is or computed == x else computed
 
     return compute_dtype
@@ -161,7 +164,7 @@ def _rewrites(turn: Callable, precision: Callable) -> Iterator[Rewrite]:
 REWRITES = tuple(r for turn in _TURNS for precision in _PRECISIONS for r in _rewrites(turn, precision))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Rotation:
     """One rotated tensor: its match, and the call's arguments other than the tensor."""
 
@@ -202,10 +205,10 @@ def _may_share(first: _Rotation, second: _Rotation, effects: Effects) -> bool:
 
 
 def _both(graph: Graph, first: _Rotation, second: _Rotation, effects: Effects) -> bool:
-    """Turn two tensors by one call; False, and nothing done, where the one is not known in time for the other."""
+    """Turn two tensors by one call; False, and nothing done, where one is not known in time for the other."""
     nodes = first.found.nodes | second.found.nodes
     last = max(first.found.root, second.found.root, key=effects.position.__getitem__)
-    read = {node for node in (first.found["x"], second.found["x"], *first.factors[:2]) if isinstance(node, Node)}
+    read = {first.found["x"], second.found["x"], *first.factors[:2]}
     if effects.overwritten(set(nodes), read, last):
         return False
     # A call stands before its first result: where q is used before k is known, the other order may do.
@@ -250,33 +253,34 @@ def _broken_view(node: Node, value: torch.Tensor) -> Node | None:
 
 
 def _replayed(user: Node, node: Node, value: torch.Tensor) -> torch.Tensor:
-    args, kwargs = torch.fx.node.map_arg((user.args, user.kwargs), lambda n: value if n is node else value_of(n))
+    args, kwargs = map_arg((user.args, user.kwargs), lambda n: value if n is node else value_of(n))
     with value.fake_mode:
         if user.op == "call_method":
             return getattr(args[0], user.target)(*args[1:], **kwargs)
         return user.target(*args, **kwargs)
 
 
+def _put(graph: Graph, rotation: _Rotation, effects: Effects) -> Node | Miss:
+    return put_call(graph, rotation.found, rotary_one, (rotation.found["x"], *rotation.factors), {}, effects)
+
+
 def _run(graph: Graph) -> Applied:
     effects = Effects.of(graph)
     found = find(graph, REWRITES, ("neg", "sub", "view_as_complex"), effects)
     applied = Applied(misses=[miss for miss in found.misses if _is_near(miss)])
-    rotations = []
-    for match in found.matches:
-        rotation = _Rotation.of(match, effects)
-        miss = _order_needed(rotation, effects)
-        if miss is None:
-            rotations.append(rotation)
-        else:
-            applied.misses.append(miss)
-    while rotations:
-        rotation, place = rotations.pop(0), source_line(rotations[0].found.root)
-        if rotations and _may_share(rotation, rotations[0], effects) and _both(graph, rotation, rotations[0], effects):
-            del rotations[0]
+    rotations = [_Rotation.of(match, effects) for match in found.matches]
+    refused = {rotation: miss for rotation in rotations if (miss := _order_needed(rotation, effects))}
+    applied.misses += refused.values()
+    waiting = [rotation for rotation in rotations if rotation not in refused]
+    while waiting:
+        rotation = waiting.pop(0)
+        place = source_line(rotation.found.root)
+        paired = bool(waiting) and _may_share(rotation, waiting[0], effects)
+        if paired and _both(graph, rotation, waiting[0], effects):
+            del waiting[0]
             applied.sites.append((rotation.layout, place))
             continue
-        args = (rotation.found["x"], *rotation.factors)
-        outcome = put_call(graph, rotation.found, rotary_one, args, {}, effects)
+        outcome = _put(graph, rotation, effects)
         if isinstance(outcome, Miss):
             applied.misses.append(outcome)
         else:
