@@ -118,6 +118,7 @@ class _Terms:
 _POINTWISE = frozenset({"add", "sub", "mul", "floordiv", "remainder", "neg", "cast", "getitem", "where"})
 _FILLED = {"new_ones": 1, "ones": 1, "ones_like": 1, "new_zeros": 0, "zeros": 0, "zeros_like": 0}
 _COMPARISONS = frozenset({"le", "lt", "ge", "gt"})
+_INDEX_DTYPES = (torch.int64, torch.int32)
 
 
 @dataclass
@@ -210,12 +211,16 @@ class MaskReader:
                 terms.only("chunk", a.divisor, node)
                 return True
             case Lookup(), Lookup() if {a.axis, b.axis} == {KEYS, QUERIES} and a.source is b.source:
+                if dtype_of(a.source) not in _INDEX_DTYPES:
+                    return False
                 terms.only("segments", a.source, node)
                 return True
         if not isinstance(left, Node) or not isinstance(right, Node):
             return False
         query, key = (left, right) if _is_row(right) else (right, left)
-        if not _is_row(key) or not self._mirrored(query, key):
+        if not _is_row(key) or str(_shape(query)[KEYS:]) != "(1,)" or dtype_of(key) not in _INDEX_DTYPES:
+            return False
+        if not self._mirrored(query, key):
             return False
         terms.only("segments", self.checkpoints.origin(key), node)
         return True
@@ -334,14 +339,13 @@ def _has_tensor(index: Any) -> bool:
 def _cast(source: _Value, dtype: Any) -> _Value:
     if dtype == torch.bool:
         return Constant(bool(source.value)) if isinstance(source, Constant) else None
-    is_index = dtype in (torch.int64, torch.int32)
-    return source if is_index and isinstance(source, (Constant, Position)) else None
+    return source if dtype in _INDEX_DTYPES and isinstance(source, (Constant, Position)) else None
 
 
 def _arange(node: Node, args: tuple) -> _Value:
     numbers = [a for a in args if not isinstance(a, tuple)]
     named = {a[0] for a in args if isinstance(a, tuple)}
-    if dtype_of(node) not in (torch.int64, torch.int32) or named & {"start", "end", "step"}:
+    if dtype_of(node) not in _INDEX_DTYPES or named & {"start", "end", "step"}:
         return None
     start = numbers[0] if len(numbers) > 1 else 0
     step = numbers[2] if len(numbers) > 2 else 1

@@ -273,7 +273,7 @@ def _is_attention(miss: Miss) -> bool:
     nodes = {*miss.matched, miss.node} - {None}
     calls = [(n, canonical(n)) for n in nodes]
     anchors = [(n, call) for n, call in calls if call is not None and call.name in ANCHORS]
-    return any(call.name != "softmax" or value_of(n).dim() == 4 for n, call in anchors)
+    return any(call.name != "softmax" or getattr(value_of(n), "ndim", 4) == 4 for n, call in anchors)
 
 
 def rewrite_attention(module: GraphModule) -> Applied:

@@ -1,5 +1,6 @@
 """Attention functions over every mask, as models build them, for the attention pass's tests."""
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -14,7 +15,7 @@ BATCH, HEADS, KV_HEADS, TOKENS, DIM = 2, 4, 2, 12, 8
 NAMES = ("causal_attention", "full_attention", "attention", "scaled_dot_product_attention")
 
 
-def capture(function: Callable, *args, dynamic: bool | None = None) -> tuple[fx.GraphModule, list]:
+def capture(function: Callable, *args, dynamic: bool | None = None, **kwargs) -> tuple[fx.GraphModule, list]:
     """The one graph that Dynamo makes of ``function``, and the real inputs that it is called with."""
     seen: list = []
 
@@ -26,7 +27,7 @@ def capture(function: Callable, *args, dynamic: bool | None = None) -> tuple[fx.
         return call
 
     torch._dynamo.reset()
-    torch.compile(function, backend=record, fullgraph=True, dynamic=dynamic)(*args)
+    torch.compile(function, backend=record, fullgraph=True, dynamic=dynamic)(*args, **kwargs)
     torch._dynamo.reset()
     return seen[0]
 
@@ -54,6 +55,19 @@ def square_tensors(module: fx.GraphModule) -> list[str]:
     parts = [m for m in module.modules() if isinstance(m, fx.GraphModule)]
     shapes = {n.name: getattr(n.meta.get("example_value"), "shape", ()) for p in parts for n in p.graph.nodes}
     return [name for name, shape in shapes.items() if tuple(shape[-2:]) == (TOKENS, TOKENS)]
+
+
+def without_names(call: str) -> str:
+    """``sinks=<node>`` as ``sinks``, and likewise for the other tensors."""
+    return re.sub(r"=(?!True|False)[A-Za-z_]\w*", "", call)
+
+
+def boolean_squares(module: fx.GraphModule) -> list[str]:
+    """Of ``square_tensors``, the boolean ones of four dimensions: masks, whatever other sizes a model has."""
+    parts = [m for m in module.modules() if isinstance(m, fx.GraphModule)]
+    nodes = {n.name: n.meta.get("example_value") for part in parts for n in part.graph.nodes}
+    squares = {name: v for name, v in nodes.items() if tuple(getattr(v, "shape", ())[2:]) == (TOKENS, TOKENS)}
+    return [name for name, v in squares.items() if v.dtype == torch.bool]
 
 
 def qkv(kv_heads: int = KV_HEADS, tokens: int = TOKENS, dim: int = DIM, keys: int | None = None) -> tuple:
@@ -140,6 +154,10 @@ def chunks(q, size=4):
 def chunks_after_padding(q, padding):
     batch, row, column = positions(q)
     return ((column - padding[batch]) // 4 == (row - padding[batch]) // 4) & (column <= row)
+
+
+def chunks_without_padding(q):
+    return chunks_after_padding(q, torch.zeros(q.shape[0], dtype=torch.int64))
 
 
 def packed(q, position_ids):

@@ -34,6 +34,7 @@ MASKS = [
     (cases.wide_window, (), CAUSAL),
     (cases.window, (), "attention(causal=True, window=5)"),
     (cases.chunks, (), "attention(causal=True, chunk=4)"),
+    (cases.chunks_without_padding, (), "attention(causal=True, chunk=4)"),
     (cases.chunks_after_padding, (torch.tensor([3, 0]),), "attention(causal=True, segments=getitem_{n})"),
     (cases.packed, (cases.position_ids(),), "attention(causal=True, segments=number)"),
     (cases.padded, (cases.kept(),), "attention(causal=True, key_mask=to)"),
@@ -207,6 +208,12 @@ def _unequal_sides(q):
     return (column <= row) & (column // 4 == row // 3)
 
 
+def _mixed_positions(q):
+    _, row, column = positions(q)
+    shift = torch.arange(q.shape[2])[None, None, None, :]
+    return (column <= row) & ((column * 3 + shift) // 5 == (row * 3 + shift) // 5)
+
+
 def _additive_small(q):
     return torch.where(cases.causal(q), 0.0, -100.0)
 
@@ -222,6 +229,7 @@ def _additive_small(q):
         (_swapped, "is a window without being causal"),
         (_heads, "is gt"),
         (_unequal_sides, "is eq"),
+        (_mixed_positions, "is eq"),
         (_additive_small, "is where"),
     ],
 )

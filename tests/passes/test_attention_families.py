@@ -1,0 +1,33 @@
+"""The attention pass on whole models: what each family's attention becomes."""
+
+import pytest
+
+from rewriter.fusion import apply
+from rewriter.passes.attention import attention_pass
+from tests.families import FAMILIES, batch, build
+from tests.passes.attention_cases import TOKENS, boolean_squares, calls, capture, without_names
+
+CAUSAL, WINDOW = "causal_attention()", "attention(causal=True, window=8)"
+# Families whose attention is not plain causal in every layer.
+OTHERS = {
+    "mistral": [WINDOW, WINDOW],
+    "starcoder2": [WINDOW, WINDOW],
+    "gemma2": [
+        "attention(causal=True, window=8, softcap=50.0)",
+        "attention(causal=True, softcap=50.0)",
+    ],
+    "gemma2_sdpa": [WINDOW, CAUSAL],
+    "gemma3": [WINDOW, WINDOW, CAUSAL],
+    "cohere2": [WINDOW, CAUSAL],
+    "gpt_oss": ["attention(causal=True, window=8, sinks)", "attention(causal=True, sinks)"],
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_attention_of_every_family_is_rewritten_and_its_mask_is_gone(family):
+    graph, _ = capture(build(family), **batch(length=TOKENS))
+    new, record = apply(attention_pass, graph)
+    wanted = OTHERS.get(family, [CAUSAL, CAUSAL])
+    assert record.error is None and record.misses == () and record.count == len(wanted)
+    assert [without_names(c) for c in calls(new)] == wanted
+    assert boolean_squares(new) == []
