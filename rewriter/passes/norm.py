@@ -29,6 +29,8 @@ def row_fits(match: Match) -> None:
     hidden = x.shape[-1]
     require(isinstance(hidden, int), f"the last dimension {hidden} is not a constant")
     require(hidden_fits(hidden), f"last dimension {hidden} exceeds 65536, the most one program can hold")
+    eps = match.bindings.get("eps")
+    require(not isinstance(value_of(eps), torch.Tensor), f"eps is the tensor `{eps}`; the kernel takes a number")
     for name in ("weight", "bias"):
         parameter = match.value(name) if name in match.bindings else None
         shape = tuple(parameter.shape) if isinstance(parameter, torch.Tensor) else (hidden,)
