@@ -76,18 +76,17 @@ class _Value:
         grad: bool,
         origin: tuple[Callable, _Value] | None = None,
     ):
-        self.compute, self.inputs, self.grad, self.origin = compute, tuple(inputs), grad, origin
+        self.compute, self.grad, self.origin = compute, grad, origin
+        self.inputs: tuple[Tensor, ...] = tuple(inputs)
         self.versions = [_version(t) for t in self.inputs]
         self.result: Tensor | None = None
 
-    @torch.compiler.disable
     def read(self) -> Tensor:
         if self.result is None:
             self.result = self._computed(_Value.read)
             self.inputs, self.origin = (), None
         return self.result
 
-    @torch.compiler.disable
     def fresh(self) -> Tensor:
         """The result without history, and not kept."""
         return self._computed(_Value.fresh) if self.result is None else self.result.detach()
@@ -135,14 +134,24 @@ class DeferredTensor(Tensor):
         if func is Tensor.__hash__ or (func in _METADATA and args[0]._value.result is None):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        args, kwargs = tree_map_only(DeferredTensor, lambda t: t._value.read(), (args, kwargs))
+        args, kwargs = tree_map_only(DeferredTensor, _read, (args, kwargs))
         return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         # Below autograd: the result has no history, so it is not the one to keep.
-        args, kwargs = tree_map_only(DeferredTensor, lambda t: t._value.fresh(), (args, kwargs or {}))
+        args, kwargs = tree_map_only(DeferredTensor, _fresh, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+@torch.compiler.disable
+def _read(tensor: DeferredTensor) -> Tensor:
+    return tensor._value.read()
+
+
+@torch.compiler.disable
+def _fresh(tensor: DeferredTensor) -> Tensor:
+    return tensor._value.fresh()
 
 
 def _make(value: _Value, shape: Sequence[int], dtype: torch.dtype) -> DeferredTensor:

@@ -113,7 +113,9 @@ def declare(
     return Rewrite(name, function, to, where, constants, graph, outputs, holes, len(calls))
 
 
-def rewrite(*, to: Callable, where: Callable | None = None, name: str | None = None, **constants: Any) -> Callable:
+def rewrite(
+    *, to: Callable, where: Callable | None = None, name: str | None = None, **constants: Any
+) -> Callable[[Callable], Rewrite]:
     """Decorator form of ``declare``, for the package's own passes."""
     if not callable(to):
         raise PatternError(f"rewrite: `to` must be a function, got {to!r}.")

@@ -21,14 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, GraphModule, Node
 
-from rewriter.canonical import PackedWeight, canonical, dtype_of, value_of
+from rewriter.canonical import Call, PackedWeight, canonical, dtype_of, value_of
 from rewriter.deferred import deferred
 from rewriter.effects import Effects
 from rewriter.fusion import Applied, CrossingPass
 from rewriter.kernels.linear_cross_entropy import linear_cross_entropy
 from rewriter.match import Match, Miss
 from rewriter.pattern import Unmet, require, rewrite, same, source_line
-from rewriter.replace import erase, fake_call, insert, put_call, sweep
+from rewriter.replace import erase, fake_call, graphs_of, insert, put_call, sweep
 
 _RESHAPES = ("view", "reshape", "flatten")
 
@@ -57,10 +57,7 @@ class _Walk:
 def _run(module: GraphModule) -> Applied:
     effects = Effects.of(module.graph)
     applied = Applied()
-    for node in list(module.graph.nodes):
-        call = canonical(node)
-        if call is None or call.name != "cross_entropy":
-            continue
+    for node, call in _losses(module):
         place, walk = source_line(node), _Walk()
         try:
             _fuse(module, node, call.args, walk, effects)
@@ -68,8 +65,24 @@ def _run(module: GraphModule) -> Applied:
             applied.misses.append(Miss(head_and_loss, str(unmet), frozenset(walk.nodes), node, None))
         else:
             applied.sites.append((head_and_loss.name, place))
+    for body in graphs_of(module)[1:]:
+        for node, _ in _losses(body):
+            reason = "the loss is inside an activation checkpoint"
+            applied.misses.append(Miss(head_and_loss, reason, frozenset(), node, None))
     sweep(module)
     return applied
+
+
+def _losses(module: GraphModule) -> list[tuple[Node, Call]]:
+    calls = [(node, canonical(node)) for node in module.graph.nodes]
+    return [(node, call) for node, call in calls if call is not None and call.name == "cross_entropy"]
+
+
+def _call(node: Any) -> Call:
+    call = canonical(node) if isinstance(node, Node) else None
+    if call is None:
+        raise Unmet(f"the logits are `{node}`, not a linear's result")
+    return call
 
 
 def _fuse(module: GraphModule, loss: Node, args: tuple, walk: _Walk, effects: Effects) -> None:
@@ -84,14 +97,16 @@ def _fuse(module: GraphModule, loss: Node, args: tuple, walk: _Walk, effects: Ef
     root, divisor = _division(loss, reduction)
     walk.nodes += dict.fromkeys((root, loss))
     head = _walk_up(logits, walk)
-    x, weight, bias = canonical(head).args
+    x, weight, bias = _call(head).args
     require(not isinstance(weight, PackedWeight), "the head's weight is in 4 bits")
     require(value_of(x).ndim >= 2, "the head's input is one row")
     returned = _returned(walk, root)
     output = next(iter(module.graph.find_nodes(op="output")))
     operands = {n for n in (x, weight, bias, target, divisor) if isinstance(n, Node)}
-    reason = effects.mode_border(set(walk.nodes)) or effects.overwritten(set(walk.nodes), operands, output)
-    require(not reason, reason)
+    if reason := effects.mode_border(set(walk.nodes)) or effects.overwritten(
+        set(walk.nodes), operands, output
+    ):
+        raise Unmet(reason)
     rows = _shifted(module.graph, x, walk.shifts, root, effects)
     settings = {
         "scale": walk.scale,
@@ -106,7 +121,8 @@ def _fuse(module: GraphModule, loss: Node, args: tuple, walk: _Walk, effects: Ef
     found = Match(head_and_loss, {}, (root,), frozenset(walk.nodes))
     given = (rows, weight, bias, target)
     outcome = put_call(module.graph, found, linear_cross_entropy, given, settings, effects)
-    require(isinstance(outcome, Node), getattr(outcome, "reason", ""))
+    if isinstance(outcome, Miss):
+        raise Unmet(outcome.reason)
     for value in returned:
         _defer(module, value, head, output)
     erase(module.graph, {*walk.nodes, *returned})
@@ -114,8 +130,8 @@ def _fuse(module: GraphModule, loss: Node, args: tuple, walk: _Walk, effects: Ef
 
 def _division(loss: Node, reduction: str) -> tuple[Node, Node | None]:
     """The division of a sum by a number of items in a tensor, and the number; the loss itself without one."""
-    user = next(iter(loss.users), None)
-    call = canonical(user) if user is not None and len(loss.users) == 1 else None
+    user = next(iter(loss.users), loss)
+    call = canonical(user) if len(loss.users) == 1 else None
     if reduction != "sum" or call is None or call.name != "div" or len(call.args) != 2:
         return loss, None
     items = value_of(call.args[1])
@@ -126,11 +142,11 @@ def _division(loss: Node, reduction: str) -> tuple[Node, Node | None]:
 
 def _walk_up(logits: Any, walk: _Walk) -> Node:
     """From the loss's input to the linear, through casts, the reshape to rows, shifts, softcap and scale."""
-    require(isinstance(logits, Node), "the logits are a constant")
+    _call(logits)
     value = value_of(logits)
     require(value.ndim == 2, f"logits of {value.ndim} dimensions; expected (tokens, vocabulary)")
     node = logits
-    while (call := canonical(node)) is not None and call.name != "linear":
+    while (call := _call(node)).name != "linear":
         walk.nodes.append(node)
         require(same(value_of(node).shape[-1], value.shape[-1]),
                 "a reshape divides the vocabulary")  # fmt: skip
@@ -145,8 +161,7 @@ def _walk_up(logits: Any, walk: _Walk) -> Node:
             node = call.args[0]
         else:
             walk.logits.append(node)
-            node = _before(node, walk)
-    require(call is not None, f"the logits are {node.op} `{node.name}`, not a linear's result")
+            node = _before(node, call, walk)
     require(same(value_of(node).shape[-1], value.shape[-1]), "a reshape divides the vocabulary")
     walk.nodes.append(node)
     walk.nodes += call.through
@@ -154,13 +169,12 @@ def _walk_up(logits: Any, walk: _Walk) -> Node:
     return node
 
 
-def _before(node: Node, walk: _Walk) -> Node:
+def _before(node: Node, call: Call, walk: _Walk) -> Node:
     """What a cast, a softcap or a scale is applied to."""
-    call = canonical(node)
     if call.name == "alias":
         return call.args[0]
     if call.name == "cast":
-        before, after = dtype_of(call.args[0]), dtype_of(node)
+        before, after = value_of(call.args[0]).dtype, value_of(node).dtype
         require(after == torch.promote_types(before, after), f"logits of {before} are narrowed to {after}")
         return call.args[0]
     require(call.name in ("mul", "div"), f"the logits come from {call.name}, not from a linear")
@@ -172,7 +186,7 @@ def _before(node: Node, walk: _Walk) -> Node:
     return operand
 
 
-def _number_and_operand(call: Any) -> tuple[float, Node]:
+def _number_and_operand(call: Call) -> tuple[float, Node]:
     first, second = call.args[:2]
     if call.name == "mul" and isinstance(second, Node):
         first, second = second, first
@@ -183,8 +197,8 @@ def _number_and_operand(call: Any) -> tuple[float, Node]:
 
 def _uncapped(inner: Node, tanh: Node, cap: float, walk: _Walk) -> Node:
     require(walk.softcap == 0.0 and walk.scale == 1.0, "the logits are scaled after their softcap")
-    call = canonical(inner)
-    require(call is not None and call.name == "div", "a softcap's tanh is of no quotient")
+    call = _call(inner)
+    require(call.name == "div", "a softcap's tanh is of no quotient")
     number, operand = _number_and_operand(call)
     require(number == cap, f"a softcap divides by {number} and multiplies by {cap}")
     walk.softcap = float(cap)
@@ -219,7 +233,9 @@ def _read_by_output(node: Node, user: Node) -> list[Node]:
     if user.op == "output":
         return [node]
     call = canonical(user)
-    require(call is not None and call.name in ("cast", "alias") and user.users, _elsewhere(node, user))
+    require(
+        call is not None and call.name in ("cast", "alias") and len(user.users) > 0, _elsewhere(node, user)
+    )
     return [value for reader in user.users for value in _read_by_output(user, reader)]
 
 
@@ -239,8 +255,7 @@ def _shifted(graph: Graph, x: Node, shifts: list[Node], root: Node, effects: Eff
 
 def _defer(module: GraphModule, value: Node, head: Node, output: Node) -> None:
     """Let the output hold ``deferred`` in the place of ``value``."""
-    _, weight, bias = canonical(head).args
-    inputs = [canonical(head).args[0], weight, *([bias] if bias is not None else [])]
+    inputs = [operand for operand in _call(head).args if operand is not None]
     name = f"deferred_{value.name}"
     module.add_submodule(name, _copied(value, head, inputs))
     with module.graph.inserting_before(output):
@@ -261,7 +276,12 @@ def _copied(value: Node, head: Node, inputs: list[Node]) -> GraphModule:
     copies = {head: graph.call_function(F.linear, tuple(operands))}
 
     def copy(node: Node) -> Node:
-        if node not in copies:
+        call = _call(node)
+        if node not in copies and call.name == "alias":
+            return copy(call.args[0])
+        if node not in copies and call.name == "cast":  # `type_as` would read a second tensor
+            copies[node] = graph.call_method("to", (copy(call.args[0]), dtype_of(node)))
+        elif node not in copies:
             copies[node] = graph.node_copy(node, copy)
         return copies[node]
 

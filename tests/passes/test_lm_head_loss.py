@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 import rewriter
 from rewriter.fusion import apply
@@ -175,6 +176,42 @@ def test_logits_returned_raw_and_cast():
     check(f, dtype=torch.bfloat16)
 
 
+def test_logits_returned_cast_to_the_type_of_another_tensor():
+    def f(x, weight, bias, target):
+        logits = F.linear(x, weight)
+        return F.cross_entropy(rows(logits), target.view(-1)), logits.type_as(target.double())
+
+    check(f)
+
+
+def test_two_heads_of_one_model():
+    def f(x, weight, bias, target):
+        first, second = F.linear(x, weight), F.linear(x * 0.5, weight, bias)
+        loss = F.cross_entropy(rows(first), target.view(-1)) + F.cross_entropy(rows(second), target.view(-1))
+        return loss, first, second
+
+    check(f, count=2)
+
+
+def test_scale_in_place():
+    def f(x, weight, bias, target):
+        logits = F.linear(x, weight)
+        logits /= 4.0
+        return F.cross_entropy(rows(logits), target.view(-1)), logits
+
+    check(f)
+
+
+def test_loss_inside_a_checkpoint_is_kept():
+    def f(x, weight, bias, target):
+        def head(x):
+            return F.cross_entropy(rows(F.linear(x, weight)), target.view(-1))
+
+        return torch.utils.checkpoint.checkpoint(head, x, use_reentrant=False)
+
+    check(f, count=0, reason="activation checkpoint")
+
+
 def test_autocast_inside_with_the_cast_of_the_logits_after_it():
     def f(x, weight, bias, target):
         with torch.autocast("cpu", torch.bfloat16):
@@ -283,7 +320,7 @@ KEPT = {
     ),
     "the logits are an input": (
         lambda x, w, b, t: F.cross_entropy(w, t.view(-1)[:1].expand(11).clamp(0, 7)),
-        "placeholder",
+        "not a linear's result",
     ),
 }
 
