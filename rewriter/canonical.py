@@ -137,6 +137,11 @@ def dtype_of(value: Any) -> torch.dtype | None:
     return getattr(value_of(value), "dtype", None)
 
 
+def fixed(size: Any) -> int | None:
+    """A size as a number where tracing knows it to be one, as a symbol that was specialised; else None."""
+    return size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size
+
+
 def target_name(node: Node) -> str:
     """The canonical name of what a node calls; qualified where the function is not PyTorch's."""
     if node.op == "call_method":

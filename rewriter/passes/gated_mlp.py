@@ -11,6 +11,7 @@ Mirrors ``LlamaMLP``, ``GemmaMLP``, ``Phi3MLP`` of transformers.
 import torch
 import torch.nn.functional as F
 
+from rewriter.canonical import fixed
 from rewriter.fusion import pattern_pass
 from rewriter.kernels.gated_activation import gated_activation, gated_activation_packed
 from rewriter.match import Match
@@ -30,8 +31,8 @@ def halves_match(match: Match) -> None:
 def packed_is_even(match: Match) -> None:
     packed = match.value("gate_up")
     require(packed.dtype in _DTYPES, f"a gate of {packed.dtype}; the kernel takes 16- and 32-bit floats")
-    width = packed.shape[-1]
-    require(isinstance(width, int) and width % 2 == 0, f"a packed width of {width} has no equal halves")
+    width = fixed(packed.shape[-1])
+    require(width is not None and width % 2 == 0, f"a packed width of {packed.shape[-1]} has no equal halves")
 
 
 def _halves(gate_up):

@@ -12,7 +12,7 @@ transformers, ``torch.nn.RMSNorm`` and ``torch.nn.LayerNorm``.
 import torch
 import torch.nn.functional as F
 
-from rewriter.canonical import dtype_of, value_of
+from rewriter.canonical import dtype_of, fixed, value_of
 from rewriter.fusion import pattern_pass
 from rewriter.kernels.layer_norm import add_layer_norm, layer_norm
 from rewriter.kernels.rms_norm import add_rms_norm, hidden_fits, rms_norm
@@ -25,12 +25,14 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def row_fits(match: Match) -> None:
     """The kernels hold a row in one program, and work in fp32 on 16- and 32-bit floats."""
     x = match.value("x")
+    require(isinstance(x, torch.Tensor) and x.dim() > 0, "what is normalised is no row")
     require(x.dtype in _DTYPES, f"rows of {x.dtype}; the kernel takes 16- and 32-bit floats")
-    hidden = x.shape[-1]
-    require(isinstance(hidden, int), f"the last dimension {hidden} is not a constant")
+    hidden = fixed(x.shape[-1])
+    require(hidden is not None, f"the last dimension {x.shape[-1]} is not a constant")
     require(hidden_fits(hidden), f"last dimension {hidden} exceeds 65536, the most one program can hold")
     eps = match.bindings.get("eps")
-    require(not isinstance(value_of(eps), torch.Tensor), f"eps is the tensor `{eps}`; the kernel takes a number")
+    is_tensor = isinstance(value_of(eps), torch.Tensor)
+    require(not is_tensor, f"eps is the tensor `{eps}`; the kernel takes a number")
     for name in ("weight", "bias"):
         parameter = match.value(name) if name in match.bindings else None
         shape = tuple(parameter.shape) if isinstance(parameter, torch.Tensor) else (hidden,)
@@ -41,7 +43,8 @@ def summands_match(match: Match) -> None:
     """The residual add is fused where both summands are full rows."""
     x, residual = match.value("x"), match.value("residual")
     require(isinstance(residual, torch.Tensor) and isinstance(x, torch.Tensor), "a summand is no tensor")
-    require(str(x.shape) == str(residual.shape), f"the sum broadcasts {tuple(residual.shape)} to {tuple(x.shape)}")
+    shapes = f"{tuple(residual.shape)} to {tuple(x.shape)}"
+    require(str(x.shape) == str(residual.shape), f"the sum broadcasts {shapes}")
     require(x.dtype == residual.dtype, f"the sum is of {x.dtype} and {residual.dtype}")
     row_fits(match)
 
@@ -124,7 +127,7 @@ def unweighted_norm(x, eps):
 
 
 def torch_rms_norm_op(x, weight, given_eps, eps, shape, out_dtype):
-    """``F.rms_norm``: ``given_eps`` may be None, ``eps`` is what it stands for; ``shape`` is the last dimension."""
+    """``F.rms_norm`` over the last dimension, ``shape``; ``eps`` is what ``given_eps``, if None, stands for."""
     return rms_norm(x, weight, eps, 0.0, False, out_dtype)
 
 
@@ -170,11 +173,12 @@ def add_cohere_norm(x, residual, weight, eps):
     return (weight.to(torch.float32) * _centred(h, eps)).to(h.dtype), h
 
 
-# A sum before a norm is tried first, and norms with a weight before the bare one, which they contain; where casts
-# vanish in fp32, the more particular form first.
+# A sum before a norm is tried first, and norms with a weight before the bare one, which they contain; where
+# casts vanish in fp32, the more particular form first.
 REWRITES = (
-    add_gemma_norm, add_cohere_norm, add_llama_norm, add_olmo_norm, add_fp32_weight_norm, add_torch_layer_norm,
-    gemma_norm, cohere_norm, llama_norm, olmo_norm, fp32_weight_norm, torch_rms_norm, torch_layer_norm,
+    add_gemma_norm, add_cohere_norm, add_llama_norm, add_fp32_weight_norm, add_olmo_norm,
+    add_torch_layer_norm,
+    gemma_norm, cohere_norm, llama_norm, fp32_weight_norm, olmo_norm, torch_rms_norm, torch_layer_norm,
     unweighted_norm,
 )  # fmt: skip
 
