@@ -75,7 +75,7 @@ def _nearness(miss: Miss) -> tuple[float, int]:
 
 
 def _unreached(anchor: Node, rewrites: Sequence[Rewrite]) -> Miss:
-    tried = ", ".join(r.name for r in rewrites)
+    tried = ", ".join(dict.fromkeys(r.name for r in rewrites))
     return Miss(rewrites[0], f"none of {tried} reaches `{anchor.name}`", frozenset(), anchor, None)
 
 

@@ -122,11 +122,12 @@ def _in_fp32(turn: Callable, x, cos, sin):
     return turn(x.to(torch.float32), cos, sin).to(x.dtype)
 
 
-# Casts vanish where they change nothing, so the more particular form comes first.
+# Casts vanish where they change nothing, so the more particular form comes first; so does a turn that contains
+# another.
 _PRECISIONS = (_in_fp32, _rounded, _as_it_is)
 _TURNS = (
-    halves, halves_half_cos, halves_half_cos_sliced, interleaved, interleaved_half_cos, pairs_to_halves,
-    pairs_to_halves_half_cos,
+    pairs_to_halves, pairs_to_halves_half_cos, halves, halves_half_cos, halves_half_cos_sliced, interleaved,
+    interleaved_half_cos,
 )  # fmt: skip
 
 
@@ -266,8 +267,8 @@ def _put(graph: Graph, rotation: _Rotation, effects: Effects) -> Node | Miss:
 
 def _run(graph: Graph) -> Applied:
     effects = Effects.of(graph)
-    found = find(graph, REWRITES, ("neg", "sub", "view_as_complex"), effects)
-    applied = Applied(misses=[miss for miss in found.misses if _is_near(miss)])
+    found = find(graph, REWRITES, ("neg", "sub", "cat", "view_as_complex"), effects)
+    applied = Applied(misses=_worth_a_line(found.misses))
     rotations = [_Rotation.of(match, effects) for match in found.matches]
     refused = {rotation: miss for rotation in rotations if (miss := _order_needed(rotation, effects))}
     applied.misses += refused.values()
@@ -288,10 +289,14 @@ def _run(graph: Graph) -> Applied:
     return applied
 
 
-def _is_near(miss: Miss) -> bool:
-    """Negations and differences abound elsewhere: those that start no rotation are not worth a line."""
-    complex_form = miss.node is not None and miss.node.target is torch.view_as_complex
-    return complex_form or 2 * miss.depth >= miss.rewrite.size
+def _worth_a_line(misses: list[Miss]) -> list[Miss]:
+    """Each place once, and only rotations half matched or complex: negations and joins abound elsewhere."""
+    once = {id(miss): miss for miss in misses}.values()
+    return [m for m in once if 2 * m.depth >= m.rewrite.size or _is_complex(m.node)]
+
+
+def _is_complex(node: Node | None) -> bool:
+    return node is not None and node.target is torch.view_as_complex
 
 
 rotary_pass = Pass("rotary", _run)
