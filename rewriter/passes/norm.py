@@ -127,7 +127,7 @@ def unweighted_norm(x, eps):
 
 
 def torch_rms_norm_op(x, weight, given_eps, eps, shape, out_dtype):
-    """``F.rms_norm`` over the last dimension, ``shape``; ``eps`` is what ``given_eps``, if None, stands for."""
+    """``F.rms_norm`` over the last dimension, ``shape``; ``eps`` is what ``given_eps`` stands for."""
     return rms_norm(x, weight, eps, 0.0, False, out_dtype)
 
 
