@@ -272,7 +272,8 @@ def _forward(
         denominator = denominator * divisor.to(x.device).reshape(())
     # Without a label every gradient is zero, whatever the mean's factor.
     factor = 1.0 / denominator.masked_fill(denominator == 0, 1.0)
-    mantissa = torch.frexp(factor).mantissa
+    # In [1, 2), eager's own size for a sum: a bit less, and small fp16 gradients lose one.
+    mantissa = 2.0 * torch.frexp(factor).mantissa
     unit = factor / mantissa
 
     rows = _labelled_rows(target, vocab, ignore_index)
@@ -292,14 +293,14 @@ def _forward(
     longest = max((chunk.stop - chunk.start for chunk in chunks), default=0)
     # Rows that start on 128 bytes, for wide loads and for the matrix products, whatever the vocabulary.
     row_length = -(-vocab // 64) * 64 if x.is_cuda else vocab
-    buffer = x.new_empty((longest, row_length), dtype=compute_dtype)[:, :vocab]
+    buffer = x.new_empty((longest if offset is None else 0, row_length), dtype=compute_dtype)[:, :vocab]
     for number, chunk in enumerate(chunks):
         part = (x[chunk] if rows is None else x.index_select(0, rows[chunk])).to(compute_dtype)
-        logits = buffer[: part.shape[0]]
         if offset is None:
-            torch.mm(part, head.t(), out=logits)
+            logits = torch.mm(part, head.t(), out=buffer[: part.shape[0]])
         else:
-            torch.addmm(offset, part, head.t(), out=logits)
+            # A tensor of its own takes the model's own path in PyTorch: the bias is added before the rounding.
+            logits = torch.addmm(offset, part, head.t())
         dlogits = chunk_loss(
             logits,
             labels[chunk],
@@ -319,6 +320,7 @@ def _forward(
             _add_product(dw, dlogits, part, first=number == 0)
         if needs_bias:
             db += dlogits.sum(0, dtype=torch.float32)
+        del logits, dlogits  # before the next chunk's are made
 
     loss = (losses.sum() / denominator).to(loss_dtype)
     return loss, dx, dw.to(_kept_dtype(weight)), db, unit

@@ -73,17 +73,19 @@ def _row_loss_and_gradient(
         exp_sum = tl.where(z > largest, exp_sum * fading + 1.0, exp_sum + fading)
         largest = tl.maximum(z, largest)
     row_largest = tl.max(largest, 0)
-    log_sum_exp = row_largest + tl.log(tl.sum(exp_sum * tl.exp(largest - row_largest), 0))
+    row_sum = tl.sum(exp_sum * tl.exp(largest - row_largest), 0)
 
-    loss = log_sum_exp - (1.0 - SMOOTHING) * label_logit
+    loss = row_largest - (1.0 - SMOOTHING) * label_logit
     if SMOOTHING != 0.0:
         loss -= SMOOTHING * (tl.sum(plain_sum, 0) / vocab)
-    tl.store(losses + row, loss)
+    tl.store(losses + row, loss + tl.log(row_sum))
 
     if GRADIENT:
         # Every lane has read the label's logit before any lane overwrites it.
         tl.debug_barrier()
         upstream = tl.load(gradient_scale) * SCALE
+        # Not exp(z - log_sum_exp): the sum's logarithm, added to the maximum, loses the digits that it needs.
+        inverse_sum = 1.0 / row_sum
         even = 0.0
         if SMOOTHING != 0.0:
             even = SMOOTHING / vocab
@@ -91,7 +93,7 @@ def _row_loss_and_gradient(
             columns = start + lanes
             inside = columns < vocab
             z, slope = _capped(tl.load(logits + columns, mask=inside, other=0.0), SCALE, SOFTCAP)
-            gradient = tl.exp(z - log_sum_exp) - even
+            gradient = tl.exp(z - row_largest) * inverse_sum - even
             gradient = tl.where(columns == label, gradient - (1.0 - SMOOTHING), gradient)
             if SOFTCAP != 0.0:
                 gradient *= slope

@@ -34,9 +34,10 @@ def compare(inputs, **terms):
     eager = with_gradients(attention_reference, inputs, grad, **terms)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     truth = with_gradients(attention_reference, exact, grad.double(), **terms)
-    median = 2.0 if inputs[0].dtype == torch.float32 else 1.0
+    # In fp32 the rounding of the log-sum-exp shows.
+    slack = 2.0 if inputs[0].dtype == torch.float32 else 1.0
     for name, a, b, c in zip(("out", "q", "k", "v"), ours, eager, truth, strict=True):
-        assert_as_accurate(a, b, c, name=name, median=median)
+        assert_as_accurate(a, b, c, name=name, slack=slack)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -38,9 +38,9 @@ def test_widths_of_real_models(width, activation, dtype):
     truth = with_gradients(
         lambda g, u: gated_activation_reference(g, u, activation), inputs, grad, torch.float64
     )
-    limits = (3.0, 3.0) if dtype == torch.float32 else (1.0, 2.0)
+    slack = 2.0 if dtype == torch.float32 else 1.0  # for the GPU's exponential, which is all that rounds here
     for name, *values in zip(("out", "d_gate", "d_up"), ours, eager, truth, strict=True):
-        assert_as_accurate(*values, name=name, median=limits[0], worst=limits[1])
+        assert_as_accurate(*values, name=name, slack=slack)
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -80,7 +80,7 @@ def test_a_layers_projections_are_as_accurate_as_eager(sizes, adapter):
         for ys, leaf in outcomes
     ]
     for i, trio in enumerate(zip(*results, strict=True)):
-        assert_as_accurate(*trio, name=f"result {i}", median=1.02)
+        assert_as_accurate(*trio, name=f"result {i}")
 
 
 def test_the_weight_in_16_bits_does_not_live_until_the_backward():

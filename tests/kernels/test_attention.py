@@ -73,10 +73,10 @@ def compare(inputs, sinks=None, **terms):
     exact_sinks = None if sinks is None else sinks.detach().double().requires_grad_()
     truth = with_gradients(attention_reference, exact, exact_sinks, grad.double(), **terms)
     # Probabilities recomputed from a log-sum-exp near 5 carry that number's fp32 rounding; eager's dense
-    # path, which saves them, does not. It is far below 16-bit rounding.
-    median = 2.0 if inputs[0].dtype == torch.float32 else 1.0
+    # path, which saves them, does not: at 5 queries, a median of 2.3 times eager's. 16-bit rounding hides it.
+    slack = 2.0 if inputs[0].dtype == torch.float32 else 1.0
     for name, a, b, c in zip(("out", *names), ours, eager, truth, strict=False):
-        assert_as_accurate(a, b, c, name=name, median=median)
+        assert_as_accurate(a, b, c, name=name, slack=slack)
     return ours
 
 
@@ -155,7 +155,16 @@ def test_nan_reaches_every_row_that_may_see_it():
 
 
 def test_one_token():
-    compare(tensors(queries=1), causal=True, window=3)
+    q, k, v = tensors(queries=1)
+    grad = torch.randn(1, 2, 1, 16, device=device)
+    out, dq, dk, dv = with_gradients(op, (q, k, v), None, grad, causal=True, window=3)
+    assert torch.equal(out, v.expand_as(out))
+    torch.testing.assert_close(dv, grad.sum(1, keepdim=True))
+    # The softmax of one logit does not move: its gradient is the difference of two equal sums, and what
+    # is left of it their rounding.
+    logit_gradient = 4 * torch.finfo(torch.float32).eps * (grad.abs() * v.abs()).sum(-1, keepdim=True)
+    assert (dq.abs() <= 0.3 * logit_gradient * k.abs()).all()
+    assert (dk.abs() <= 0.3 * (logit_gradient * q.abs()).sum(1, keepdim=True)).all()
 
 
 def test_strided_inputs_and_an_expanded_gradient():

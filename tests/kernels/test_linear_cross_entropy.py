@@ -58,12 +58,12 @@ def compare(inputs, *, upstream=1.0, **options):
     functions = linear_cross_entropy, linear_cross_entropy_reference
     sample = [losses_of_rotations(function, *inputs, **options) for function in functions]
     true_sample = losses_of_rotations(linear_cross_entropy_reference, *inputs, dtype=torch.float64, **exact)
-    assert_as_accurate(*sample, true_sample, name="losses", median=1.25)
-    # In fp32 both round alike, in another order: medians of some hundred elements differ by their noise.
-    median = 1.2 if inputs[0].dtype == torch.float32 and "compute_dtype" not in options else 1.0
+    assert_as_accurate(*sample, true_sample, name="losses")
+    # The upstream gradient is not known when the gradient is made, and rounds it once more.
+    median = 1.0 if upstream in (1.0, 2.0**-6) else 1.15
     for name, a, b, c in zip(("dx", "dweight", "dbias"), ours[1:], eager[1:], truth[1:], strict=True):
         if c is not None:
-            assert_as_accurate(a, b, c, name=name, median=median)
+            assert_as_accurate(a, b, c, name=name, slack=median)
 
 
 @pytest.mark.parametrize("dtype", dtypes)
@@ -222,9 +222,7 @@ def test_the_triton_kernel_of_a_chunk(dtype, gradient, options):
         assert torch.equal(logits, before)
         return
     assert made is logits and not logits[2].any()
-    # The GPU's own exponential is good to two units of fp32, PyTorch's to one; a product's error hides both.
-    median = 2.0 if dtype == torch.float32 else 1.0
-    assert_as_accurate(logits, eager_gradient, true_gradient, name="gradient", median=median)
+    assert_as_accurate(logits, eager_gradient, true_gradient, name="gradient")
 
 
 @pytest.mark.parametrize("needs", [(True, False, False), (True, True, True), (False, False, False)], ids=str)

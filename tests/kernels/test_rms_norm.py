@@ -52,10 +52,10 @@ def compare(ours, eager, exact, tensors, *gradients):
     doubles = [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
     found, plain = results(ours, tensors, gradients), results(eager, tensors, gradients)
     for i, values in enumerate(zip(found, plain, results(exact, doubles, gradients), strict=True)):
-        # In fp32 both compute alike, in another order: over 40 seeds the errors' mean ratio is at most 1.13,
-        # and one draw of a few rows can have 2.2 (median) and 3.6 (worst).
-        noise = 2.0 if values[0].dtype == torch.float32 else 1.0
-        assert_as_accurate(*values, name=f"result {i}", median=noise, worst=2.0 * noise)
+        # One reciprocal root serves a row, so that a few rows are a few draws: over 40 seeds the errors' mean
+        # ratio in fp32 is at most 1.13, and one draw can have 2.2.
+        slack = 1.5 if values[0].dtype == torch.float32 else 1.0
+        assert_as_accurate(*values, name=f"result {i}", slack=slack)
 
 
 def compare_norm(x, weight, variant=LLAMA, out_dtype=None, gradient=None):
