@@ -102,8 +102,8 @@ def interleaved_half_cos(x, cos, sin):
 
 def pairs_to_halves(x, cos, sin):
     batch, heads, tokens, head = x.shape[0], x.shape[1], x.shape[2], x.shape[3]
-    sorted_ = x.view(batch, heads, tokens, head // 2, 2).transpose(4, 3).reshape(batch, heads, tokens, head)
-    return halves(sorted_, cos, sin)
+    pairs = x.view(batch, heads, tokens, head // 2, 2)
+    return halves(pairs.transpose(4, 3).reshape(batch, heads, tokens, head), cos, sin)
 
 
 def pairs_to_halves_half_cos(x, cos, sin):
