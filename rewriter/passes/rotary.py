@@ -122,8 +122,8 @@ def _in_fp32(turn: Callable, x, cos, sin):
     return turn(x.to(torch.float32), cos, sin).to(x.dtype)
 
 
-# Casts vanish where they change nothing, so the more particular form comes first; so does a turn that contains
-# another.
+# Casts vanish where they change nothing, so the more particular form comes first; so does a turn that
+# contains another.
 _PRECISIONS = (_in_fp32, _rounded, _as_it_is)
 _TURNS = (
     pairs_to_halves, pairs_to_halves_half_cos, halves, halves_half_cos, halves_half_cos_sliced, interleaved,
