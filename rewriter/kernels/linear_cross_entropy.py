@@ -299,7 +299,7 @@ def _forward(
         if offset is None:
             logits = torch.mm(part, head.t(), out=buffer[: part.shape[0]])
         else:
-            # A tensor of its own takes the model's own path in PyTorch: the bias is added before the rounding.
+            # A tensor of its own takes the path of the model's linear: the bias is added before rounding.
             logits = torch.addmm(offset, part, head.t())
         dlogits = chunk_loss(
             logits,
