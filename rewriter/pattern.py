@@ -13,6 +13,8 @@ specification of what it matches.
 """
 
 import inspect
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -166,8 +168,19 @@ def _check_arguments(name: str, to: Callable, holes: tuple[str, ...], constants:
             raise PatternError(f"{name}: `{op}` needs `{p.name}`, which is neither a parameter nor a constant.")
 
 
+_NOT_A_PATTERN = (os.path.dirname(torch.__file__), __file__)
+
+
 class _Tracer(fx.Tracer):
-    record_stack_traces = True
+    def create_node(self, *args: Any, **kwargs: Any) -> Node:
+        # fx records lines too, but only of calls below a function named `forward`.
+        node = super().create_node(*args, **kwargs)
+        frame = sys._getframe(1)
+        while frame.f_code.co_filename.startswith(_NOT_A_PATTERN) and frame.f_back is not None:
+            frame = frame.f_back
+        code = frame.f_code
+        node.stack_trace = f'File "{code.co_filename}", line {frame.f_lineno}, in {code.co_name}'
+        return node
 
     def create_arg(self, a: Any) -> Any:
         # `maybe` takes a function. fx lets those of Python be arguments, but not those in C, as torch.mul.
