@@ -183,8 +183,8 @@ class _Tracer(fx.Tracer):
         return node
 
     def create_arg(self, a: Any) -> Any:
-        # `maybe` takes a function. fx lets those of Python be arguments, but not those in C, as torch.mul.
-        return a if inspect.isbuiltin(a) else super().create_arg(a)
+        # `maybe` takes a function, which fx refuses as an argument.
+        return a if inspect.isroutine(a) else super().create_arg(a)
 
 
 def _trace(name: str, function: Callable) -> tuple[fx.Graph, tuple[Node, ...]]:
