@@ -130,7 +130,7 @@ def _capture(pattern: Rewrite, values: Sequence[Any]) -> tuple[GraphModule, list
     except Exception as error:
         raise CheckError(f"{pattern.name}: Dynamo cannot capture it as one graph: {error}") from error
     finally:
-        torch._dynamo.reset_code(pattern.function.__code__)
+        torch._dynamo.reset_code(pattern.function.__code__)  # pyright: ignore[reportPrivateImportUsage]
     if not graphs:
         raise CheckError(f"{pattern.name}: computes nothing from these inputs; give at least one tensor.")
     (module,) = graphs

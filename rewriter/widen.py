@@ -67,8 +67,9 @@ def _wide_dtype(argument: Any) -> Any:
     return WIDENED if isinstance(argument, torch.dtype) and argument in _NARROW else argument
 
 
-def _replacement(node: Node) -> Callable | None:
-    target, name = node.target, getattr(node.target, "__name__", "")
+def _replacement(node: Node) -> Any:
+    target: Any = node.target
+    name = getattr(target, "__name__", "")
     if name == "_enter_autocast":
         node.args = (*node.args[:2], False, *node.args[3:])
         return target
