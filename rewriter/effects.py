@@ -29,7 +29,13 @@ def mutated_argument(node: Node) -> Node | None:
     if isinstance(out, Node):
         return out
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    in_place_method = bool(re.search(r"[^_]_$", name)) and name not in ("and_", "or_", "not_", "is_", "requires_grad_")
+    in_place_method = bool(re.search(r"[^_]_$", name)) and name not in (
+        "and_",
+        "or_",
+        "not_",
+        "is_",
+        "requires_grad_",
+    )
     in_place = in_place_method or name in _IN_PLACE_OPERATORS or node.kwargs.get("inplace") is True
     if not in_place and name == "dropout" and len(node.args) > 3:
         in_place = node.args[3] is True

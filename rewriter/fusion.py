@@ -96,7 +96,9 @@ def apply(fusion: Pass, module: GraphModule) -> tuple[GraphModule, PassRecord]:
         applied = fusion.over(work)
     except Exception as error:
         log.warning("pass %s failed and was left out: %s", fusion.name, error, exc_info=True)
-        record = PassRecord(fusion.name, (), (), time.perf_counter() - start, f"{type(error).__name__}: {error}")
+        record = PassRecord(
+            fusion.name, (), (), time.perf_counter() - start, f"{type(error).__name__}: {error}"
+        )
         return module, record
     seconds = time.perf_counter() - start
     matches, misses = count_places(applied.sites), count_misses(map(_record, applied.misses))

@@ -60,7 +60,11 @@ def _cache_key(module: GraphModule) -> dict[str, Any]:
         for n in m.graph.nodes
         if n.op == "call_function" and getattr(n.target, "__module__", "").partition(".")[0] == "rewriter"
     }
-    return {"unsafe_marked_cacheable_functions": dict.fromkeys(sorted(functions), source_hash())} if functions else {}
+    return (
+        {"unsafe_marked_cacheable_functions": dict.fromkeys(sorted(functions), source_hash())}
+        if functions
+        else {}
+    )
 
 
 def _lower_eager(module: GraphModule, example_inputs: Sequence[Any]) -> Callable:

@@ -164,11 +164,11 @@ class MaskReader:
         match call.name, call.args:
             case "and_", (Node() as a, Node() as b):
                 return (a, b) if dtype_of(a) == dtype_of(b) == torch.bool else ()
-            case ("alias" | "to_device" | "expand" | "clone" | "detach"), (Node() as source, *_):
+            case (("alias" | "to_device" | "expand" | "clone" | "detach"), (Node() as source, *_)):
                 return (source,)
             case "where", (Node() as condition, kept, masked):
                 return (condition,) if self._is_additive(node, kept, masked) else ()
-            case ("getitem" | "unsqueeze" | "view" | "reshape"), (Node() as source, *_):
+            case (("getitem" | "unsqueeze" | "view" | "reshape"), (Node() as source, *_)):
                 axes = _moved_axes(node, call)
                 old, new = _shape(source), _shape(node)
                 kept = all(axes.get(a) == a and same(old[a], new[a]) for a in (KEYS, QUERIES))
@@ -263,19 +263,19 @@ class MaskReader:
 
     def _computed(self, node: Node, call: Call) -> _Value:
         match call.name, call.args:
-            case ("alias" | "to_device" | "clone" | "detach" | "expand"), (source, *_):
+            case (("alias" | "to_device" | "clone" | "detach" | "expand"), (source, *_)):
                 return self._value(source)
             case "cast", (source, dtype):
                 return _cast(self._value(source), dtype)
             case "arange", args:
                 return _arange(node, args)
-            case ("tensor" | "scalar_tensor"), (int() | float() as number, *_):
+            case (("tensor" | "scalar_tensor"), (int() | float() as number, *_)):
                 return Constant(number)
             case name, _ if name in _FILLED:
                 return Constant(_FILLED[name])
-            case ("full" | "full_like" | "new_full"), (_, int() | float() as number, *_):
+            case (("full" | "full_like" | "new_full"), (_, int() | float() as number, *_)):
                 return Constant(number)
-            case ("add" | "sub" | "floordiv" | "eq" | "ne"), (left, right):
+            case (("add" | "sub" | "floordiv" | "eq" | "ne"), (left, right)):
                 return _arithmetic(call.name, self._value(left), self._value(right))
             case "cumsum", (source, *_):
                 total = self._value(source)
@@ -284,7 +284,7 @@ class MaskReader:
                 return self._difference(source, dim, prepend)
             case "getitem", (Node() as source, index) if _has_tensor(index):
                 return self._looked_up(source, index)
-            case ("getitem" | "unsqueeze" | "view" | "reshape"), (Node() as source, *_):
+            case (("getitem" | "unsqueeze" | "view" | "reshape"), (Node() as source, *_)):
                 return self._viewed(node, call, self._value(source))
         return None
 

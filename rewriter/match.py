@@ -13,7 +13,16 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from rewriter.canonical import COMMUTATIVE, Call, DtypeOf, PackedWeight, canonical, dtype_of, is_metadata, value_of
+from rewriter.canonical import (
+    COMMUTATIVE,
+    Call,
+    DtypeOf,
+    PackedWeight,
+    canonical,
+    dtype_of,
+    is_metadata,
+    value_of,
+)
 from rewriter.effects import Effects
 from rewriter.pattern import Rewrite, Unmet, evaluate, pattern_call, same, source_line
 
@@ -111,7 +120,9 @@ class _Search:
         node = node if isinstance(node, Node) else None
         self.misses.append(Miss(self.rewrite, reason, nodes, node, pattern_node))
 
-    def accept(self, env: dict[Node, Any], nodes: frozenset[Node], root: Node, effects: Effects) -> Match | None:
+    def accept(
+        self, env: dict[Node, Any], nodes: frozenset[Node], root: Node, effects: Effects
+    ) -> Match | None:
         if not self._metadata_holds(env, nodes):
             return None
         outputs = tuple(env[o] for o in self.rewrite.outputs)
@@ -178,10 +189,14 @@ class _Search:
         elif same(env[hole], found) or env[hole] == found and isinstance(found, PackedWeight):
             yield env, nodes
         else:
-            reason = f"`{hole.target}` is {_describe(env[hole])} in one place and {_describe(found)} in another"
+            reason = (
+                f"`{hole.target}` is {_describe(env[hole])} in one place and {_describe(found)} in another"
+            )
             self.miss(reason, nodes, found, hole)
 
-    def _metadata(self, wanted: Any, found: Any, env: dict[Node, Any], nodes: frozenset[Node]) -> Iterator[_Step]:
+    def _metadata(
+        self, wanted: Any, found: Any, env: dict[Node, Any], nodes: frozenset[Node]
+    ) -> Iterator[_Step]:
         try:
             value = evaluate(wanted, env)
         except KeyError:
@@ -192,7 +207,9 @@ class _Search:
         else:
             self.miss(f"expected {value}, found {_describe(found)}", nodes, found, wanted)
 
-    def _structure(self, wanted: Any, found: Any, env: dict[Node, Any], nodes: frozenset[Node]) -> Iterator[_Step]:
+    def _structure(
+        self, wanted: Any, found: Any, env: dict[Node, Any], nodes: frozenset[Node]
+    ) -> Iterator[_Step]:
         if isinstance(wanted, slice):
             if not isinstance(found, slice):
                 self.miss(f"expected a slice, found {_describe(found)}", nodes, found)
@@ -212,7 +229,9 @@ class _Search:
         for env_, nodes_ in self.value(wanted, found, env, nodes):
             yield from self._each(rest, env_, nodes_)
 
-    def _call(self, wanted: Node, found: Any, env: dict[Node, Any], nodes: frozenset[Node]) -> Iterator[_Step]:
+    def _call(
+        self, wanted: Node, found: Any, env: dict[Node, Any], nodes: frozenset[Node]
+    ) -> Iterator[_Step]:
         call = pattern_call(wanted)
         if not isinstance(found, Node):
             self.miss(f"expected {call.name}, found {_describe(found)}", nodes, found, wanted)
@@ -262,7 +281,9 @@ class _Search:
                 args = (args[0], _index_like(call.args[1], args[1], args[0]))
             yield from self._each(list(zip(call.args, args, strict=True)), env, nodes)
 
-    def _maybe(self, call: Call, found: Node, env: dict[Node, Any], nodes: frozenset[Node]) -> Iterator[_Step]:
+    def _maybe(
+        self, call: Call, found: Node, env: dict[Node, Any], nodes: frozenset[Node]
+    ) -> Iterator[_Step]:
         function, x, *rest = call.args
         seen = canonical(found)
         if seen is not None and seen.name == function.__name__:
@@ -274,7 +295,13 @@ class _Search:
             yield from self.value(x, found, {**env, **absent}, nodes)
 
     def _cast(
-        self, wanted: Node, call: Call, found: Node, seen: Call | None, env: dict[Node, Any], nodes: frozenset[Node]
+        self,
+        wanted: Node,
+        call: Call,
+        found: Node,
+        seen: Call | None,
+        env: dict[Node, Any],
+        nodes: frozenset[Node],
     ) -> Iterator[_Step]:
         operand, dtype = call.args
         actual = dtype_of(found)

@@ -9,7 +9,16 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
 _LOWERINGS = ("inductor", "eager")
 _MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -40,7 +49,9 @@ class Options:
     mode: str | None = None
 
     @classmethod
-    def parse(cls, given: Mapping[str, Any] | None, mode: str | None, known_passes: Sequence[str]) -> "Options":
+    def parse(
+        cls, given: Mapping[str, Any] | None, mode: str | None, known_passes: Sequence[str]
+    ) -> "Options":
         """Validate ``options=`` and ``mode=`` of ``torch.compile``.
 
         Raises:
@@ -52,7 +63,9 @@ class Options:
             if name not in names:
                 raise OptionError(f"rewriter: unknown option {name!r}{_nearest(name, names)}")
         if mode not in _MODES:
-            raise OptionError(f"rewriter: unknown mode {mode!r}{_nearest(str(mode), [m for m in _MODES if m])}")
+            raise OptionError(
+                f"rewriter: unknown mode {mode!r}{_nearest(str(mode), [m for m in _MODES if m])}"
+            )
         lowering = given.get("lowering", "inductor")
         if lowering not in _LOWERINGS:
             raise OptionError(f"rewriter: unknown lowering {lowering!r}{_nearest(str(lowering), _LOWERINGS)}")
@@ -88,9 +101,18 @@ def parse_budget(name: str, value: Any) -> int | float | None:
     forms = 'bytes (24_000_000_000), a size ("24GB", "22GiB") or a fraction of the memory (0.9)'
     if isinstance(value, float) and 0.0 < value <= 1.0:
         return value
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 1 and float(value).is_integer():
+    if (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and value > 1
+        and float(value).is_integer()
+    ):
         return int(value)
-    matched = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)\s*", value, re.IGNORECASE) if isinstance(value, str) else None
+    matched = (
+        re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)\s*", value, re.IGNORECASE)
+        if isinstance(value, str)
+        else None
+    )
     if matched is None or float(matched[1]) == 0.0:
         raise OptionError(f"rewriter: option {name!r} is {value!r}; give {forms}.")
     return int(float(matched[1]) * _UNITS[matched[2].upper()])
@@ -99,7 +121,11 @@ def parse_budget(name: str, value: Any) -> int | float | None:
 def _parse_passes(value: Any, known: Sequence[str]) -> tuple[str, ...] | None:
     if value is None:
         return None
-    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(v, str) for v in value):
+    if (
+        isinstance(value, str)
+        or not isinstance(value, Sequence)
+        or not all(isinstance(v, str) for v in value)
+    ):
         raise OptionError(f"rewriter: option 'passes' is a list of pass names, got {value!r}.")
     for name in value:
         if name.removeprefix("-") not in known:

@@ -102,7 +102,9 @@ def declare(
         PatternError: naming the argument that ``to`` does not know or still lacks.
     """
     if not inspect.isfunction(function):
-        raise PatternError(f"rewrite: a pattern is a plain function, got {type(function).__name__} {function!r}.")
+        raise PatternError(
+            f"rewrite: a pattern is a plain function, got {type(function).__name__} {function!r}."
+        )
     name = name or function.__name__
     holes = _holes(name, function)
     _check_arguments(name, to, holes, constants)
@@ -110,7 +112,9 @@ def declare(
     used = {n.target for n in graph.find_nodes(op="placeholder") if n.users}
     for hole in holes:
         if hole not in used:
-            raise PatternError(f"{name}: parameter `{hole}` is not used in the pattern, so nothing could bind it.")
+            raise PatternError(
+                f"{name}: parameter `{hole}` is not used in the pattern, so nothing could bind it."
+            )
     calls = [n for n in graph.nodes if n.op in ("call_function", "call_method") and not is_metadata(n)]
     return Rewrite(name, function, to, where, constants, graph, outputs, holes, len(calls))
 
@@ -149,7 +153,9 @@ def _holes(name: str, function: Callable) -> tuple[str, ...]:
     parameters = inspect.signature(function).parameters.values()
     for p in parameters:
         if p.kind is not p.POSITIONAL_OR_KEYWORD or p.default is not p.empty:
-            raise PatternError(f"{name}: parameter `{p}` must be a plain positional one: every parameter is a hole.")
+            raise PatternError(
+                f"{name}: parameter `{p}` must be a plain positional one: every parameter is a hole."
+            )
     return tuple(p.name for p in parameters)
 
 
@@ -165,7 +171,9 @@ def _check_arguments(name: str, to: Callable, holes: tuple[str, ...], constants:
     for p in parameters.values():
         given = p.name in holes or p.name in constants
         if not given and p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
-            raise PatternError(f"{name}: `{op}` needs `{p.name}`, which is neither a parameter nor a constant.")
+            raise PatternError(
+                f"{name}: `{op}` needs `{p.name}`, which is neither a parameter nor a constant."
+            )
 
 
 _NOT_A_PATTERN = (os.path.dirname(torch.__file__), __file__)
@@ -200,7 +208,9 @@ def _trace(name: str, function: Callable) -> tuple[fx.Graph, tuple[Node, ...]]:
     reached = _ancestors(outputs[0])
     for output in outputs[1:]:
         if output not in reached:
-            raise PatternError(f"{name}: its first result must be computed from the others; `{output}` is not used.")
+            raise PatternError(
+                f"{name}: its first result must be computed from the others; `{output}` is not used."
+            )
     return graph, tuple(outputs)
 
 

@@ -10,7 +10,9 @@ from rewriter.pattern import PatternError, Rewrite, declare
 _patterns: dict[str, Rewrite] = {}
 
 
-def rewrite(*, to: Callable, where: Callable | None = None, name: str | None = None, **constants: Any) -> Callable:
+def rewrite(
+    *, to: Callable, where: Callable | None = None, name: str | None = None, **constants: Any
+) -> Callable:
     """Teach the compiler a pattern of your own, active from here on.
 
         @rewriter.rewrite(to=my_kernel, where=rows_fit)

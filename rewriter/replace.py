@@ -161,7 +161,11 @@ def _tensors(values: Any) -> list[torch.Tensor]:
 
 def _difference(old: Any, new: Any) -> str | None:
     if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor):
-        return None if type(old) is type(new) else f"gives {type(new).__name__}, the graph has {type(old).__name__}"
+        return (
+            None
+            if type(old) is type(new)
+            else f"gives {type(new).__name__}, the graph has {type(old).__name__}"
+        )
     if old.dtype != new.dtype:
         return f"gives {new.dtype}, the graph has {old.dtype}"
     # As text: comparing symbolic sizes would install guards.
@@ -170,7 +174,9 @@ def _difference(old: Any, new: Any) -> str | None:
     return None
 
 
-def insert(graph: Graph, place: Node, to: Callable, args: tuple, kwargs: dict, value: Any, like: Node) -> Node:
+def insert(
+    graph: Graph, place: Node, to: Callable, args: tuple, kwargs: dict, value: Any, like: Node
+) -> Node:
     """A new call before ``place``, with the value tracing would have given it and ``like``'s place in the model."""
     with graph.inserting_before(place):
         call = graph.call_function(to, args, kwargs)
@@ -226,4 +232,3 @@ def graphs_of(module: GraphModule) -> list[GraphModule]:
     ]
     nested = [graphs_of(body) for body in bodies if body is not None]
     return [module, *itertools.chain.from_iterable(nested)]
-

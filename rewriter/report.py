@@ -93,7 +93,9 @@ class Report:
 
 
 def _graph_lines(graph: GraphRecord) -> Iterator:
-    yield Text(f"graph {graph.name}: {graph.nodes_before} operations, {graph.nodes_after} after rewriting", "bold")
+    yield Text(
+        f"graph {graph.name}: {graph.nodes_before} operations, {graph.nodes_after} after rewriting", "bold"
+    )
     for note in graph.notes:
         yield Text(f"  {note}")
     if graph.graph_break:
@@ -113,7 +115,9 @@ def _graph_lines(graph: GraphRecord) -> Iterator:
     for record, m in misses:
         place = _short(m.model_line) or "unknown line"
         times = f" (×{m.count})" if m.count > 1 else ""
-        yield Text(f"    {record.name} at {place}{times}: {m.reason}  [{m.rewrite}, {_short(m.pattern_line)}]")
+        yield Text(
+            f"    {record.name} at {place}{times}: {m.reason}  [{m.rewrite}, {_short(m.pattern_line)}]"
+        )
 
 
 def _short(place: str) -> str:

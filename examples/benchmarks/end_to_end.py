@@ -30,9 +30,19 @@ def build(layers: int, quantised: bool, device: str, tiny: bool) -> nn.Module:
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+    shape = {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    }
     if tiny:
-        shape = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+        shape = {
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        }
     config = LlamaConfig(
         vocab_size=1024 if tiny else 128256,
         num_hidden_layers=layers,
@@ -76,9 +86,9 @@ def quantise(model: nn.Module) -> None:
                 setattr(parent, name, linear)
 
 
-def prepare(model: nn.Module, system: str) -> None:
+def prepare(model: nn.Module, system: str, options: dict) -> None:
     if system == "rewriter":
-        model.compile(backend="rewriter")
+        model.compile(backend="rewriter", options=options)
     elif system == "inductor":
         model.compile()
 
@@ -87,7 +97,7 @@ def measure(arguments: argparse.Namespace) -> dict:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     layers, rows, length = map(int, arguments.case.split("x"))
     model = build(layers, not arguments.no_quantise, device, arguments.tiny)
-    prepare(model, arguments.system)
+    prepare(model, arguments.system, arguments.options)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.vocab_size
@@ -152,7 +162,9 @@ def profile(step) -> None:
         for index in range(3):
             step(index)
         torch.cuda.synchronize()
-    print(recorded.key_averages().table(sort_by="self_cuda_time_total", row_limit=28, max_name_column_width=70))
+    print(
+        recorded.key_averages().table(sort_by="self_cuda_time_total", row_limit=28, max_name_column_width=70)
+    )
 
 
 def versions() -> dict[str, str]:
@@ -169,7 +181,11 @@ def versions() -> dict[str, str]:
 
 def compare(case: str, results: Path) -> None:
     """Print what the files of a case hold, and each system's ratio to the rewriter's."""
-    found = {s: json.loads(p.read_text()) for s in SYSTEMS if (p := results / f"end_to_end_{case}_{s}.json").exists()}
+    found = {
+        s: json.loads(p.read_text())
+        for s in SYSTEMS
+        if (p := results / f"end_to_end_{case}_{s}.json").exists()
+    }
     ours = found.get("rewriter")
     print(f"{'system':10s} {'ms':>9s} {'ratio':>6s} {'GiB':>7s} {'first s':>8s}  loss, step 1 and last")
     for system, r in found.items():
@@ -182,13 +198,16 @@ def compare(case: str, results: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--system", choices=SYSTEMS, default="rewriter")
     parser.add_argument("--all", action="store_true", help="every system, each in a process of its own")
     parser.add_argument("--case", default="8x2x2048", help="layers x rows x tokens")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--no-quantise", action="store_true", help="16-bit base weights")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape, to try the script on a CPU")
+    parser.add_argument("--options", type=json.loads, default={}, help="the rewriter's options, as JSON")
     parser.add_argument("--profile", action="store_true", help="also print the GPU's time by kernel")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -202,7 +221,9 @@ def main() -> None:
     arguments.results.mkdir(parents=True, exist_ok=True)
     path = arguments.results / f"end_to_end_{arguments.case}_{arguments.system}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{arguments.system}: {result['median_ms']:.1f} ms a step, first {result['first_step_s']:.1f} s -> {path}")
+    print(
+        f"{arguments.system}: {result['median_ms']:.1f} ms a step, first {result['first_step_s']:.1f} s -> {path}"
+    )
 
 
 if __name__ == "__main__":

@@ -38,7 +38,10 @@ def adapter_fits(match: Match) -> None:
     require(isinstance(match["scale"], (int, float)), f"the scale {match['scale']} is not a constant")
     require(a.ndim == 2 and b.ndim == 2, f"adapters of {a.ndim} and {b.ndim} dimensions")
     rank, (n, k) = a.shape[0], _weight_shape(match["weight"])
-    require(a.shape[1] == k and tuple(b.shape) == (n, rank), f"adapters {tuple(a.shape)}, {tuple(b.shape)} on ({n}, {k})")
+    require(
+        a.shape[1] == k and tuple(b.shape) == (n, rank),
+        f"adapters {tuple(a.shape)}, {tuple(b.shape)} on ({n}, {k})",
+    )
     require(adapter_is_narrow(rank, n, k), f"rank {rank} is wide beside a weight of ({n}, {k})")
     dropped = match.value("dropped")
     require(str(dropped.shape) == str(x.shape), "base and adapter read inputs of different shapes")
@@ -170,7 +173,13 @@ def _run(graph: Graph) -> Applied:
     outcomes = [pair for group in _groups(adapted, effects) for pair in _put_adapters(graph, group, effects)]
     for bare in found.matches:
         if bare.rewrite is bare_4bit:
-            args = (bare["x"], _weight(bare["packed"]), bare["bias"], dtype_of(bare.root), dtype_of(bare.root))
+            args = (
+                bare["x"],
+                _weight(bare["packed"]),
+                bare["bias"],
+                dtype_of(bare.root),
+                dtype_of(bare.root),
+            )
             outcomes.append((bare, put_call(graph, bare, linear_4bit, args, {}, effects)))
     for member, outcome in outcomes:
         if isinstance(outcome, Miss):
