@@ -4,6 +4,7 @@ model.compile(backend="rewriter")
 """
 
 from rewriter.check import CheckError, check
+from rewriter.huggingface import prepare, restore
 from rewriter.pattern import PatternError, maybe, require
 from rewriter.registry import rewrite
 from rewriter.report import Report, inspect, report
@@ -15,7 +16,9 @@ __all__ = [
     "check",
     "inspect",
     "maybe",
+    "prepare",
     "report",
     "require",
+    "restore",
     "rewrite",
 ]

@@ -12,6 +12,7 @@ from typing import Any
 from torch._guards import TracingContext, tracing
 from torch.fx import GraphModule
 
+from rewriter.kernels.registration import operators
 from rewriter.options import Options
 
 
@@ -31,6 +32,7 @@ def lower(module: GraphModule, example_inputs: Sequence[Any], options: Options) 
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
+    _register_operators()
     patches = list_mode_options(options.mode) if options.mode else {}
     return compile_fx(module, list(example_inputs), config_patches={**patches, **_cache_key(module)})
 
@@ -45,6 +47,20 @@ def lower_beside(module: GraphModule, example_inputs: Sequence[Any], options: Op
     own.guards_context = context.guards_context
     with tracing(own):
         return lower(module, example_inputs, options)
+
+
+@functools.cache
+def _register_operators() -> None:
+    """Tell Inductor to call our ops as they are.
+
+    It would find out by itself, but torch 2.11 first formats the arguments of an op that it does not know for
+    a log line, and that text is exponential in the number of ops behind them.
+    """
+    from torch._inductor.lowering import lowerings, make_fallback, tag_to_layout_constraint
+
+    for op, tag in operators.items():
+        if op not in lowerings:
+            make_fallback(op, layout_constraint=tag_to_layout_constraint(tag))
 
 
 def _cache_key(module: GraphModule) -> dict[str, Any]:

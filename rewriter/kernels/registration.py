@@ -14,6 +14,9 @@ import torch
 
 library = torch.library.Library("rewriter", "DEF")
 
+# Every op defined, with its layout tag, for the compiler that has to know them before it meets one.
+operators: dict[torch._ops.OpOverload, torch.Tag] = {}
+
 
 def define(
     schema: str,
@@ -35,7 +38,9 @@ def define(
     library.define(schema, tags=tuple(tags))
     library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"rewriter::{name}", fake, lib=library)
-    return getattr(torch.ops.rewriter, name).default
+    op = getattr(torch.ops.rewriter, name).default
+    operators[op] = tags[0]
+    return op
 
 
 def differentiate(op: torch._ops.OpOverload, backward: Callable, setup_context: Callable) -> None:
