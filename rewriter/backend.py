@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch._guards import CompileContext
-from torch._logging import trace_structured
+from torch._logging._internal import trace_structured
 from torch.fx import GraphModule
 
 from rewriter.deferred import split_deferred

@@ -155,7 +155,7 @@ def fixed(size: Any) -> int | None:
 def target_name(node: Node) -> str:
     """The canonical name of what a node calls; qualified where the function is not PyTorch's."""
     if node.op == "call_method":
-        return _ALIASES.get(node.target, node.target)
+        return _ALIASES.get(str(node.target), str(node.target))
     target = node.target
     name = getattr(target, "__name__", str(target))
     if isinstance(target, torch._ops.OpOverload):
@@ -291,7 +291,7 @@ def subgraph(node: Any) -> GraphModule | None:
     """The graph module that a ``get_attr`` node names, or None."""
     if not isinstance(node, Node) or node.op != "get_attr":
         return None
-    module = getattr(node.graph.owning_module, node.target, None)
+    module = getattr(node.graph.owning_module, str(node.target), None)
     return module if isinstance(module, GraphModule) else None
 
 

@@ -28,7 +28,8 @@ def mutated_argument(node: Node) -> Node | None:
     out = node.kwargs.get("out")
     if isinstance(out, Node):
         return out
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    first, *_ = node.args
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
     in_place_method = bool(re.search(r"[^_]_$", name)) and name not in (
         "and_",
         "or_",
@@ -39,9 +40,9 @@ def mutated_argument(node: Node) -> Node | None:
     in_place = in_place_method or name in _IN_PLACE_OPERATORS or node.kwargs.get("inplace") is True
     if not in_place and name == "dropout" and len(node.args) > 3:
         in_place = node.args[3] is True
-    if not in_place or not isinstance(node.args[0], Node):
+    if not in_place or not isinstance(first, Node):
         return None
-    return node.args[0] if isinstance(value_of(node.args[0]), torch.Tensor) else None
+    return first if isinstance(value_of(first), torch.Tensor) else None
 
 
 def _storage(node: Node) -> int | None:
@@ -141,17 +142,20 @@ class Effects:
 
     def _is_private(self, write: Node, matched: set[Node]) -> bool:
         """Whether an in-place write inside a match overwrites a value that nothing else reads."""
-        target = write.args[0]
+        target: Any = write.args[0]
+        storage = _storage(target)
         fresh = target.op in ("call_function", "call_method") and target in matched
-        return fresh and all(
+        if not fresh or storage is None:
+            return False
+        return all(
             node is write or user in matched or self.position[user] < self.position[write]
-            for node in self.sharing[_storage(target)]
+            for node in self.sharing[storage]
             for user in node.users
         )
 
 
 def is_impure(node: Node) -> bool:
-    """Whether dead-code elimination must keep ``node``: it writes in place, changes a mode or draws numbers."""
+    """Whether dead-code elimination must keep ``node``: it writes, changes a mode or draws random numbers."""
     if node.op in ("placeholder", "output"):
         return True
     name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""

@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule
 
 from rewriter.effects import Effects
 from rewriter.match import Match, Miss
 from rewriter.pattern import Rewrite, source_line
 from rewriter.replace import drop_dead, find, graphs_of, put, sweep
-from rewriter.report import MissRecord, PassRecord, count_places, count_misses
+from rewriter.report import MissRecord, PassRecord, count_misses, count_places
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class CrossingPass(Pass):
-    """A pass whose proofs cross the borders of checkpoints: ``run`` takes, and sweeps, the outermost module."""
+    """A pass whose proofs cross the borders of checkpoints: ``run`` takes and sweeps the outermost one."""
 
     run: Callable[[GraphModule], Applied]
 
@@ -67,7 +67,7 @@ class CrossingPass(Pass):
 
 
 def pattern_pass(name: str, rewrites: Sequence[Rewrite], anchors: Sequence[str]) -> Pass:
-    """The pass that replaces each match of ``rewrites``, the first that holds, and reports leftover ``anchors``."""
+    """The pass that replaces each match of ``rewrites``, the first to hold, and reports ``anchors`` left."""
 
     def run(graph: Graph) -> Applied:
         effects = Effects.of(graph)
@@ -91,7 +91,7 @@ def apply(fusion: Pass, module: GraphModule) -> tuple[GraphModule, PassRecord]:
     work = duplicate(module)
     try:
         for part in graphs_of(work):
-            # Bodies of checkpoints come with unused results, which would count as uses of what a match erases.
+            # Bodies of checkpoints have unused results, which would count as uses of what a match erases.
             drop_dead(part.graph)
         applied = fusion.over(work)
     except Exception as error:

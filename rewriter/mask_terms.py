@@ -177,7 +177,9 @@ class MaskReader:
 
     def _is_additive(self, node: Node, kept: Any, masked: Any) -> bool:
         dtype, zero, low = dtype_of(node), self._value(kept), self._value(masked)
-        if not dtype.is_floating_point or not isinstance(zero, Constant) or not isinstance(low, Constant):
+        if dtype is None or not dtype.is_floating_point:
+            return False
+        if not isinstance(zero, Constant) or not isinstance(low, Constant):
             return False
         return zero.value == 0 and low.value <= torch.finfo(dtype).min
 

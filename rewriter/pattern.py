@@ -36,7 +36,7 @@ class Unmet(Exception):
 
 
 def require(condition: bool, reason: str) -> None:
-    """State a condition of a rewrite inside a guard: where it fails, the match becomes a miss with ``reason``."""
+    """State a rewrite's condition in a guard: where it fails, the match becomes a miss with ``reason``."""
     if not condition:
         raise Unmet(reason)
 
@@ -51,7 +51,7 @@ def maybe(function: Callable, x: Any, *args: Any) -> Any:
     return x if any(a is None for a in args) else function(x, *args)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rewrite:
     """A pattern and the function that replaces it.
 
@@ -243,8 +243,9 @@ def evaluate(expression: Any, env: dict[Node, Any]) -> Any:
         raise KeyError(expression)
     args = evaluate(tuple(expression.args), env)
     if expression.op == "call_method":
-        return getattr(args[0], expression.target)(*args[1:])
-    return expression.target(*args)
+        return getattr(args[0], str(expression.target))(*args[1:])
+    function: Any = expression.target
+    return function(*args)
 
 
 def same(a: Any, b: Any) -> bool:

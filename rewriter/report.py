@@ -25,7 +25,7 @@ class MatchRecord:
 
 @dataclass(frozen=True)
 class MissRecord:
-    """An operation that a pass looks for and did not rewrite, and the nearest that one of its patterns came."""
+    """An operation that a pass looks for and did not rewrite, and how near one of its patterns came."""
 
     rewrite: str
     pattern_line: str

@@ -222,7 +222,8 @@ def main() -> None:
     path = arguments.results / f"end_to_end_{arguments.case}_{arguments.system}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(
-        f"{arguments.system}: {result['median_ms']:.1f} ms a step, first {result['first_step_s']:.1f} s -> {path}"
+        f"{arguments.system}: {result['median_ms']:.1f} ms a step, "
+        f"first {result['first_step_s']:.1f} s -> {path}"
     )
 
 

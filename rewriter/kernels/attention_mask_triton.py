@@ -7,6 +7,10 @@ block's. That is exact for sorted ids and only ever too wide for unsorted ones, 
 symmetric, one table serves queries that look for keys and keys that look for queries.
 """
 
+# Triton types a kernel as the plain function below its decorator, and `tl.range` as a function: launch
+# options, numbers for constexpr parameters and loops look like errors.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+
 from dataclasses import dataclass
 from functools import cache
 

@@ -5,6 +5,10 @@ and head it reads q once, K and V of its span once (mostly from L2: the blocks o
 and writes the output and one fp32 log-sum-exp a row.
 """
 
+# Triton types a kernel as the plain function below its decorator, and `tl.range` as a function: launch
+# options, numbers for constexpr parameters and loops look like errors.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportCallIssue=false
+
 import torch
 import triton
 import triton.language as tl
@@ -171,15 +175,16 @@ def batch_stride(x: torch.Tensor) -> int:
 
 def mask_arguments(q, segments, key_mask, block: int) -> tuple[tuple, tuple[int, int, int]]:
     """Pointers of (segments, spans, key_mask), q standing in for absent ones, and their batch strides."""
-    spans, strides = q, [0, 0, 0]
+    spans, segment_stride, span_stride, key_stride = q, 0, 0, 0
     if segments is not None:
         segments = segments.contiguous()
         spans = segment_spans(segments, block)
-        strides[:2] = batch_stride(segments), batch_stride(spans)
+        segment_stride, span_stride = batch_stride(segments), batch_stride(spans)
     if key_mask is not None:
         key_mask = key_mask.contiguous().view(torch.uint8)
-        strides[2] = batch_stride(key_mask)
-    return (q if segments is None else segments, spans, q if key_mask is None else key_mask), tuple(strides)
+        key_stride = batch_stride(key_mask)
+    pointers = (q if segments is None else segments, spans, q if key_mask is None else key_mask)
+    return pointers, (segment_stride, span_stride, key_stride)
 
 
 def padded(dim: int) -> int:

@@ -85,7 +85,7 @@ def dequantize_4bit_reference(packed: Packed4bit, dtype: torch.dtype) -> Tensor:
     data, (rows, columns), absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset = packed
     count = rows * columns
     blocks = -(-count // blocksize)
-    if absmax_8bit is not None:
+    if absmax_8bit is not None and absmax_code is not None and absmax_offset is not None:
         outer = absmax.repeat_interleave(SECOND_BLOCKSIZE)[:blocks]
         absmax = absmax_code[absmax_8bit.reshape(-1)[:blocks].int()] * outer + absmax_offset
     code = torch.tensor(CODES[quant_type], dtype=torch.float32, device=data.device)

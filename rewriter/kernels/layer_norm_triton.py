@@ -1,5 +1,9 @@
 """Triton kernels of LayerNorm: as those of RMSNorm, with a second statistic a row and a bias."""
 
+# Triton types a kernel as the plain function below its decorator, and `tl.range` as a function: launch
+# options, numbers for constexpr parameters and loops look like errors.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 import torch
 import triton
 import triton.language as tl

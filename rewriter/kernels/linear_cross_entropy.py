@@ -314,7 +314,7 @@ def _forward(
         )
         if needs_x and rows is None:
             torch.mm(dlogits, head, out=dx[chunk])
-        elif needs_x:
+        elif needs_x and rows is not None:
             dx.index_copy_(0, rows[chunk], torch.mm(dlogits, head))
         if needs_weight:
             _add_product(dw, dlogits, part, first=number == 0)

@@ -26,7 +26,7 @@ nor is there a second derivative.
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -158,18 +158,23 @@ def _check(x, shape, bias, a, b, own) -> None:
         )
 
 
+# A tensor or None; in the backward also a tensor's dtype, or whether its gradient is wanted. Which of a
+# projection's are there follows from the others, which types cannot say.
+_Slot = Any
+
+
 class _Operands(NamedTuple):
     """A projection's tensors. With a 4-bit weight ``weight`` is the packed data, and the scales follow it."""
 
-    weight: Tensor
-    absmax: Tensor | None
-    absmax_8bit: Tensor | None
-    absmax_code: Tensor | None
-    absmax_offset: Tensor | None
-    bias: Tensor | None
-    dropped: Tensor | None
-    a: Tensor | None
-    b: Tensor | None
+    weight: _Slot
+    absmax: _Slot
+    absmax_8bit: _Slot
+    absmax_code: _Slot
+    absmax_offset: _Slot
+    bias: _Slot
+    dropped: _Slot
+    a: _Slot
+    b: _Slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +197,7 @@ class _Spec:
         return dequantize_4bit(packed, self.compute, use)
 
 
-def _tensors_of(weight: Tensor | Packed4bit) -> tuple:
+def _tensors_of(weight: Tensor | Packed4bit) -> tuple[_Slot, _Slot, _Slot, _Slot, _Slot]:
     if isinstance(weight, Packed4bit):
         return weight.data, weight.absmax, weight.absmax_8bit, weight.absmax_code, weight.absmax_offset
     return weight, None, None, None, None
@@ -245,7 +250,7 @@ class _LoraLinears(torch.autograd.Function):
     def forward(ctx, specs, x, *tensors):
         operands = _unflatten(tensors)
         rows = x.reshape(-1, x.shape[-1])
-        down: list[Tensor | None] = [None] * len(specs)
+        down: list[_Slot] = [None] * len(specs)
         shared = [i for i, p in enumerate(operands) if p.a is not None and p.dropped is None]
         for dtype, members in _sharing(specs, shared).items():
             stack = _stacked([operands[i].a.to(dtype) for i in members], 0)
@@ -270,7 +275,8 @@ class _LoraLinears(torch.autograd.Function):
         down, operands = saved[: len(grads)], _unflatten(saved[len(grads) :])
         needs_x, needs = ctx.needs_input_grad[1], _unflatten(ctx.needs_input_grad[2:])
         results = [dict.fromkeys(_Operands._fields) for _ in grads]
-        rows = None if x is None else x.reshape(-1, x.shape[-1])
+        # None where no gradient reads the input.
+        rows: Any = None if x is None else x.reshape(-1, x.shape[-1])
         dx, ddown = None, {}
         for i, (spec, p, need) in enumerate(zip(ctx.specs, operands, needs, strict=True)):
             if grads[i] is None:

@@ -5,7 +5,12 @@ Short rows (the q and k norms of attention heads) share a program. The backward 
 many programs as fit on the device together, each keeping one fp32 sum a column over all its rows.
 """
 
+# Triton types a kernel as the plain function below its decorator, and `tl.range` as a function: launch
+# options, numbers for constexpr parameters and loops look like errors.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -15,11 +20,11 @@ from torch import Tensor
 Strides = tuple[int, int]
 
 
-def lay_out_rows(out: Tensor, *operands: Tensor | None) -> tuple[int, list[tuple[Tensor | None, Strides]]]:
+def lay_out_rows(out: Tensor, *operands: Tensor | None) -> tuple[int, list[tuple[Any, Strides]]]:
     """View operands as rows in the memory order of the dense ``out``, without copying where two strides do.
 
     Returns:
-        ``inner``, and each operand with its strides (outer, inner): row ``r`` of an operand starts at
+        ``inner``, and each operand or None with its strides (outer, inner): row ``r`` of an operand starts at
         ``r // inner * outer_stride + r % inner * inner_stride``, and at ``r * hidden`` of ``out``. An operand
         whose last dimension is not dense, or that needs a third stride, is copied into the order of ``out``.
     """
@@ -37,7 +42,7 @@ def lay_out_rows(out: Tensor, *operands: Tensor | None) -> tuple[int, list[tuple
     for d in order[:split]:
         inner //= out.size(d)
 
-    laid_out: list[tuple[Tensor | None, Strides]] = []
+    laid_out: list[tuple[Any, Strides]] = []
     for tensor, at in zip(operands, breaks, strict=True):
         if tensor is None:
             laid_out.append((None, dense))
@@ -228,5 +233,5 @@ def launch_backward(dy, dh, x, weight, rstd, offset, dx, dweight) -> None:
             weight, rstd, None if dx.is_meta else dx, partial,
             rows, inner, offset, hidden, columns, tile_rows, num_warps=warps,
         )  # fmt: skip
-        if dweight is not None:
+        if partial is not None:
             sum_columns(partial, dweight)

@@ -4,6 +4,10 @@ A program owns a tile of tokens × heads. The cosines of its tokens are loaded o
 The tile runs along the heads where a token's heads are neighbours in memory, else along the tokens.
 """
 
+# Triton types a kernel as the plain function below its decorator, and `tl.range` as a function: launch
+# options, numbers for constexpr parameters and loops look like errors.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 import torch
 import triton
 import triton.language as tl

@@ -256,7 +256,7 @@ def _repeated(node: Node) -> tuple[Node, frozenset[Node]] | None:
     merged = step(node, "reshape", "view", "flatten")
     expanded = step(merged[0], "expand", "broadcast_to") if merged else None
     inserted = step(expanded[0], "getitem", "unsqueeze") if expanded else None
-    if inserted is None:
+    if merged is None or expanded is None or inserted is None:
         return None
     source = inserted[0]
     before, widened, after = (tuple(value_of(n).shape) for n in (source, expanded[0], merged[0]))

@@ -17,7 +17,7 @@ from rewriter.fusion import pattern_pass
 from rewriter.kernels.layer_norm import add_layer_norm, layer_norm
 from rewriter.kernels.rms_norm import add_rms_norm, hidden_fits, rms_norm
 from rewriter.match import Match
-from rewriter.pattern import require, rewrite
+from rewriter.pattern import Unmet, require, rewrite
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -28,7 +28,8 @@ def row_fits(match: Match) -> None:
     require(isinstance(x, torch.Tensor) and x.dim() > 0, "what is normalised is no row")
     require(x.dtype in _DTYPES, f"rows of {x.dtype}; the kernel takes 16- and 32-bit floats")
     hidden = fixed(x.shape[-1])
-    require(hidden is not None, f"the last dimension {x.shape[-1]} is not a constant")
+    if hidden is None:
+        raise Unmet(f"the last dimension {x.shape[-1]} is not a constant")
     require(hidden_fits(hidden), f"last dimension {hidden} exceeds 65536, the most one program can hold")
     eps = match.bindings.get("eps")
     is_tensor = isinstance(value_of(eps), torch.Tensor)
@@ -56,7 +57,7 @@ def one_dimension(match: Match) -> None:
     row_fits(match)
 
 
-def result_dtype(match: Match) -> torch.dtype:
+def result_dtype(match: Match) -> torch.dtype | None:
     return dtype_of(match.root)
 
 

@@ -12,6 +12,7 @@ GPT-OSS, GPT-J, Cohere, GLM, OLMo2 and DeepSeek in transformers.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -255,10 +256,11 @@ def _broken_view(node: Node, value: torch.Tensor) -> Node | None:
 
 def _replayed(user: Node, node: Node, value: torch.Tensor) -> torch.Tensor:
     args, kwargs = map_arg((user.args, user.kwargs), lambda n: value if n is node else value_of(n))
-    with value.fake_mode:
+    with value.fake_mode:  # pyright: ignore[reportAttributeAccessIssue]  a FakeTensor's
         if user.op == "call_method":
-            return getattr(args[0], user.target)(*args[1:], **kwargs)
-        return user.target(*args, **kwargs)
+            return getattr(args[0], str(user.target))(*args[1:], **kwargs)
+        function: Any = user.target
+        return function(*args, **kwargs)
 
 
 def _put(graph: Graph, rotation: _Rotation, effects: Effects) -> Node | Miss:
