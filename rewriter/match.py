@@ -32,8 +32,8 @@ class Match:
     """A place where a pattern holds.
 
     ``bindings`` maps each hole to what it bound; ``outputs`` are the graph's values that the replacement
-    provides, the root first; ``nodes`` are all nodes that it makes superfluous; ``inner`` maps the pattern's own
-    values, by their names in its traced graph (``linear_1``), to the graph's.
+    provides, the root first; ``nodes`` are all nodes that it makes superfluous; ``inner`` maps the pattern's
+    own values, by their names in its traced graph (``linear_1``), to the graph's.
     """
 
     rewrite: Rewrite
@@ -85,13 +85,29 @@ class Miss:
 def match(rewrite: Rewrite, root: Node, effects: Effects) -> Match | list[Miss]:
     """Match ``rewrite`` with its first result at ``root``; where it fails, the misses met on the way."""
     search = _Search(rewrite)
-    if not search.may_start(root):
-        return []
     for env, nodes in search.value(rewrite.root, root, {}, frozenset()):
         found = search.accept(env, nodes, root, effects)
         if found is not None:
             return found
     return search.misses
+
+
+def beginnings(rewrite: Rewrite) -> frozenset[str] | None:
+    """The canonical operations that a match's root can be; None for any.
+
+    A cast at a pattern's root also matches a value that has the dtype already: what it casts may begin too.
+    """
+    names: set[str] = set()
+    node: Any = rewrite.root
+    while isinstance(node, Node):
+        call = pattern_call(node)
+        if call is None or call.name == "maybe":
+            return None
+        names.add(call.name)
+        if call.name not in ("cast", "alias"):
+            return frozenset(names)
+        node = call.args[0]
+    return None
 
 
 _Step = tuple[dict[Node, Any], frozenset[Node]]
@@ -103,18 +119,6 @@ class _Search:
     def __init__(self, rewrite: Rewrite):
         self.rewrite = rewrite
         self.misses: list[Miss] = []
-
-    def may_start(self, root: Node) -> bool:
-        call = canonical(root)
-        if call is None:
-            return False
-        wanted, step = self.rewrite.root, pattern_call(self.rewrite.root)
-        while step is not None and step.name in ("cast", "alias"):
-            if call.name == step.name:
-                return True
-            wanted = step.args[0]
-            step = pattern_call(wanted) if isinstance(wanted, Node) else None
-        return step is None or step.name in ("maybe", call.name)
 
     def miss(self, reason: str, nodes: frozenset[Node], node: Any = None, pattern_node: Any = None) -> None:
         node = node if isinstance(node, Node) else None
@@ -233,6 +237,7 @@ class _Search:
         self, wanted: Node, found: Any, env: dict[Node, Any], nodes: frozenset[Node]
     ) -> Iterator[_Step]:
         call = pattern_call(wanted)
+        assert call is not None, wanted
         if not isinstance(found, Node):
             self.miss(f"expected {call.name}, found {_describe(found)}", nodes, found, wanted)
             return
@@ -328,7 +333,7 @@ def _orders(call: Call) -> list[tuple]:
     return [call.args, call.args[::-1]] if commutes else [call.args]
 
 
-def dtype_of_expression(dtype: Any, env: dict[Node, Any]) -> torch.dtype:
+def dtype_of_expression(dtype: Any, env: dict[Node, Any]) -> torch.dtype | None:
     """The dtype that a pattern's cast asks for: a constant, ``x.dtype``, or that of another value."""
     if isinstance(dtype, DtypeOf):
         return dtype_of(env[dtype.value])

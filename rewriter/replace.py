@@ -15,10 +15,11 @@ import torch
 from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_flatten
 
 from rewriter.canonical import PackedWeight, canonical, subgraph, value_of
 from rewriter.effects import Effects, is_impure
-from rewriter.match import Match, Miss, match
+from rewriter.match import Match, Miss, beginnings, match
 from rewriter.pattern import Rewrite
 
 
@@ -44,10 +45,12 @@ def find(graph: Graph, rewrites: Sequence[Rewrite], anchors: Iterable[str], effe
     claimed: set[Node] = set()
     near: dict[Node, Miss] = {}
     found = Found()
+    begins = {rewrite: beginnings(rewrite) for rewrite in rewrites}
     for node in reversed(nodes):
-        if node in claimed or calls[node] is None:
+        call = calls[node]
+        if node in claimed or call is None:
             continue
-        for rewrite in rewrites:
+        for rewrite in (r for r, names in begins.items() if names is None or call.name in names):
             result = match(rewrite, node, effects)
             if isinstance(result, Match) and not result.nodes & claimed:
                 found.matches.append(result)
@@ -88,7 +91,7 @@ def put(graph: Graph, found: Match, effects: Effects) -> Node | Miss:
 def put_call(
     graph: Graph, found: Match, to: Callable, args: tuple, kwargs: dict[str, Any], effects: Effects
 ) -> Node | Miss:
-    """Replace ``found``'s outputs by those of ``to(*args, **kwargs)`` and erase what nothing needs any more."""
+    """Replace ``found``'s outputs by those of ``to(*args, **kwargs)``; erase what nothing needs any more."""
     args, kwargs = effects.current((args, kwargs))
     place = insertion_point(found.outputs, found.nodes, args, kwargs, effects)
     if isinstance(place, str):
@@ -155,7 +158,7 @@ def fake_call(to: Callable, args: tuple, kwargs: dict[str, Any], like: Node, eff
 
 
 def _tensors(values: Any) -> list[torch.Tensor]:
-    leaves, _ = torch.utils._pytree.tree_flatten(values)
+    leaves, _ = tree_flatten(values)
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
@@ -177,7 +180,7 @@ def _difference(old: Any, new: Any) -> str | None:
 def insert(
     graph: Graph, place: Node, to: Callable, args: tuple, kwargs: dict, value: Any, like: Node
 ) -> Node:
-    """A new call before ``place``, with the value tracing would have given it and ``like``'s place in the model."""
+    """A new call before ``place``, with the value tracing would have given it and ``like``'s source line."""
     with graph.inserting_before(place):
         call = graph.call_function(to, args, kwargs)
     _describe(call, value, like)

@@ -26,8 +26,8 @@ from rewriter.match import Match, Miss
 from rewriter.pattern import require, rewrite, source_line
 from rewriter.replace import find, put_call
 
-# Both products of an adapter, its scale and the sum.
-_ADAPTER_DEPTH = 4
+# Three products, the scale and the sum: only a condition of the rewrite was missing.
+_ADAPTER_DEPTH = 5
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -45,10 +45,6 @@ def adapter_fits(match: Match) -> None:
     require(adapter_is_narrow(rank, n, k), f"rank {rank} is wide beside a weight of ({n}, {k})")
     dropped = match.value("dropped")
     require(str(dropped.shape) == str(x.shape), "base and adapter read inputs of different shapes")
-
-
-def is_quantised(match: Match) -> None:
-    require(isinstance(match["weight"], PackedWeight), "the weight is not quantised: a plain linear")
 
 
 def is_quantised(match: Match) -> None:
@@ -135,6 +131,9 @@ def _hoist(nodes: list[Node], whole: Match, place: Node, effects: Effects) -> No
 
 def _put_group(graph: Graph, group: list[Match], effects: Effects) -> Node | Miss:
     whole = _together(group)
+    last = max(whole.outputs, key=effects.position.__getitem__)
+    if reason := effects.overwritten(set(whole.nodes), {group[0]["x"]}, last):
+        return Miss(whole.rewrite, reason, whole.nodes, whole.root, None)
     own = [_own_input(found) for found in group]
     args = (
         group[0]["x"],
@@ -165,22 +164,19 @@ def _put_adapters(graph: Graph, group: list[Match], effects: Effects) -> list[tu
 
 def _run(graph: Graph) -> Applied:
     effects = Effects.of(graph)
-    found = find(graph, (lora, lora_cast_before_sum, bare_4bit), ("linear",), effects)
+    found = find(graph, (lora, lora_cast_before_sum), ("linear",), effects)
+    claimed = frozenset().union(*(match.nodes for match in found.matches))
+    bare = [m for m in find(graph, (bare_4bit,), (), effects).matches if not m.nodes & claimed]
     # Every linear is looked at; one without an adapter is no near miss.
     applied = Applied(misses=[miss for miss in found.misses if miss.depth >= _ADAPTER_DEPTH])
-    adapted = [m for m in found.matches if m.rewrite is not bare_4bit]
-    places = {m: source_line(m.root) for m in found.matches}
-    outcomes = [pair for group in _groups(adapted, effects) for pair in _put_adapters(graph, group, effects)]
-    for bare in found.matches:
-        if bare.rewrite is bare_4bit:
-            args = (
-                bare["x"],
-                _weight(bare["packed"]),
-                bare["bias"],
-                dtype_of(bare.root),
-                dtype_of(bare.root),
-            )
-            outcomes.append((bare, put_call(graph, bare, linear_4bit, args, {}, effects)))
+    places = {m: source_line(m.root) for m in (*found.matches, *bare)}
+    outcomes = [
+        pair for group in _groups(found.matches, effects) for pair in _put_adapters(graph, group, effects)
+    ]
+    for match in bare:
+        dtype = dtype_of(match.root)
+        args = (match["x"], _weight(match["packed"]), match["bias"], dtype, dtype)
+        outcomes.append((match, put_call(graph, match, linear_4bit, args, {}, effects)))
     for member, outcome in outcomes:
         if isinstance(outcome, Miss):
             applied.misses.append(outcome)
