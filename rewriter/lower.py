@@ -7,7 +7,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch._guards import TracingContext, tracing
 from torch.fx import GraphModule
@@ -34,11 +34,12 @@ def lower(module: GraphModule, example_inputs: Sequence[Any], options: Options) 
 
     _register_operators()
     patches = list_mode_options(options.mode) if options.mode else {}
-    return compile_fx(module, list(example_inputs), config_patches={**patches, **_cache_key(module)})
+    compiled = compile_fx(module, list(example_inputs), config_patches={**patches, **_cache_key(module)})
+    return cast(Callable, compiled)
 
 
 def lower_beside(module: GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable:
-    """``lower``, for a second graph of the same inputs: in a tracing context of its own, with the same guards."""
+    """``lower``, for a second graph of the same inputs: in a context of its own, with the same guards."""
     context = TracingContext.try_get()
     if context is None:
         return lower(module, example_inputs, options)
