@@ -36,7 +36,7 @@ lint: $(READY)
 	$(PYTHON) -m pyright
 
 gpu-test: $(READY)
-	$(PYTHON) -m tests.gpu.record
+	$(PYTHON) -m tests.gpu.record -n 6
 
 clean:
 	rm -rf $(VENV)
