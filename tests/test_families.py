@@ -1,0 +1,61 @@
+"""How many of each structure the passes rewrite in each family, with adapters on its linears.
+
+The numbers are what the models have: so many norms, pairs turned, attentions, adapted linears, gates and one
+loss. Zeros are structures that a family lacks, but for Falcon's adapters, which stand on ``x @ weight.T``, and
+GPT-OSS's clamped gate. Cohere's norm over heads, with its weight of two dimensions, is not counted.
+"""
+
+import pytest
+import torch
+
+from rewriter.backend import rewrite_graph
+from rewriter.options import Options
+from rewriter.report import GraphRecord, Report
+from tests.capture import capture
+from tests.families import FAMILIES, batch, build
+
+COLUMNS = ("lora", "norm", "rotary", "attention", "gated_mlp", "lm_head_loss")
+COUNTS = {
+    "llama": (14, 5, 2, 2, 2, 1),
+    "llama_bias": (14, 5, 2, 2, 2, 1),
+    "llama_rope_llama3": (14, 5, 2, 2, 2, 1),
+    "llama_rope_linear": (14, 5, 2, 2, 2, 1),
+    "llama_rope_yarn": (14, 5, 2, 2, 2, 1),
+    "mistral": (14, 5, 2, 2, 2, 1),
+    "qwen2": (14, 5, 2, 2, 2, 1),
+    "qwen3": (14, 9, 2, 2, 2, 1),
+    "phi3": (8, 5, 2, 2, 2, 1),
+    "gemma": (14, 5, 2, 2, 2, 1),
+    "gemma2": (14, 9, 2, 2, 2, 1),
+    "gemma2_sdpa": (14, 9, 2, 2, 2, 1),
+    "gemma3": (21, 19, 3, 3, 3, 1),
+    "mixtral": (8, 5, 2, 2, 2, 1),
+    "smollm3": (14, 5, 1, 2, 2, 1),
+    "olmo2": (14, 9, 2, 2, 2, 1),
+    "granite": (14, 5, 2, 2, 2, 1),
+    "cohere": (14, 3, 2, 2, 2, 1),
+    "cohere_qk_norm": (14, 3, 2, 2, 2, 1),
+    "cohere2": (14, 3, 1, 2, 2, 1),
+    "glm4": (12, 9, 2, 2, 2, 1),
+    "phi": (12, 3, 2, 2, 0, 1),
+    "gpt_neox": (8, 5, 2, 2, 0, 1),
+    "stablelm": (14, 5, 2, 2, 2, 1),
+    "starcoder2": (12, 5, 2, 2, 0, 1),
+    "falcon": (0, 5, 2, 2, 0, 1),
+    "gpt_oss": (8, 5, 2, 2, 0, 1),
+    "deepseek_v3": (10, 9, 2, 2, 3, 1),
+    "qwen3_moe": (8, 9, 2, 2, 2, 1),
+}
+
+
+def test_the_table_names_every_family():
+    assert COUNTS.keys() == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_structure_of_a_family_is_rewritten(name):
+    ((module, _),) = capture(build(name, lora=True, dtype=torch.bfloat16), **batch())
+    record = GraphRecord("captured")
+    rewrite_graph(module, Options(), record)
+    assert not [p.error for p in record.passes if p.error]
+    assert Report([record]).counts() == dict(zip(COLUMNS, COUNTS[name], strict=True))
