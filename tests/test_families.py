@@ -1,8 +1,8 @@
 """How many of each structure the passes rewrite in each family, with adapters on its linears.
 
 The numbers are what the models have: norms, pairs turned, attentions, adapted linears, gates and one
-loss. Zeros are structures that a family lacks, but for Falcon's adapters, which stand on ``x @ weight.T``, and
-GPT-OSS's clamped gate. Cohere's norm over heads, with its weight of two dimensions, is not counted.
+loss. Zeros are structures that a family lacks, but for Falcon's adapters, on ``x @ weight.T``, and GPT-OSS's
+clamped gate. Cohere's norm over heads, with its weight of two dimensions, is not counted.
 """
 
 import pytest
