@@ -187,6 +187,8 @@ def canonical(node: Node) -> Call | None:
     args = _positional(name, node)
     if name == "gemm_4bit":
         return _linear_4bit(args)
+    if name == "matmul" and (weight := _transposed(args[1])) is not None:
+        return Call("linear", (args[0], weight, None))
     if name == "pow" and args[1] == -0.5:
         return Call("rsqrt", args[:1])
     return Call(name, _negative_dims(name, args))
@@ -232,6 +234,19 @@ def _cast(node: Node, name: str) -> Call:
     if dtype is None:
         dtype = next((a for a in node.args[1:] if isinstance(a, (torch.dtype, Node))), None)
     return Call("alias", node.args[:1]) if dtype is None else Call("cast", (node.args[0], dtype))
+
+
+def _transposed(value: Any) -> Node | None:
+    """The matrix that ``value`` is the transpose of by ``.T`` or ``.t()``; None where it is none."""
+    if not isinstance(value, Node):
+        return None
+    attribute = value.op == "call_function" and value.target is getattr and value.args[1] == "T"
+    if not attribute and target_name(value) != "t":
+        return None
+    matrix = value.args[0]
+    # A pattern's values have no rank yet; `.T` and `.t()` are for matrices.
+    fits = isinstance(matrix, Node) and getattr(value_of(matrix), "ndim", 2) == 2
+    return matrix if fits else None
 
 
 def _linear_4bit(args: tuple) -> Call:

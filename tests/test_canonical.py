@@ -67,6 +67,19 @@ def test_squares_are_one(square):
     assert view(square, X) == ("pow", ("·", 2))
 
 
+@pytest.mark.parametrize(
+    "product",
+    [lambda x: x @ X.T, lambda x: torch.matmul(x, X.t()), lambda x: x.matmul(X.T), lambda x: F.linear(x, X)],
+)
+def test_products_with_a_transposed_matrix_are_linears(product):
+    assert view(product, X) == ("linear", ("·", "·", None))
+
+
+@pytest.mark.parametrize("product", [lambda x: x @ X.mT, lambda x: x[0] @ torch.ones(2, 4, 4).mT])
+def test_other_products_are_products(product):
+    assert view(product, X) == ("matmul", ("·", "·"))
+
+
 @pytest.mark.parametrize("root", [torch.rsqrt, lambda x: x.pow(-0.5), lambda x: x**-0.5])
 def test_reciprocal_roots_are_one(root):
     assert view(root, X) == ("rsqrt", ("·",))

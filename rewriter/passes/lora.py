@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from rewriter.canonical import PackedWeight, canonical, dtype_of
+from rewriter.canonical import PackedWeight, canonical, dtype_of, value_of
 from rewriter.effects import Effects, mutated_argument
 from rewriter.fusion import Applied, Pass
 from rewriter.kernels.dequantize import Packed4bit
@@ -47,6 +47,13 @@ def adapter_fits(match: Match) -> None:
     require(str(dropped.shape) == str(x.shape), "base and adapter read inputs of different shapes")
 
 
+def bias_is_added(match: Match) -> None:
+    bias, product = match.value("bias"), value_of(match.inner["linear"])
+    require(isinstance(bias, torch.Tensor) and bias.ndim == 1, "what is added to the product is no bias")
+    require(bias.dtype == product.dtype, f"a bias of {bias.dtype} is added to a product of {product.dtype}")
+    adapter_fits(match)
+
+
 def is_quantised(match: Match) -> None:
     require(isinstance(match["packed"], PackedWeight), "the weight is not quantised: a plain linear")
     require(match.value("x").dtype in _DTYPES, "the products take 16- and 32-bit floats")
@@ -62,6 +69,12 @@ def lora(x, weight, bias, a, b, scale, dropped):
 def lora_cast_before_sum(x, weight, bias, a, b, scale, dropped):
     base = F.linear(x, weight, bias)
     return base + (F.linear(F.linear(dropped, a), b) * scale).to(base.dtype)
+
+
+@rewrite(to=lora_linear, where=bias_is_added)
+def lora_bias_added(x, weight, bias, a, b, scale, dropped):
+    base = F.linear(x, weight, None) + bias
+    return (base + F.linear(F.linear(dropped, a), b) * scale).to(base.dtype)
 
 
 @rewrite(to=linear_4bit, where=is_quantised)
@@ -164,7 +177,7 @@ def _put_adapters(graph: Graph, group: list[Match], effects: Effects) -> list[tu
 
 def _run(graph: Graph) -> Applied:
     effects = Effects.of(graph)
-    found = find(graph, (lora, lora_cast_before_sum), ("linear",), effects)
+    found = find(graph, (lora, lora_cast_before_sum, lora_bias_added), ("linear",), effects)
     claimed = frozenset().union(*(match.nodes for match in found.matches))
     bare = [m for m in find(graph, (bare_4bit,), (), effects).matches if not m.nodes & claimed]
     # Every linear is looked at; one without an adapter is no near miss.

@@ -57,6 +57,30 @@ def test_projections_are_not_merged_across_a_write_into_their_input():
     found.assert_same_numbers()
 
 
+@pytest.mark.parametrize("bias", [None, torch.randn(48, requires_grad=True)])
+def test_a_linear_written_as_a_product_with_the_transposed_weight_becomes_one_call(bias):
+    def product(x, w, bias, a, b):
+        base = x @ w.T
+        base = base if bias is None else base + bias
+        return base + F.linear(F.linear(x, a), b) * 2.0
+
+    found = rewrite_with(lora_pass, product, X, W, bias, A, B)
+    assert list(found.rewrites) == ["lora" if bias is None else "lora_bias_added"]
+    assert [name for name in found.calls if "lora" not in name] == []
+    found.assert_same_numbers()
+
+
+def test_a_bias_wider_than_its_product_is_kept_apart():
+    def product(x, w, bias, a, b):
+        base = x @ w.T + bias
+        return base + F.linear(F.linear(x, a), b) * 2.0
+
+    half = (t.detach().bfloat16() for t in (X, W))
+    found = rewrite_with(lora_pass, product, *half, torch.randn(48), A.bfloat16(), B.bfloat16())
+    assert not found.rewrites
+    assert any("a bias of torch.float32 is added to a product" in reason for reason in found.reasons)
+
+
 def test_a_wide_adapter_is_kept():
     wide = torch.randn(16, 32), torch.randn(48, 16)
     found = rewrite_with(lora_pass, adapted, X, W, *wide)
