@@ -3,6 +3,7 @@
 model.compile(backend="rewriter")
 """
 
+from rewriter.accelerate_entry import register as _register_with_accelerate
 from rewriter.check import CheckError, check
 from rewriter.huggingface import prepare, restore
 from rewriter.pattern import PatternError, maybe, require
@@ -22,3 +23,5 @@ __all__ = [
     "restore",
     "rewrite",
 ]
+
+_register_with_accelerate()
