@@ -14,7 +14,7 @@ from torch._logging._internal import trace_structured
 from torch.fx import GraphModule
 
 from rewriter.deferred import split_deferred
-from rewriter.fusion import apply
+from rewriter.fusion import apply_all
 from rewriter.lower import lower, lower_beside
 from rewriter.options import Options
 from rewriter.passes import ordered_passes, pass_names
@@ -68,16 +68,12 @@ def rewrite_graph(module: GraphModule, options: Options, record: GraphRecord) ->
     """Run the passes that ``options`` asks for, in order, and write down what each did.
 
     Returns:
-        ``module``, then what each pass that rewrote something made of it.
+        ``module``, then what the passes made of it, if anything: with ``options.verify``, what each of them did.
     """
-    stages = [Stage("", module)]
-    for fusion in ordered_passes():
-        if options.runs(fusion.name):
-            after, done = apply(fusion, stages[-1].module)
-            record.passes.append(done)
-            if after is not stages[-1].module:
-                stages.append(Stage(fusion.name, after))
-    return stages
+    passes = [fusion for fusion in ordered_passes() if options.runs(fusion.name)]
+    done = apply_all(passes, module, keep_stages=options.verify)
+    record.passes += done.records
+    return [Stage("", module), *(Stage(name, stage) for name, stage in done.stages)]
 
 
 def _graph_name() -> str:

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
+
+from rewriter.nested import subgraph
 
 REQUIRED = object()
 
@@ -86,6 +88,7 @@ _ALIASES = {
     "negative": "neg",
     "concat": "cat",
     "concatenate": "cat",
+    "clip": "clamp",
     "less_equal": "le",
     "less": "lt",
     "greater_equal": "ge",
@@ -103,6 +106,7 @@ _SIGNATURES: dict[str, tuple[tuple[str, Any], ...]] = {
     "sum": (("input", REQUIRED), ("dim", None), ("keepdim", False), ("dtype", None)),
     "cumsum": (("input", REQUIRED), ("dim", REQUIRED), ("dtype", None)),
     "diff": (("input", REQUIRED), ("n", 1), ("dim", -1), ("prepend", None), ("append", None)),
+    "clamp": (("input", REQUIRED), ("min", None), ("max", None)),
     "pow": (("input", REQUIRED), ("exponent", REQUIRED)),
     "cat": (("tensors", REQUIRED), ("dim", 0)),
     "stack": (("tensors", REQUIRED), ("dim", 0)),
@@ -150,6 +154,18 @@ def dtype_of(value: Any) -> torch.dtype | None:
 def fixed(size: Any) -> int | None:
     """A size as a number where tracing knows it to be one, as a symbol that was specialised; else None."""
     return size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size
+
+
+def number(value: Any) -> Any:
+    """A symbolic float, as graphs of dynamic shapes have for a model's settings, as the number that it is.
+
+    Kernels take numbers. The graph is then valid for this number alone: a guard compiles another when it
+    changes. Other values, and floats that depend on data, come back as they are.
+    """
+    known = value_of(value)
+    if isinstance(known, torch.SymFloat) and known.node.has_hint():
+        return known.node.guard_float("", 0)
+    return value
 
 
 def target_name(node: Node) -> str:
@@ -300,14 +316,6 @@ def _autograd_function_linear(node: Node) -> Call | None:
     except KeyError:
         return None  # an operand is computed inside the body: not the plain quantised linear
     return _linear_4bit(args)
-
-
-def subgraph(node: Any) -> GraphModule | None:
-    """The graph module that a ``get_attr`` node names, or None."""
-    if not isinstance(node, Node) or node.op != "get_attr":
-        return None
-    module = getattr(node.graph.owning_module, str(node.target), None)
-    return module if isinstance(module, GraphModule) else None
 
 
 def is_metadata(node: Any) -> bool:

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from rewriter.effects import Effects
-from rewriter.fusion import duplicate
 from rewriter.lower import lower
 from rewriter.match import Miss, match
+from rewriter.nested import duplicate
 from rewriter.options import Options
 from rewriter.pattern import PatternError, Rewrite
 from rewriter.replace import find, put, sweep

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, GraphModule, Node
 
-from rewriter.canonical import subgraph, value_of
+from rewriter.canonical import value_of
 from rewriter.effects import Effects
-from rewriter.replace import graphs_of
+from rewriter.nested import checkpoint_body, graphs_of
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Checkpoints:
         calls = defaultdict(list)
         for part in parts:
             for node in part.graph.nodes:
-                body = _body(node)
+                body = checkpoint_body(node)
                 if body is not None and len(_placeholders(body.graph)) == len(node.args) - 1:
                     calls[body.graph].append(node)
         return cls(
@@ -97,11 +97,6 @@ class Checkpoints:
             else:
                 graph.erase_node(placeholder)
         call.args = tuple(kept)
-
-
-def _body(node: Node) -> GraphModule | None:
-    is_checkpoint = getattr(node.target, "__name__", "") == "tag_activation_checkpoint"
-    return subgraph(node.args[0]) if is_checkpoint else None
 
 
 def _placeholders(graph: Graph) -> list[Node]:

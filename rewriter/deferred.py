@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
-from rewriter.fusion import duplicate
+from rewriter.nested import duplicate
 
 _Compute = Callable[..., Tensor]
 

@@ -5,7 +5,6 @@ put in, and becomes a miss. So a rewrite is either whole, or the graph is as it 
 """
 
 import inspect
-import itertools
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_flatten
 
-from rewriter.canonical import PackedWeight, canonical, subgraph, value_of
+from rewriter.canonical import PackedWeight, canonical, value_of
 from rewriter.effects import Effects, is_impure
 from rewriter.match import Match, Miss, beginnings, match
 from rewriter.pattern import Rewrite
@@ -201,15 +200,23 @@ def swap(old: Node, new: Node, effects: Effects) -> None:
 
 
 def erase(graph: Graph, nodes: Iterable[Node]) -> None:
-    """Erase those of ``nodes`` that nothing uses any more, the last first."""
-    order = {n: i for i, n in enumerate(graph.nodes)}
-    for node in sorted((n for n in nodes if n in order), key=order.__getitem__, reverse=True):
-        if not node.users:
-            graph.erase_node(node)
+    """Erase those of ``nodes`` that nothing uses any more, and then those that only they used."""
+    left = {n for n in nodes if _stands_in_graph(n)}
+    ready = [n for n in left if not n.users]
+    while ready:
+        node = ready.pop()
+        operands = node.all_input_nodes
+        graph.erase_node(node)
+        left.discard(node)
+        ready += [n for n in operands if n in left and not n.users]
+
+
+def _stands_in_graph(node: Node) -> bool:
+    return node.prev.next is node
 
 
 def sweep(module: GraphModule) -> None:
-    """Drop what nothing reads, keep what acts; then check and recompile."""
+    """Drop what nothing reads, keep what acts; then check and let the module's code follow its graph."""
     drop_dead(module.graph)
     module.graph.lint()
     module.recompile()
@@ -224,14 +231,3 @@ def drop_dead(graph: Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if not node.users and not is_impure(node):
             graph.erase_node(node)
-
-
-def graphs_of(module: GraphModule) -> list[GraphModule]:
-    """``module`` and the bodies of the activation checkpoints in it: all the graphs that passes rewrite."""
-    bodies = [
-        subgraph(node.args[0])
-        for node in module.graph.nodes
-        if node.op == "call_function" and getattr(node.target, "__name__", "") == "tag_activation_checkpoint"
-    ]
-    nested = [graphs_of(body) for body in bodies if body is not None]
-    return [module, *itertools.chain.from_iterable(nested)]

@@ -23,7 +23,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
 from rewriter.effects import Effects
-from rewriter.replace import graphs_of
+from rewriter.nested import graphs_of
 from rewriter.report import GraphRecord
 from rewriter.widen import WIDENED, widened, without_narrow_floats
 

@@ -17,8 +17,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 
 from rewriter.canonical import dtype_of
-from rewriter.fusion import duplicate
 from rewriter.kernels.dequantize import Packed4bit, dequantize_4bit_reference
+from rewriter.nested import duplicate
 
 WIDENED = torch.float64
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,7 +41,7 @@ def without_narrow_floats() -> Iterator[None]:
 
 def widened(module: GraphModule) -> GraphModule:
     """A copy of ``module`` that computes in fp64, given fp64 for every floating input."""
-    wide = duplicate(module)
+    wide = duplicate(module, whole=True)
     for part in wide.modules():
         if isinstance(part, GraphModule):
             _widen(part)

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from rewriter.fusion import apply, duplicate, pattern_pass
+from rewriter.fusion import apply, pattern_pass
+from rewriter.nested import duplicate
 from rewriter.pattern import declare
 from tests.golden import calls, rewrite_with, trace
 

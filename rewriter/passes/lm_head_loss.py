@@ -21,14 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, GraphModule, Node
 
-from rewriter.canonical import Call, PackedWeight, canonical, dtype_of, value_of
+from rewriter.canonical import Call, PackedWeight, canonical, dtype_of, number, value_of
 from rewriter.deferred import deferred
 from rewriter.effects import Effects
 from rewriter.fusion import Applied, CrossingPass
 from rewriter.kernels.linear_cross_entropy import linear_cross_entropy
 from rewriter.match import Match, Miss
+from rewriter.nested import graphs_of
 from rewriter.pattern import Unmet, require, rewrite, same, source_line
-from rewriter.replace import erase, fake_call, graphs_of, insert, put_call, sweep
+from rewriter.replace import erase, fake_call, insert, put_call, sweep
 
 _RESHAPES = ("view", "reshape", "flatten")
 
@@ -92,6 +93,7 @@ def _fuse(module: GraphModule, loss: Node, args: tuple, walk: _Walk, effects: Ef
     require(size_average is None and reduce is None, "`size_average` or `reduce` is given")
     require(reduction in ("mean", "sum"), f"reduction {reduction!r} is neither 'mean' nor 'sum'")
     require(type(ignore_index) is int, f"ignore_index {ignore_index!r} is not a constant")
+    smoothing = number(smoothing)
     require(type(smoothing) in (int, float), f"label_smoothing {smoothing!r} is not a constant")
     require(dtype_of(target) == torch.int64, f"the targets are {dtype_of(target)}, not int64 labels")
     root, divisor = _division(loss, reduction)
@@ -188,8 +190,9 @@ def _before(node: Node, call: Call, walk: _Walk) -> Node:
 
 def _number_and_operand(call: Call) -> tuple[float, Node]:
     first, second = call.args[:2]
-    if call.name == "mul" and isinstance(second, Node):
+    if call.name == "mul" and isinstance(value_of(second), torch.Tensor):
         first, second = second, first
+    second = number(second)
     require(len(call.args) == 2 and isinstance(first, Node) and type(second) in (int, float) and second != 0,
             f"the logits' factor in {call.name} is not a constant")  # fmt: skip
     return second, first
