@@ -103,7 +103,48 @@ def test_gates_in_the_body_of_a_checkpoint_are_rewritten():
     done.assert_same_numbers()
 
 
+def clamped(gate_up, alpha=1.702, limit=1.5, lowest=-1.5):
+    gate, up = gate_up[..., ::2], gate_up[..., 1::2]
+    gate, up = gate.clamp(min=None, max=limit), up.clamp(min=lowest, max=limit)
+    return (up + 1) * (gate * torch.sigmoid(gate * alpha))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_clamped_gate_over_pairs_becomes_one_call(dtype):
+    done = rewrite_with(gated_mlp, clamped, *operands(1, (2, 5, 32), dtype))
+    assert done.rewrites == {"clamped_swish": 1}
+    assert done.calls == ["clamped_gate_op(gate_up, 1.702, 1.5, -1.5, 1)"]
+    assert done.reasons == []
+    done.assert_same_numbers()
+
+
+def test_a_clamped_gate_of_symbolic_length_and_numbers_is_rewritten():
+    (gate_up,) = operands(1, (2, 5, 32))
+    torch._dynamo.mark_static(gate_up, 2)
+    done = rewrite_with(gated_mlp, clamped, gate_up, dynamic=True)
+    assert done.rewrites == {"clamped_swish": 1}
+    assert done.calls == ["clamped_gate_op(gate_up, 1.702, 1.5, -1.5, 1)"]
+
+
 # What is kept, and why.
+
+
+def test_a_clamp_to_unlike_sides_is_kept():
+    done = rewrite_with(gated_mlp, lambda x: clamped(x, lowest=-2.0), *operands(1, (2, 5, 32)))
+    assert done.rewrites == {}
+    assert done.reasons == ["up is clamped from -2.0 to 1.5, not to both sides alike"]
+
+
+def test_a_clamped_gate_with_a_scale_that_is_trained_is_kept():
+    alpha = torch.ones(16, requires_grad=True)
+    done = rewrite_with(gated_mlp, lambda x: clamped(x, alpha=alpha), *operands(1, (2, 5, 32)))
+    assert done.rewrites == {}
+    assert done.reasons == ["alpha `alpha` is no number"]
+
+
+def test_a_sigmoid_far_from_any_gate_is_not_reported():
+    done = rewrite_with(gated_mlp, lambda x: torch.sigmoid(x) * 2, *operands(1))
+    assert done.rewrites == {} and done.reasons == []
 
 
 def test_a_gate_is_kept_when_its_activation_is_also_returned():
