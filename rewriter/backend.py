@@ -68,7 +68,7 @@ def rewrite_graph(module: GraphModule, options: Options, record: GraphRecord) ->
     """Run the passes that ``options`` asks for, in order, and write down what each did.
 
     Returns:
-        ``module``, then what the passes made of it, if anything: with ``options.verify``, what each of them did.
+        ``module``, then what the passes made of it, if anything; with ``options.verify``, what each one did.
     """
     passes = [fusion for fusion in ordered_passes() if options.runs(fusion.name)]
     done = apply_all(passes, module, keep_stages=options.verify)

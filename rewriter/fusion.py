@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from torch.fx import Graph, GraphModule
 
 from rewriter.effects import Effects
+from rewriter.fake import remembering
 from rewriter.match import Match, Miss
 from rewriter.nested import drop_unread_graphs, duplicate, graphs_of
 from rewriter.pattern import Rewrite, source_line
@@ -117,10 +118,11 @@ def apply_all(passes: Sequence[Pass], module: GraphModule, *, keep_stages: bool 
         keep_stages: copy the graph after each pass, for those who look for the one at fault.
     """
     failed: dict[int, PassRecord] = {}
-    while True:
-        attempt = _attempt(passes, module, failed, keep_stages)
-        if attempt is not None:
-            return attempt
+    with remembering():
+        while True:
+            attempt = _attempt(passes, module, failed, keep_stages)
+            if attempt is not None:
+                return attempt
 
 
 def _attempt(

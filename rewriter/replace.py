@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_flatten
 
 from rewriter.canonical import PackedWeight, canonical, value_of
 from rewriter.effects import Effects, is_impure
+from rewriter.fake import fake_call
 from rewriter.match import Match, Miss, beginnings, match
 from rewriter.pattern import Rewrite
 
@@ -146,19 +145,6 @@ def insertion_point(
         if effects.position[node] >= effects.position[place]:
             return f"`{place.name}` needs a result before `{node.name}` is known"
     return place
-
-
-def fake_call(to: Callable, args: tuple, kwargs: dict[str, Any], like: Node, effects: Effects) -> Any:
-    """Run ``to`` on what tracing knows of its arguments."""
-    values, keywords = map_arg((args, kwargs), value_of)
-    mode = next(v.fake_mode for v in _tensors((values, keywords)) if isinstance(v, FakeTensor))
-    with mode, effects.entered(like):
-        return to(*values, **keywords)
-
-
-def _tensors(values: Any) -> list[torch.Tensor]:
-    leaves, _ = tree_flatten(values)
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 def _difference(old: Any, new: Any) -> str | None:
