@@ -6,11 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import rewriter
 
 ROOT = Path(__file__).parent.parent
+# AOTAutograd alone compiles the tiny models in a second.
+QUICK = {"lowering": "eager"}
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +24,7 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-def tiny_model():
+def plain():
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -33,17 +37,42 @@ def tiny_model():
     return LlamaForCausalLM(config)
 
 
-def rows(count, length=12):
-    """Token rows of one length, each another."""
-    ids = torch.randint(0, 64, (count, length), generator=torch.Generator().manual_seed(1)).tolist()
+def with_lora():
+    model = get_peft_model(plain(), LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def compiled(model, **options):
+    rewriter.prepare(model)
+    model.compile(backend="rewriter", options=options)
+    return model
+
+
+def rows(lengths):
+    """Tokens that count up from somewhere, which a few steps can learn."""
+    ids = [[(7 * index + step) % 64 for step in range(length)] for index, length in enumerate(lengths)]
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-def trainer(model, folder, **settings):
+def padded(batch):
+    """As long as the batch's longest row, as collators make it."""
+    longest = max(len(row["input_ids"]) for row in batch)
+
+    def filled(name, filler):
+        return torch.tensor([row[name] + [filler] * (longest - len(row[name])) for row in batch])
+
+    return {"input_ids": filled("input_ids", 0), "labels": filled("labels", -100)}
+
+
+def trainer(model, folder, lengths=(12,) * 32, **settings):
     settings = {"max_steps": 4, "save_strategy": "no", **settings}
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=2,
+        per_device_eval_batch_size=2,
         learning_rate=1e-2,
         logging_steps=1,
         use_cpu=True,
@@ -51,17 +80,91 @@ def trainer(model, folder, **settings):
         disable_tqdm=True,
         **settings,
     )
-    return Trainer(model=model, args=arguments, train_dataset=rows(32), eval_dataset=rows(4))
+    return Trainer(
+        model=model,
+        args=arguments,
+        data_collator=padded,
+        train_dataset=rows(lengths),
+        eval_dataset=rows((10, 10, 10, 10)),
+    )
 
 
 def losses(trainer, name="loss"):
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
-def test_trainer_compiles_the_model_by_the_name_of_the_backend(tmp_path):
-    eager = trainer(tiny_model(), tmp_path)
+def everything(folder):
+    """Accumulation, evaluation and saving, every second of six steps."""
+    return {
+        "folder": folder,
+        "max_steps": 6,
+        "gradient_accumulation_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+
+
+@pytest.fixture(scope="module", params=[plain, with_lora])
+def runs(request, tmp_path_factory):
+    """How to build the model, an eager run of six steps, and the same run compiled with its checkpoints."""
+    torch._dynamo.reset()
+    eager = trainer(request.param(), **everything(tmp_path_factory.mktemp("eager")))
     eager.train()
-    named = trainer(tiny_model(), tmp_path, torch_compile=True, torch_compile_backend="rewriter")
+    whole = trainer(compiled(request.param(), **QUICK), **everything(tmp_path_factory.mktemp("compiled")))
+    whole.train()
+    return request.param, eager, whole
+
+
+def test_losses_are_eagers_with_accumulation_evaluation_and_saving(runs):
+    _, eager, whole = runs
+    assert len(losses(whole)) == 6 and len(losses(whole, "eval_loss")) == 3
+    assert losses(whole)[-1] < losses(whole)[0] - 0.01
+    for name in ("loss", "eval_loss", "grad_norm"):
+        assert losses(whole, name) == pytest.approx(losses(eager, name), rel=2e-5), name
+
+
+def test_what_was_saved_has_eagers_names_and_values(runs):
+    _, eager, whole = runs
+    expected, found = eager.model.state_dict(), whole.model.state_dict()
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("by_arguments", [False, True], ids=["model.compile", "TrainingArguments"])
+def test_a_resumed_run_goes_on_as_if_never_stopped(runs, tmp_path, by_arguments):
+    build, _, whole = runs
+    settings = everything(tmp_path)
+    if by_arguments:
+        settings |= {"torch_compile": True, "torch_compile_backend": "rewriter"}
+    resumed = trainer(build() if by_arguments else compiled(build(), **QUICK), **settings)
+    with rewriter.inspect() as report:
+        resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-2")
+    assert all(graph.passes for graph in report.graphs) and report.counts()["norm"] >= 5
+    assert resumed.state.global_step == 6
+    for name in ("loss", "eval_loss"):
+        assert losses(resumed, name) == pytest.approx(losses(whole, name), rel=2e-5), name
+
+
+@pytest.mark.parametrize("build", [plain, with_lora])
+def test_lengths_that_vary_cost_one_more_compilation(build, tmp_path):
+    lengths = [8 + 5 * index % 23 for index in range(16)]
+    settings = {"folder": tmp_path, "lengths": lengths, "max_steps": 8}
+    eager = trainer(build(), **settings)
+    eager.train()
+    varying = trainer(compiled(build(), **QUICK), **settings)
+    with rewriter.inspect() as report:
+        varying.train()
+    assert len(report.graphs) == 2
+    assert losses(varying) == pytest.approx(losses(eager), rel=1e-4)
+
+
+def test_trainer_compiles_the_model_by_the_name_of_the_backend(tmp_path):
+    eager = trainer(plain(), tmp_path)
+    eager.train()
+    named = trainer(plain(), tmp_path, torch_compile=True, torch_compile_backend="rewriter")
     with rewriter.inspect() as report:
         named.train()
     assert report.counts()["lm_head_loss"] == 1
