@@ -18,6 +18,7 @@ from rewriter.kernels import layer_norm as layer_module
 from rewriter.kernels import linear_cross_entropy as head_module
 from rewriter.kernels import rms_norm as rms_module
 from rewriter.kernels import rotary as rotary_module
+from rewriter.kernels import rotary_layouts
 from rewriter.kernels.dequantize import Packed4bit, dequantize_4bit, dequantize_4bit_reference
 from rewriter.kernels.lora_linear import lora_linear
 
@@ -100,7 +101,7 @@ def rotary(device, tiny) -> Iterator[Case]:
         "work": work,
         "target": 0.90,
         "ours": lambda *xs: rotary_module.rotary(*xs, "halves"),
-        "reference": lambda *xs: rotary_module.rotary_reference(*xs, "halves"),
+        "reference": lambda *xs: rotary_layouts.rotary_reference(*xs, "halves"),
     }
     yield Case(name="rotary q, k forward", **shared)
     yield Case(name="rotary q, k backward", backward=True, **shared)

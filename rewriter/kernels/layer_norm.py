@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rewriter.kernels.registration import define, differentiate
-from rewriter.kernels.rms_norm import DTYPES, check_norm, dense_rows, row_statistic
+from rewriter.kernels.rows import DTYPES, check_norm, dense_rows, row_statistic
 
 
 def layer_norm(
@@ -102,7 +102,7 @@ def _forward_fake(x, weight, bias, eps, offset, out_dtype):
 
 
 def _forward_kernel(x, weight, bias, eps, offset, out_dtype):
-    from rewriter.kernels.layer_norm_triton import launch_forward
+    from rewriter.kernels.norm_triton import launch_forward
 
     y, _, mean, rstd = _empty_outputs(x, None, weight, bias, out_dtype)
     launch_forward(x, None, weight, bias, y, None, mean, rstd, eps, offset)
@@ -114,7 +114,7 @@ def _add_forward_fake(x, residual, weight, bias, eps, offset, out_dtype):
 
 
 def _add_forward_kernel(x, residual, weight, bias, eps, offset, out_dtype):
-    from rewriter.kernels.layer_norm_triton import launch_forward
+    from rewriter.kernels.norm_triton import launch_forward
 
     y, h, mean, rstd = _empty_outputs(x, residual, weight, bias, out_dtype)
     launch_forward(x, residual, weight, bias, y, h, mean, rstd, eps, offset)
@@ -133,7 +133,7 @@ def _backward_fake(dy, dh, x, weight, mean, rstd, offset, bias_dtype, grad_x, gr
 
 
 def _backward_kernel(dy, dh, x, weight, mean, rstd, offset, bias_dtype, grad_x, grad_weight):
-    from rewriter.kernels.layer_norm_triton import launch_backward
+    from rewriter.kernels.norm_triton import launch_backward
 
     # Without a gradient for x there is still the order of its rows to go by.
     rows = dense_rows(x, x.dtype, None if grad_x else "meta")

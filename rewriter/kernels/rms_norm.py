@@ -18,14 +18,7 @@ import torch
 from torch import Tensor
 
 from rewriter.kernels.registration import define, differentiate
-
-HIDDEN_LIMIT = 65536
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def hidden_fits(hidden: int) -> bool:
-    """Whether one program can hold a row of ``hidden`` elements: the guard of every norm here."""
-    return hidden <= HIDDEN_LIMIT
+from rewriter.kernels.rows import DTYPES, check_norm, dense_rows, row_statistic
 
 
 def rms_norm(
@@ -99,47 +92,6 @@ def add_rms_norm_reference(x, residual, weight, eps, offset=0.0, round_before_we
     return rms_norm_reference(h, weight, eps, offset, round_before_weight, out_dtype), h
 
 
-def dense_rows(x: Tensor, dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor:
-    """An empty dense tensor of ``x``'s shape, rows innermost, in the memory order that eager would give it.
-
-    Views that follow a norm (``norm(q.transpose(1, 2)).transpose(1, 2).view(...)``) rely on that order.
-    """
-    out = torch.empty_like(x, dtype=dtype, device=device)
-    if out.stride(-1) == 1:
-        return out
-    return torch.empty(out.shape, dtype=dtype, device=out.device)
-
-
-def row_statistic(y: Tensor) -> Tensor:
-    """An empty fp32 value a row of the dense ``y``, shape (...), in ``y``'s memory order."""
-    if y.shape[-1] == 0:
-        return y.new_empty(y.shape[:-1], dtype=torch.float32)
-    return torch.empty_like(y.select(-1, 0), dtype=torch.float32)
-
-
-def check_norm(op: str, x: Tensor, residual: Tensor | None, *parameters: Tensor | None) -> None:
-    """Raise unless the kernels take these operands; ``parameters`` are (hidden,) or None."""
-    if x.dim() == 0:
-        raise ValueError(f"{op}: the input is a scalar; it needs a last dimension to normalise over.")
-    if not hidden_fits(x.shape[-1]):
-        raise ValueError(
-            f"{op}: last dimension {x.shape[-1]} exceeds {HIDDEN_LIMIT}, the most one program can hold; "
-            "leave it unfused (guard with hidden_fits)."
-        )
-    for tensor in (x, residual, *parameters):
-        if tensor is not None and tensor.dtype not in DTYPES:
-            raise TypeError(f"{op}: {tensor.dtype} operand, not bf16, fp16 or fp32; use the reference.")
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(
-            f"{op}: residual {tuple(residual.shape)} and input {tuple(x.shape)} differ; expand it first."
-        )
-    for parameter in parameters:
-        if parameter is not None and parameter.shape != x.shape[-1:]:
-            raise ValueError(
-                f"{op}: parameter of shape {tuple(parameter.shape)}; the last dimension is {x.shape[-1]}."
-            )
-
-
 def _out_dtype(x_dtype, weight, round_before_weight, out_dtype):
     if out_dtype is not None:
         return out_dtype
@@ -163,10 +115,10 @@ def _forward_fake(x, weight, eps, offset, round_before_weight, out_dtype):
 
 
 def _forward_kernel(x, weight, eps, offset, round_before_weight, out_dtype):
-    from rewriter.kernels.rms_norm_triton import launch_forward
+    from rewriter.kernels.norm_triton import launch_forward
 
     y, _, rstd = _empty_outputs(x, None, weight, round_before_weight, out_dtype)
-    launch_forward(x, None, weight, y, None, rstd, eps, offset, round_before_weight)
+    launch_forward(x, None, weight, None, y, None, None, rstd, eps, offset, round_before_weight)
     return y, rstd
 
 
@@ -175,10 +127,10 @@ def _add_forward_fake(x, residual, weight, eps, offset, round_before_weight, out
 
 
 def _add_forward_kernel(x, residual, weight, eps, offset, round_before_weight, out_dtype):
-    from rewriter.kernels.rms_norm_triton import launch_forward
+    from rewriter.kernels.norm_triton import launch_forward
 
     y, h, rstd = _empty_outputs(x, residual, weight, round_before_weight, out_dtype)
-    launch_forward(x, residual, weight, y, h, rstd, eps, offset, round_before_weight)
+    launch_forward(x, residual, weight, None, y, h, None, rstd, eps, offset, round_before_weight)
     return y, h, rstd
 
 
@@ -189,12 +141,12 @@ def _backward_fake(dy, dh, x, weight, rstd, offset, grad_x, grad_weight):
 
 
 def _backward_kernel(dy, dh, x, weight, rstd, offset, grad_x, grad_weight):
-    from rewriter.kernels.rms_norm_triton import launch_backward
+    from rewriter.kernels.norm_triton import launch_backward
 
     # Without a gradient for x there is still the order of its rows to go by.
     rows = dense_rows(x, x.dtype, None if grad_x else "meta")
     dw = weight.new_empty(weight.shape) if grad_weight else None
-    launch_backward(dy, dh, x, weight, rstd, offset, rows, dw)
+    launch_backward(dy, dh, x, weight, None, rstd, offset, rows, dw)
     return rows if grad_x else x.new_empty(0), x.new_empty(0) if dw is None else dw
 
 

@@ -27,12 +27,10 @@ import torch
 from torch import Tensor
 
 from rewriter.kernels.registration import define, differentiate
+from rewriter.kernels.rotary_layouts import check_rotary, rotary_reference, turned
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD = 8192
-LAYOUTS = tuple(
-    pairs + size for pairs in ("halves", "interleaved", "pairs_to_halves") for size in ("", "_half_cos")
-)
 
 
 def rotary(
@@ -82,94 +80,6 @@ def rotary_one(
 ) -> Tensor:
     """Rotate one tensor; arguments, result and errors as for ``rotary``."""
     return rotary(x, None, cos, sin, layout, rotary_dim, compute_dtype)[0]
-
-
-def rotary_reference(q, k, cos, sin, layout, rotary_dim=None, compute_dtype=None):
-    """The models' own operations, in plain differentiable PyTorch."""
-    check_rotary(q, k, cos, sin, layout, rotary_dim)
-    one = rotary_one_reference(q, cos, sin, layout, compute_dtype=compute_dtype)
-    return one, None if k is None else rotary_one_reference(k, cos, sin, layout, compute_dtype=compute_dtype)
-
-
-def rotary_one_reference(x, cos, sin, layout, rotary_dim=None, compute_dtype=None):
-    check_rotary(x, None, cos, sin, layout, rotary_dim)
-    rotary_dim = _rotary_dim(cos, layout)
-    dtype, rest = x.dtype, x[..., rotary_dim:]
-    if rotary_dim != x.shape[-1]:
-        x = x[..., :rotary_dim]
-    if compute_dtype is not None:
-        x = x.to(compute_dtype)
-    y = _REFERENCES[layout](x, cos, sin)
-    if compute_dtype is not None:
-        y = y.to(dtype)
-    return y if rest.shape[-1] == 0 else torch.cat([y, rest], dim=-1)
-
-
-def _halves(x, cos, sin):
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
-
-
-def _halves_half_cos(x, cos, sin):
-    first, second = torch.chunk(x, 2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-def _interleaved(x, cos, sin):
-    first, second = x[..., ::2], x[..., 1::2]
-    return x * cos + torch.stack((-second, first), dim=-1).flatten(-2) * sin
-
-
-def _interleaved_half_cos(x, cos, sin):
-    return _interleaved(x, cos.repeat_interleave(2, dim=-1), sin.repeat_interleave(2, dim=-1))
-
-
-def _pairs_to_halves(x, cos, sin):
-    pairs = x.unflatten(-1, (x.shape[-1] // 2, 2))
-    return _halves(pairs.transpose(-1, -2).reshape(x.shape), cos, sin)
-
-
-def _pairs_to_halves_half_cos(x, cos, sin):
-    first, second = x[..., ::2], x[..., 1::2]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-_REFERENCES = {
-    "halves": _halves,
-    "halves_half_cos": _halves_half_cos,
-    "interleaved": _interleaved,
-    "interleaved_half_cos": _interleaved_half_cos,
-    "pairs_to_halves": _pairs_to_halves,
-    "pairs_to_halves_half_cos": _pairs_to_halves_half_cos,
-}
-
-
-def check_rotary(
-    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, layout: str, rotary_dim: int | None = None
-) -> None:
-    """Raise unless the layout is known and the last dimensions agree."""
-    if layout not in LAYOUTS:
-        raise ValueError(f"rotary: unknown layout {layout!r}; known are {', '.join(LAYOUTS)}.")
-    if cos.shape != sin.shape:
-        raise ValueError(f"rotary: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} differ in shape.")
-    implied = _rotary_dim(cos, layout)
-    if rotary_dim is not None and rotary_dim != implied:
-        raise ValueError(
-            f"rotary: rotary_dim {rotary_dim}, but cos {tuple(cos.shape)} turns {implied} features by layout "
-            f"{layout!r}; leave rotary_dim out, or use the layout of the other size."
-        )
-    if implied % 2:
-        raise ValueError(f"rotary: {implied} features do not make pairs; the number must be even.")
-    for name, x in (("q", q), ("k", k)):
-        if x is not None and implied > x.shape[-1]:
-            raise ValueError(
-                f"rotary: cos turns {implied} features, but {name} {tuple(x.shape)} has {x.shape[-1]}; "
-                "is it a layout of another size?"
-            )
-
-
-def _rotary_dim(cos: Tensor, layout: str) -> int:
-    return cos.shape[-1] * (2 if layout.endswith("_half_cos") else 1)
 
 
 def _kernel_serves(q, k, cos, sin, compute_dtype) -> bool:
@@ -235,7 +145,7 @@ def _launch(q, q_out, k, k_out, cos, sin, layout, backward=False):
         k_out,
         cos,
         sin,
-        rotary_dim=_rotary_dim(cos, layout),
+        rotary_dim=turned(cos, layout),
         in_interleaved=to_pairs if backward else from_pairs,
         out_interleaved=from_pairs if backward else to_pairs,
         cosines=cosines,

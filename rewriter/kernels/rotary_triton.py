@@ -8,6 +8,8 @@ The tile runs along the heads where a token's heads are neighbours in memory, el
 # options, numbers for constexpr parameters and loops look like errors.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -79,76 +81,94 @@ def _load_angles(
 
 
 @triton.jit
-def _rotate_heads(
-    x, out, outer, token, head, heads, token_inside,
-    x_outer, x_token, x_head, out_outer, out_token, out_head,
-    cos1, cos2, sin1, sin2,
-    HALF: tl.constexpr, REST: tl.constexpr, IN_INTERLEAVED: tl.constexpr, OUT_INTERLEAVED: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
-):  # fmt: skip
-    inside = token_inside & (head < heads)
-    x_rows = outer * x_outer + token * x_token + head * x_head
-    out_rows = outer * out_outer + token * out_token + head * out_head
-    a, b = _load_pairs(x, x_rows, inside, HALF, IN_INTERLEAVED, TOKENS, HEADS, BLOCK)
+def _turn(a, b, cos1, cos2, sin1, sin2, BACKWARD: tl.constexpr):
     if BACKWARD:
-        first = a * cos1 + b * sin2
-        second = b * cos2 - a * sin1
+        return a * cos1 + b * sin2, b * cos2 - a * sin1
     else:
-        first = a * cos1 - b * sin1
-        second = b * cos2 + a * sin2
-    _store_pairs(out, out_rows, inside, first, second, HALF, OUT_INTERLEAVED, TOKENS, HEADS, BLOCK)
-    if REST > 0:
-        column = tl.arange(0, REST_BLOCK)[None, None, :]
-        mask = inside & (column < REST)
-        rest = tl.load(x + x_rows + 2 * HALF + column, mask=mask)
-        tl.store(out + out_rows + 2 * HALF + column, rest.to(out.dtype.element_ty), mask=mask)
+        return a * cos1 - b * sin1, b * cos2 + a * sin2
 
 
-@triton.jit(do_not_specialize=["tokens", "token_blocks", "q_heads", "k_heads", "q_blocks", "k_blocks"])
+@triton.jit
+def _copy_rest(
+    x, x_rows, out, out_rows, inside, ROTARY: tl.constexpr, REST: tl.constexpr, REST_BLOCK: tl.constexpr
+):
+    column = tl.arange(0, REST_BLOCK)[None, None, :]
+    mask = inside & (column < REST)
+    rest = tl.load(x + x_rows + ROTARY + column, mask=mask)
+    tl.store(out + out_rows + ROTARY + column, rest.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["tokens", "token_blocks", "q_heads", "k_heads", "head_blocks"])
 def _rotate_kernel(
     q, k, q_out, k_out, cos, sin,
     q_outer, q_token, q_head, q_out_outer, q_out_token, q_out_head,
     k_outer, k_token, k_head, k_out_outer, k_out_token, k_out_head,
     cos_outer, cos_token,
-    tokens, token_blocks, q_heads, k_heads, q_blocks, k_blocks,
+    tokens, token_blocks, q_heads, k_heads, head_blocks,
     HALF: tl.constexpr, REST: tl.constexpr, IN_INTERLEAVED: tl.constexpr, OUT_INTERLEAVED: tl.constexpr,
     COSINES: tl.constexpr, BACKWARD: tl.constexpr,
-    TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    REST_BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     # The head blocks of one token run side by side, so that its cosines are still in the cache.
-    head_block = program % (q_blocks + k_blocks)
-    token_program = program // (q_blocks + k_blocks)
+    head_block = (program % head_blocks).to(tl.int64)
+    token_program = program // head_blocks
     outer = (token_program // token_blocks).to(tl.int64)
     first_token = (token_program % token_blocks).to(tl.int64) * TOKENS
     token = first_token + tl.arange(0, TOKENS)[:, None, None]
     token_inside = token < tokens
 
+    # All loads stand before the first store: past it, the compiler could not move them up.
+    lane = head_block * Q_HEADS + tl.arange(0, Q_HEADS)[None, :, None]
+    q_inside = token_inside & (lane < q_heads)
+    q_rows = outer * q_outer + token * q_token + lane * q_head
+    q_out_rows = outer * q_out_outer + token * q_out_token + lane * q_out_head
+    q1, q2 = _load_pairs(q, q_rows, q_inside, HALF, IN_INTERLEAVED, TOKENS, Q_HEADS, BLOCK)
+    if K_HEADS > 0:
+        lane = head_block * K_HEADS + tl.arange(0, K_HEADS)[None, :, None]
+        k_inside = token_inside & (lane < k_heads)
+        k_rows = outer * k_outer + token * k_token + lane * k_head
+        k_out_rows = outer * k_out_outer + token * k_out_token + lane * k_out_head
+        k1, k2 = _load_pairs(k, k_rows, k_inside, HALF, IN_INTERLEAVED, TOKENS, K_HEADS, BLOCK)
     cos_rows = outer * cos_outer + token * cos_token
     cos1, cos2 = _load_angles(cos, cos_rows, token_inside, HALF, COSINES, TOKENS, BLOCK)
     sin1, sin2 = _load_angles(sin, cos_rows, token_inside, HALF, COSINES, TOKENS, BLOCK)
 
-    lane = tl.arange(0, HEADS)[None, :, None]
-    if head_block < q_blocks:
-        head = head_block.to(tl.int64) * HEADS + lane
-        _rotate_heads(
-            q, q_out, outer, token, head, q_heads, token_inside,
-            q_outer, q_token, q_head, q_out_outer, q_out_token, q_out_head, cos1, cos2, sin1, sin2,
-            HALF, REST, IN_INTERLEAVED, OUT_INTERLEAVED, BACKWARD, TOKENS, HEADS, BLOCK, REST_BLOCK,
-        )  # fmt: skip
-    else:
-        head = (head_block - q_blocks).to(tl.int64) * HEADS + lane
-        _rotate_heads(
-            k, k_out, outer, token, head, k_heads, token_inside,
-            k_outer, k_token, k_head, k_out_outer, k_out_token, k_out_head, cos1, cos2, sin1, sin2,
-            HALF, REST, IN_INTERLEAVED, OUT_INTERLEAVED, BACKWARD, TOKENS, HEADS, BLOCK, REST_BLOCK,
-        )  # fmt: skip
+    q1, q2 = _turn(q1, q2, cos1, cos2, sin1, sin2, BACKWARD)
+    _store_pairs(q_out, q_out_rows, q_inside, q1, q2, HALF, OUT_INTERLEAVED, TOKENS, Q_HEADS, BLOCK)
+    if K_HEADS > 0:
+        k1, k2 = _turn(k1, k2, cos1, cos2, sin1, sin2, BACKWARD)
+        _store_pairs(k_out, k_out_rows, k_inside, k1, k2, HALF, OUT_INTERLEAVED, TOKENS, K_HEADS, BLOCK)
+    if REST > 0:
+        _copy_rest(q, q_rows, q_out, q_out_rows, q_inside, 2 * HALF, REST, REST_BLOCK)
+        if K_HEADS > 0:
+            _copy_rest(k, k_rows, k_out, k_out_rows, k_inside, 2 * HALF, REST, REST_BLOCK)
 
 
 def _power_of_2(n: int) -> int:
     """The least power of 2 that is at least ``n`` and 1."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+class Tile(NamedTuple):
+    """What a program rotates, powers of 2: tokens, heads of q and of k (0: no k), and its warps."""
+
+    tokens: int
+    q_heads: int
+    k_heads: int
+    warps: int
+    registers: int | None = None
+
+
+def divide(q_heads: int, k_heads: int, tokens: int, block: int, neighbours: bool) -> Tile:
+    """The tile for ``block`` pairs a head; ``neighbours``: a token's heads lie side by side in memory."""
+    largest = max(TILE // block, 1)
+    q = min(_power_of_2(q_heads), largest if neighbours else min(HEADS_FAR_APART, largest))
+    blocks = -(-q_heads // q)
+    k = _power_of_2(-(-k_heads // blocks)) if k_heads else 0
+    tokens = min(max(TILE // (block * q), 1), _power_of_2(tokens))
+    return Tile(tokens, q, k, max(1, min(8, tokens * q * block // PAIRS_PER_WARP)))
 
 
 def _dense_last(x: torch.Tensor) -> torch.Tensor:
@@ -225,13 +245,13 @@ def rotate(
 
     half, rest = rotary_dim // 2, head_dim - rotary_dim
     block = _power_of_2(half)
-    heads_block = min(_power_of_2(max(q_heads, k_heads)), max(TILE // block, 1))
-    if q_out_strides[heads_at] > q_out_strides[token_at]:
-        heads_block = min(heads_block, HEADS_FAR_APART)
-    tokens_block = min(max(TILE // (block * heads_block), 1), _power_of_2(tokens))
-    token_blocks = -(-tokens // tokens_block)
-    q_blocks, k_blocks = -(-q_heads // heads_block), -(-k_heads // heads_block)
-    programs = outer * token_blocks * (q_blocks + k_blocks)
+    neighbours = q_out_strides[heads_at] <= q_out_strides[token_at]
+    tile = divide(q_heads, k_heads, tokens, block, neighbours)
+    token_blocks = -(-tokens // tile.tokens)
+    head_blocks = -(-q_heads // tile.q_heads)
+    if k_heads:
+        head_blocks = max(head_blocks, -(-k_heads // tile.k_heads))
+    programs = outer * token_blocks * head_blocks
     if programs == 0 or head_dim == 0:
         return
     _rotate_kernel[(programs,)](
@@ -242,9 +262,9 @@ def rotate(
         k_out_strides[outer_at], k_out_strides[token_at], k_out_strides[heads_at],
         0 if cos_shape[outer_at] == 1 else cos_strides[outer_at],
         0 if cos_shape[token_at] == 1 else cos_strides[token_at],
-        tokens, token_blocks, q_heads, k_heads, q_blocks, k_blocks,
+        tokens, token_blocks, q_heads, k_heads, head_blocks,
         HALF=half, REST=rest, IN_INTERLEAVED=in_interleaved, OUT_INTERLEAVED=out_interleaved,
         COSINES=cosines, BACKWARD=backward,
-        TOKENS=tokens_block, HEADS=heads_block, BLOCK=block, REST_BLOCK=_power_of_2(rest),
-        num_warps=max(1, min(8, tokens_block * heads_block * block // PAIRS_PER_WARP)),
+        TOKENS=tile.tokens, Q_HEADS=tile.q_heads, K_HEADS=tile.k_heads, BLOCK=block,
+        REST_BLOCK=_power_of_2(rest), num_warps=tile.warps, maxnreg=tile.registers,
     )  # fmt: skip

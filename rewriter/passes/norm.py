@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from rewriter.canonical import dtype_of, fixed, value_of
 from rewriter.fusion import pattern_pass
 from rewriter.kernels.layer_norm import add_layer_norm, layer_norm
-from rewriter.kernels.rms_norm import add_rms_norm, hidden_fits, rms_norm
+from rewriter.kernels.rms_norm import add_rms_norm, rms_norm
+from rewriter.kernels.rows import hidden_fits
 from rewriter.match import Match
 from rewriter.pattern import Unmet, require, rewrite
 

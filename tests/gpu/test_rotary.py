@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from rewriter.kernels.rotary import LAYOUTS, rotary, rotary_reference
+from rewriter.kernels.rotary import rotary
+from rewriter.kernels.rotary_layouts import LAYOUTS, rotary_reference
 from tests.accuracy import assert_as_accurate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -5,10 +5,10 @@ import torch
 
 from rewriter.kernels.rms_norm import (
     add_rms_norm_reference,
-    hidden_fits,
     rms_norm,
     rms_norm_reference,
 )
+from rewriter.kernels.rows import hidden_fits
 from tests.accuracy import assert_as_accurate
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -178,8 +178,8 @@ def test_any_strides(view):
 
 
 def test_strides_are_followed_without_a_copy_where_two_do():
-    from rewriter.kernels.rms_norm import dense_rows
-    from rewriter.kernels.rms_norm_triton import lay_out_rows
+    from rewriter.kernels.rows import dense_rows
+    from rewriter.kernels.rows_triton import lay_out_rows
 
     q = torch.randn(2, 5, 7 * 32)[..., :96].view(2, 5, 3, 32).transpose(1, 2)
     inner, ((laid_out, strides),) = lay_out_rows(dense_rows(q, q.dtype), q)

@@ -5,7 +5,8 @@ from importlib import import_module
 import pytest
 import torch
 
-from rewriter.kernels.rotary import LAYOUTS, rotary, rotary_one, rotary_one_reference, rotary_reference
+from rewriter.kernels.rotary import rotary, rotary_one
+from rewriter.kernels.rotary_layouts import LAYOUTS, rotary_one_reference, rotary_reference
 from tests.accuracy import assert_as_accurate
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
