@@ -15,9 +15,12 @@ from torch.fx import GraphModule
 
 from rewriter.deferred import split_deferred
 from rewriter.fusion import apply_all
-from rewriter.lower import lower, lower_beside
+from rewriter.lower import lower, lower_beside, lower_program
 from rewriter.options import Options
 from rewriter.passes import ordered_passes, pass_names
+from rewriter.regions.describe import describe
+from rewriter.regions.outline import Unsplittable, outline
+from rewriter.regions.program import Program
 from rewriter.report import GraphRecord, forget, record_graph
 from rewriter.verify import Stage, verified
 
@@ -53,7 +56,13 @@ def rewriter(
     _show("after", rewritten)
     body, finish = split_deferred(rewritten)
     start = time.perf_counter()
-    compiled = finish(lower(body, example_inputs, chosen))
+    program = outline_regions(body, example_inputs, chosen, record)
+    record.seconds["outlining"] = time.perf_counter() - start
+    start = time.perf_counter()
+    if program is None:
+        compiled = finish(lower(body, example_inputs, chosen))
+    else:
+        compiled = finish(lower_program(program, chosen, lambda count: None))
     if chosen.verify and rewritten is not module:
         compiled = verified(compiled, lower_beside(module, example_inputs, chosen), stages, record)
     record.seconds["lowering"] = time.perf_counter() - start
@@ -74,6 +83,25 @@ def rewrite_graph(module: GraphModule, options: Options, record: GraphRecord) ->
     done = apply_all(passes, module, keep_stages=options.verify)
     record.passes += done.records
     return [Stage("", module), *(Stage(name, stage) for name, stage in done.stages)]
+
+
+def outline_regions(
+    module: GraphModule, example_inputs: Sequence[Any], options: Options, record: GraphRecord
+) -> Program | None:
+    """The program of the graph's regions; None, and the reason on record, where it stays one graph."""
+    if not options.regions:
+        return None
+    try:
+        program = outline(module, example_inputs)
+    except Unsplittable as reason:
+        record.notes.append(f"compiled as one region: {reason}")
+        return None
+    except Exception as error:
+        log.warning("outlining failed, the graph is compiled as one: %s", error, exc_info=True)
+        record.notes.append(f"compiled as one region: outlining failed: {type(error).__name__}: {error}")
+        return None
+    record.program = describe(program)
+    return program
 
 
 def _graph_name() -> str:

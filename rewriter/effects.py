@@ -67,9 +67,10 @@ class Effects:
     replaced: dict[Node, Node] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, graph: Graph) -> "Effects":
+    def of(cls, graph: Graph, grad: bool = True) -> "Effects":
+        """``grad``: the grad mode in which the graph is called."""
         effects = cls()
-        grad, autocasts = True, ()
+        autocasts = ()
         for position, node in enumerate(graph.nodes):
             effects.position[node] = position
             name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
@@ -154,9 +155,13 @@ class Effects:
         )
 
 
+def is_mode_switch(node: Node) -> bool:
+    """Whether ``node`` changes the grad mode or autocast for those after it."""
+    return node.op == "call_function" and getattr(node.target, "__name__", "") in _MODES
+
+
 def is_impure(node: Node) -> bool:
     """Whether dead-code elimination must keep ``node``: it writes, changes a mode or draws random numbers."""
     if node.op in ("placeholder", "output"):
         return True
-    name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
-    return name in _MODES or mutated_argument(node) is not None or node.is_impure()
+    return is_mode_switch(node) or mutated_argument(node) is not None or node.is_impure()

@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 
 from rewriter.kernels.registration import operators
 from rewriter.options import Options
+from rewriter.regions.program import Program, Region, link
 
 
 @functools.cache
@@ -48,6 +49,19 @@ def lower_beside(module: GraphModule, example_inputs: Sequence[Any], options: Op
     own.guards_context = context.guards_context
     with tracing(own):
         return lower(module, example_inputs, options)
+
+
+def lower_program(program: Program, options: Options, done: Callable[[int], None]) -> Callable:
+    """Compile each region once; the result calls them as the program does.
+
+    Args:
+        done: told how many regions are compiled, after each.
+    """
+    compiled: dict[Region, Callable] = {}
+    for region in program.regions:
+        compiled[region] = lower_beside(region.module, region.inputs, options)
+        done(len(compiled))
+    return link(program, compiled)
 
 
 @functools.cache

@@ -38,6 +38,7 @@ class Options:
         passes: names of the passes to run; None for all. Names with a leading "-" are left out instead.
         verify: compare loss and gradients with the unrewritten graph on each graph's first call.
         lowering: "inductor", or "eager" for AOTAutograd without Inductor.
+        regions: outline repeated layers, and compile each kind once.
         mode: Inductor's mode, as ``torch.compile(mode=...)`` takes it.
     """
 
@@ -46,6 +47,7 @@ class Options:
     passes: tuple[str, ...] | None = None
     verify: bool = False
     lowering: str = "inductor"
+    regions: bool = True
     mode: str | None = None
 
     @classmethod
@@ -69,15 +71,13 @@ class Options:
         lowering = given.get("lowering", "inductor")
         if lowering not in _LOWERINGS:
             raise OptionError(f"rewriter: unknown lowering {lowering!r}{_nearest(str(lowering), _LOWERINGS)}")
-        verify = given.get("verify", False)
-        if not isinstance(verify, bool):
-            raise OptionError(f"rewriter: option 'verify' is True or False, got {verify!r}.")
         return cls(
             memory_budget=parse_budget("memory_budget", given.get("memory_budget")),
             host_budget=parse_budget("host_budget", given.get("host_budget")),
             passes=_parse_passes(given.get("passes"), known_passes),
-            verify=verify,
+            verify=_parse_switch("verify", given.get("verify", False)),
             lowering=lowering,
+            regions=_parse_switch("regions", given.get("regions", True)),
             mode=mode,
         )
 
@@ -116,6 +116,12 @@ def parse_budget(name: str, value: Any) -> int | float | None:
     if matched is None or float(matched[1]) == 0.0:
         raise OptionError(f"rewriter: option {name!r} is {value!r}; give {forms}.")
     return int(float(matched[1]) * _UNITS[matched[2].upper()])
+
+
+def _parse_switch(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise OptionError(f"rewriter: option {name!r} is True or False, got {value!r}.")
+    return value
 
 
 def _parse_passes(value: Any, known: Sequence[str]) -> tuple[str, ...] | None:

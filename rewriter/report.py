@@ -49,6 +49,40 @@ class PassRecord:
         return sum(m.count for m in self.matches)
 
 
+@dataclass(frozen=True)
+class RegionRecord:
+    """A part of a program that was compiled once, and called ``times`` times.
+
+    ``weights`` and ``weight_bytes`` count the model's tensors that one call reads, ``graph`` is its code.
+    """
+
+    name: str
+    times: int
+    operations: int
+    weights: int
+    weight_bytes: int
+    graph: str
+
+
+@dataclass(frozen=True)
+class ProgramRecord:
+    """A graph as calls of regions: ``code`` is readable Python, ``regions`` in the order of their first call."""
+
+    code: str
+    regions: tuple[RegionRecord, ...]
+
+    def __str__(self) -> str:
+        return self.code
+
+    def __getitem__(self, name: str) -> RegionRecord:
+        """The region of that name."""
+        for region in self.regions:
+            if region.name == name:
+                return region
+        known = ", ".join(region.name for region in self.regions)
+        raise KeyError(f"no region {name!r} in this program; there are {known}")
+
+
 @dataclass
 class GraphRecord:
     """One graph that Dynamo handed over: its passes, its size before and after, and why Dynamo ended it."""
@@ -60,6 +94,7 @@ class GraphRecord:
     graph_break: str | None = None
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    program: ProgramRecord | None = None
 
 
 @dataclass
@@ -75,6 +110,12 @@ class Report:
             for record in graph.passes:
                 totals[record.name] += record.count
         return dict(totals)
+
+    @property
+    def program(self) -> ProgramRecord | None:
+        """The program of the largest graph that was outlined: ``print(report().program)``."""
+        found = [g for g in self.graphs if g.program is not None]
+        return max(found, key=lambda g: g.nodes_before).program if found else None
 
     def to_dict(self) -> dict:
         """For JSON."""
@@ -96,6 +137,9 @@ def _graph_lines(graph: GraphRecord) -> Iterator:
     yield Text(
         f"graph {graph.name}: {graph.nodes_before} operations, {graph.nodes_after} after rewriting", "bold"
     )
+    if graph.program is not None:
+        parts = ", ".join(f"{r.name} × {r.times}" if r.times > 1 else r.name for r in graph.program.regions)
+        yield Text(f"  compiled once each: {parts}")
     for note in graph.notes:
         yield Text(f"  {note}")
     if graph.graph_break:

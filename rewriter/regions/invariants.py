@@ -1,0 +1,112 @@
+"""Work that every layer repeats and none changes: done once, and shared.
+
+A mask's slice, a cast of the cosines, a number made of sizes: where two layers compute the same from the same
+inputs, the second reads the first's result. Only what depends on no waist of the program is looked at, so
+that nothing is kept alive from layer to layer but what all of them need. A boolean mask that several
+attentions read becomes the sum's mask that each would make of it, and would save for its backward.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._ops import HigherOrderOperator
+from torch.fx import Graph, Node
+
+from rewriter.canonical import value_of
+from rewriter.effects import Effects, is_impure
+from rewriter.regions.waists import is_operation
+
+
+def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """``mask`` (..., queries, keys), boolean, as what is added to the scores: 0 where True, else -inf."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask.logical_not(), float("-inf"))
+
+
+def varying(graph: Graph, beginning: Node) -> set[Node]:
+    """``beginning`` and all that depends on it."""
+    found = {beginning}
+    for node in graph.nodes:
+        if any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def share_invariants(graph: Graph, moving: set[Node], piece: Mapping[Node, int], effects: Effects) -> None:
+    """Merge equal operations of different pieces that are outside ``moving``, in place."""
+    numbers: dict[Any, Node] = {}
+    for node in list(graph.nodes):
+        if not is_operation(node) or node in moving or is_impure(node) or is_random(node):
+            continue
+        key = (node.op, node.target, effects.mode[node], _frozen(node.args), _frozen(node.kwargs))
+        first = numbers.setdefault(key, node)
+        if piece[first] != piece[node]:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+
+
+def is_random(node: Node) -> bool:
+    """Whether two equal calls of ``node`` may give two values."""
+    if isinstance(node.target, HigherOrderOperator):
+        return True
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name in _RANDOM or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+_RANDOM = frozenset(
+    "dropout alpha_dropout feature_dropout feature_alpha_dropout dropout1d dropout2d dropout3d rand randn randint "
+    "rand_like randn_like randint_like randperm normal bernoulli multinomial poisson rrelu gumbel_softmax "
+    "empty empty_like empty_strided new_empty".split()
+)
+
+
+def _frozen(value: Any) -> Any:
+    """``value``, nested as a node's arguments are, as a key: equal keys for equal arguments only."""
+    if isinstance(value, (list, tuple)):
+        return type(value).__name__, tuple(_frozen(v) for v in value)
+    if isinstance(value, dict):
+        return "dict", tuple((k, _frozen(v)) for k, v in value.items())
+    if isinstance(value, slice):
+        return "slice", _frozen(value.start), _frozen(value.stop), _frozen(value.step)
+    return type(value).__name__, value if isinstance(value, (Node, torch.dtype, torch.device)) else repr(
+        value
+    )
+
+
+def share_masks(graph: Graph, moving: set[Node], effects: Effects) -> None:
+    """Give attentions that read one boolean mask its additive form, made once, in place."""
+    readers: dict[tuple[Node, torch.dtype], list[Node]] = {}
+    for node in graph.nodes:
+        mask = _boolean_mask(node)
+        if mask is not None and mask not in moving:
+            readers.setdefault((mask, value_of(node.args[0]).dtype), []).append(node)
+    for (mask, dtype), attentions in readers.items():
+        if len(attentions) < 2:
+            continue
+        made = _call_after(graph, mask, additive_mask, (mask, dtype), effects)
+        for node in attentions:
+            node.kwargs = {**node.kwargs, "attn_mask": made}
+
+
+def _boolean_mask(node: Node) -> Node | None:
+    if node.op != "call_function" or node.target is not F.scaled_dot_product_attention or not node.args:
+        return None
+    mask, query = node.kwargs.get("attn_mask"), value_of(node.args[0])
+    value = value_of(mask) if isinstance(mask, Node) else None
+    is_mask = isinstance(value, Tensor) and value.dtype == torch.bool and isinstance(query, Tensor)
+    return mask if is_mask and not value.requires_grad else None
+
+
+def _call_after(graph: Graph, node: Node, function: Callable, args: tuple, effects: Effects) -> Node:
+    place = node.next
+    while place.op == "placeholder":
+        place = place.next
+    with graph.inserting_before(place):
+        call = graph.call_function(function, args)
+    value = value_of(node)
+    with value.fake_mode, torch.no_grad():
+        call.meta["example_value"] = function(value, *args[1:])
+    effects.put(call, place)
+    return call

@@ -1,0 +1,151 @@
+"""A program of regions: a short list of calls, most of the same few functions with other weights.
+
+``Program`` says what is called with what; ``source_of`` writes it as Python, the text that a report shows and
+that ``link`` runs once the regions are compiled.
+"""
+
+import keyword
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """A part of a graph that is compiled once.
+
+    Attributes:
+        name: in the program's text.
+        module: takes the region's inputs, sizes first, and returns a tuple.
+        inputs: what its compilation goes by, one an input: fake tensors and sizes.
+    """
+
+    name: str
+    module: GraphModule
+    inputs: tuple[Any, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class RegionCall:
+    """One call of a region: the source graph's nodes that are its inputs and its results."""
+
+    region: Region
+    inputs: tuple[Node, ...]
+    outputs: tuple[Node, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """``source``, a graph, as calls of regions.
+
+    ``source`` is what the nodes of the calls belong to; its inputs and its output are the program's.
+    """
+
+    source: GraphModule
+    calls: tuple[RegionCall, ...]
+
+    @property
+    def regions(self) -> list[Region]:
+        """Each once, in the order of their first call."""
+        return list(dict.fromkeys(call.region for call in self.calls))
+
+    def times(self) -> dict[Region, int]:
+        """How often each region is called."""
+        return dict(Counter(call.region for call in self.calls))
+
+
+def link(program: Program, compiled: Mapping[Region, Callable]) -> Callable:
+    """The program as one function of the source graph's inputs; ``compiled`` runs its regions."""
+    scope: dict[str, Any] = {region.name: function for region, function in compiled.items()}
+    scope |= {n.name: getattr(program.source, n.target) for n in _attributes(program.source)}
+    exec(compile(source_of(program), "<rewriter program>", "exec"), scope)
+    return scope["program"]
+
+
+def source_of(program: Program) -> str:
+    """Python text of the program: each intermediate result is let go after its last use."""
+    graph = program.source.graph
+    inputs = [n.name for n in graph.find_nodes(op="placeholder")]
+    (output,) = graph.find_nodes(op="output")
+    last: dict[Node, RegionCall] = {n: call for call in program.calls for n in call.inputs}
+    made = {n for call in program.calls for n in call.outputs}
+    kept = set(output.all_input_nodes)
+    lines = ["def program(*inputs):"]
+    if inputs:
+        lines.append(f"    {_tuple(inputs)} = inputs")
+    for call in program.calls:
+        results = f"{_tuple([n.name for n in call.outputs])} = " if call.outputs else ""
+        lines.append(f"    {results}{call.region.name}({', '.join(n.name for n in call.inputs)})")
+        # A result that no later call reads is let go at once.
+        spent = [n for n in (*call.inputs, *call.outputs) if n in made and n not in kept]
+        dead = [n.name for n in spent if last.get(n, call) is call]
+        if dead:
+            lines.append(f"    del {', '.join(dead)}")
+    lines.append(f"    return {_literal(output.args[0])}")
+    return "\n".join(lines) + "\n"
+
+
+def inline(program: Program) -> GraphModule:
+    """The program as one graph again, each region's operations in place of its calls."""
+    from torch.fx import Graph
+
+    source = program.source
+    graph, env = Graph(), {}
+    bodies: dict[str, Any] = {}
+    for node in source.graph.nodes:
+        if node.op == "placeholder" or (node.op == "get_attr" and node in _attributes(source)):
+            env[node] = graph.node_copy(node)
+            if node.op == "get_attr":
+                bodies[node.target] = getattr(source, node.target)
+    for index, call in enumerate(program.calls):
+        inner = dict(
+            zip(
+                call.region.module.graph.find_nodes(op="placeholder"),
+                (env[n] for n in call.inputs),
+                strict=True,
+            )
+        )
+        for node in call.region.module.graph.nodes:
+            if node.op == "output":
+                results = [inner[n] for n in node.args[0]]
+                env.update(zip(call.outputs, results, strict=True))
+            elif node.op != "placeholder":
+                inner[node] = graph.node_copy(node, lambda n, inner=inner: inner[n])
+                if node.op == "get_attr":
+                    inner[node].target = f"{node.target}_{index}"
+                    bodies[inner[node].target] = getattr(call.region.module, node.target)
+    (output,) = source.graph.find_nodes(op="output")
+    graph.output(map_arg(output.args[0], env.__getitem__))
+    graph.lint()
+    return GraphModule(bodies, graph)
+
+
+def _attributes(module: GraphModule) -> Iterator[Node] | list[Node]:
+    """The nodes that read the graph's own tensors."""
+    return [
+        n
+        for n in module.graph.find_nodes(op="get_attr")
+        if not isinstance(getattr(module, n.target, None), GraphModule)
+    ]
+
+
+def _tuple(names: list[str]) -> str:
+    return "".join(f"{name}, " for name in names).rstrip() if len(names) == 1 else ", ".join(names)
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, Node):
+        return value.name
+    if isinstance(value, (list, tuple)):
+        inner = "".join(f"{_literal(v)}, " for v in value)
+        return f"[{inner}]" if isinstance(value, list) else f"({inner})"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k!r}: {_literal(v)}" for k, v in value.items()) + "}"
+    return repr(value)
+
+
+assert not keyword.iskeyword("program")

@@ -1,0 +1,112 @@
+"""A hash of what a part of a graph computes: equal for equal structure, in every process.
+
+Operations, constants, shapes and dtypes, and who reads whom go into it; names do not, nor which weights are
+read. Two parts with one hash may be run by one compiled function, each with its own inputs.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch.fx import GraphModule, Node
+
+from rewriter.canonical import value_of
+from rewriter.nested import subgraph
+
+
+def structure(nodes: Sequence[Node]) -> str:
+    """The hash of ``nodes``, in order; what they read from outside is numbered by its first reading."""
+    return _digest(_lines(nodes, described))
+
+
+def signature(module: GraphModule) -> str:
+    """The hash of a whole graph, with all that its compilation depends on at its inputs."""
+    return _digest(_lines(list(module.graph.nodes), input_key))
+
+
+def _digest(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _lines(nodes: Sequence[Node], outside: Any) -> Iterable[str]:
+    number: dict[Node, str] = {}
+
+    def text(value: Any) -> str:
+        if isinstance(value, Node):
+            if value not in number:
+                number[value] = f"in{len(number)}:{_attribute(value) or outside(value_of(value))}"
+            return number[value]
+        if isinstance(value, (list, tuple)):
+            return f"{type(value).__name__}({','.join(map(text, value))})"
+        if isinstance(value, dict):
+            return "{" + ",".join(f"{k}:{text(v)}" for k, v in value.items()) + "}"
+        if isinstance(value, slice):
+            return f"slice({text(value.start)},{text(value.stop)},{text(value.step)})"
+        return constant(value)
+
+    for i, node in enumerate(nodes):
+        if node.op in ("placeholder", "get_attr"):
+            yield text(node)
+            continue
+        yield f"{node.op} {target(node.target)} {text(node.args)} {text(node.kwargs)} {described(value_of(node))}"
+        number[node] = f"%{i}"
+
+
+def _attribute(node: Node) -> str | None:
+    body = subgraph(node)
+    return f"graph {structure(list(body.graph.nodes))}" if body is not None else None
+
+
+def target(value: Any) -> str:
+    """An operation's name, the same in every process."""
+    if isinstance(value, (str, OpOverload, OpOverloadPacket, HigherOrderOperator)):
+        return str(value)
+    owner = getattr(value, "__objclass__", None) or getattr(value, "__self__", None)
+    module = getattr(value, "__module__", None) or getattr(owner, "__name__", "")
+    name = getattr(value, "__qualname__", None)
+    # Two functions made inside one share their name.
+    return f"{module}.{name}" if name and "<" not in name else f"{module}.{name} at {id(value)}"
+
+
+def constant(value: Any) -> str:
+    """An argument that is no node. What has no text of its own is told apart by identity."""
+    if isinstance(value, (type(None), bool, int, float, complex, str, bytes)):
+        return f"{type(value).__name__} {value!r}"
+    if isinstance(value, (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)):
+        return f"{type(value).__name__} {value}"
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return f"{type(value).__name__} {value}"
+    if isinstance(value, (OpOverload, OpOverloadPacket, HigherOrderOperator)) or callable(value):
+        return target(value)
+    if isinstance(value, Enum):
+        return str(value)
+    return f"{type(value).__name__} at {id(value)}"
+
+
+def described(value: Any) -> str:
+    """Shape and dtype of a result: what two layers' values agree in before it is known how they are laid out."""
+    if isinstance(value, Tensor):
+        return f"{tuple(map(str, value.shape))} {value.dtype} {value.device}"
+    if isinstance(value, (list, tuple)):
+        return f"({','.join(map(described, value))})"
+    return f"{type(value).__name__} {value}" if value is not None else ""
+
+
+def input_key(value: Any) -> str:
+    """All that a compiled function depends on in an input."""
+    if not isinstance(value, Tensor):
+        return f"{type(value).__name__} {value}"
+    return " ".join(
+        (
+            described(value),
+            str(tuple(map(str, value.stride()))),
+            str(value.storage_offset()),
+            f"grad={value.requires_grad}",
+            f"parameter={isinstance(value, nn.Parameter)}",
+            type(value).__name__,
+        )
+    )

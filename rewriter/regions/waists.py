@@ -1,0 +1,121 @@
+"""Where a graph is narrow: the operations that every way to its last result goes through.
+
+A decoder is a chain of blocks around a residual stream, and each sum into that stream is such a waist: all
+paths from the embedding to the loss meet there, while nothing meets inside attention or an MLP, which the
+residual goes round. So the waists cut a program into its blocks without knowing what a block is. They are the
+post-dominators of the graph's beginning (Cooper, Harvey and Kennedy, "A Simple, Fast Dominance Algorithm").
+
+Results of a tuple, and what else cannot pass a border between compiled graphs, stay with what makes them: the
+elements here are units, an operation with those.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import networkx as nx
+import torch
+from torch.fx import Graph, Node
+
+from rewriter.canonical import value_of
+from rewriter.effects import is_mode_switch
+
+_CROSSES = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
+
+
+@dataclass(frozen=True)
+class Units:
+    """A graph's operations, in order, each with the nodes that may not be parted from it.
+
+    Attributes:
+        unit: a node's unit, named by its first node. Placeholders and attributes belong to none.
+        members: of each unit, in the graph's order; units in the graph's order.
+        flow: edges from each unit to those that read it.
+    """
+
+    unit: dict[Node, Node]
+    members: dict[Node, list[Node]]
+    flow: nx.DiGraph
+
+    @classmethod
+    def of(cls, graph: Graph) -> "Units":
+        groups: nx.utils.UnionFind = nx.utils.UnionFind()
+        body = [n for n in graph.nodes if is_operation(n)]
+        for node in body:
+            for source in node.all_input_nodes:
+                if is_operation(source) and not crosses(source):
+                    groups.union(source, node)
+        first: dict[Node, Node] = {}
+        unit, members = {}, {}
+        for node in body:
+            head = first.setdefault(groups[node], node)
+            unit[node] = head
+            members.setdefault(head, []).append(node)
+        flow = nx.DiGraph()
+        flow.add_nodes_from(members)
+        edges = ((unit[s], unit[n]) for n in body for s in n.all_input_nodes if s in unit)
+        flow.add_edges_from((source, reader) for source, reader in edges if source is not reader)
+        return cls(unit, members, flow)
+
+
+def is_operation(node: Node) -> bool:
+    """Whether ``node`` computes: no input, attribute, output, nor switch of grad mode or autocast."""
+    return node.op in ("call_function", "call_method", "call_module") and not is_mode_switch(node)
+
+
+def crosses(node: Node) -> bool:
+    """Whether the node's value can go from one compiled graph to another."""
+    return isinstance(value_of(node), _CROSSES)
+
+
+def waists(units: Units, results: Sequence[Node]) -> list[Node]:
+    """The units that all paths from the graph's beginning to its deepest result go through, in order.
+
+    Args:
+        results: the graph's outputs. Those that leave on the way, as keys and values do, do not widen it.
+    """
+    ends = {units.unit[r] for r in results if r in units.unit}
+    if not ends or not nx.is_directed_acyclic_graph(units.flow):
+        return []
+    depth: dict[Node, int] = {}
+    for unit in nx.topological_sort(units.flow):
+        depth[unit] = 1 + max((depth[p] for p in units.flow.predecessors(unit)), default=0)
+    order = {unit: i for i, unit in enumerate(units.members)}
+    end = max(ends, key=lambda u: (depth[u], order[u]))
+    after = dict(nx.immediate_dominators(units.flow.reverse(copy=False), end))
+    length = {end: 1}
+    for unit in sorted(after, key=depth.__getitem__, reverse=True):
+        if unit is not end:
+            length[unit] = 1 + length[after[unit]]
+    chain = [max(length, key=lambda u: (length[u], -order[u]))]
+    while chain[-1] is not end:
+        chain.append(after[chain[-1]])
+    return _without_branch(units, chain)
+
+
+def _without_branch(units: Units, chain: list[Node]) -> list[Node]:
+    """The chain from where nothing goes round it.
+
+    It may begin inside a branch of the first layer, whose operations all lie on the way from there on. Values
+    that pass the middle of the program, as cosines do, are for all layers, and may pass anywhere.
+    """
+    bit = {unit: 1 << i for i, unit in enumerate(units.members)}
+    above: dict[Node, int] = {}
+    for unit in nx.topological_sort(units.flow):
+        above[unit] = bit[unit]
+        for source in units.flow.predecessors(unit):
+            above[unit] |= above[source]
+
+    def passing(waist: Node, allowed: int) -> list[Node]:
+        around = above[waist] & ~bit[waist] & ~allowed
+        nodes = (u for u, b in bit.items() if b & around)
+        return [
+            u for u in nodes if any(not bit[r] & above[waist] for r in units.flow.successors(u) if r in read)
+        ]
+
+    read = {unit for unit in units.members if above[chain[-1]] & bit[unit]}
+    shared = 0
+    middle = next(w for w in chain if 2 * above[w].bit_count() >= above[chain[-1]].bit_count())
+    for unit in passing(middle, 0):
+        shared |= above[unit]
+    begin = next(i for i, waist in enumerate(chain) if not passing(waist, shared))
+    return chain[begin:]
