@@ -27,6 +27,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--backend", default="rewriter", help="any backend of torch.compile, or 'none'")
     parser.add_argument("--steps", type=_positive, default=20, help="optimiser steps")
     parser.add_argument("--compare", type=int, default=4, help="first steps to run in eager PyTorch too")
+    parser.add_argument(
+        "--beside", help="a backend to run these first steps too, in a process of its own, as 'inductor'"
+    )
     parser.add_argument("--batch-size", type=_positive, default=4)
     parser.add_argument("--gradient-accumulation", type=_positive, default=1)
     parser.add_argument("--max-length", type=_positive, default=96, help="tokens in a row")
@@ -49,6 +52,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.pad_to = args.pad_to or args.max_length
     args.learning_rate = args.learning_rate or (2e-5 if args.full else 5e-4)
     args.compare = min(args.compare, args.steps) if args.backend != "none" else 0
+    if args.beside and not args.compare:
+        parser.error("--beside runs the first steps by another backend too: give --backend and --compare.")
     return args
 
 

@@ -1,9 +1,9 @@
 """One progress bar for a run of Trainer: it says while the first step compiles, then loss and speed."""
 
 import time
-from dataclasses import dataclass, field
 from typing import Any
 
+from curves import Curve
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -14,19 +14,6 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 from transformers import TrainerCallback
-
-
-@dataclass
-class Curve:
-    """What a run left behind: the loss of each step, and the seconds it took."""
-
-    losses: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-
-    def typical_seconds(self) -> float:
-        """The median over the steps but the first, which compiles; of all steps where there is but one."""
-        later = sorted(self.seconds[1:] or self.seconds)
-        return later[len(later) // 2]
 
 
 class StepBar(TrainerCallback):
@@ -53,10 +40,11 @@ class StepBar(TrainerCallback):
         self._bar.start()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._began = time.perf_counter()
+        self._began, self._processor_began = time.perf_counter(), time.process_time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.curve.seconds.append(time.perf_counter() - self._began)
+        self.curve.processor_seconds.append(time.process_time() - self._processor_began)
         self._bar.update(self._task, advance=1, description=self._title)
         if state.global_step == self._stop_after:
             control.should_training_stop = True

@@ -2,16 +2,19 @@
 
 import argparse
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import torch
 from checkpoint import load
 from conversations import Collator, InputError, read, tokenise
+from curves import Curve, comparison
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from progress import Curve, StepBar
+from progress import StepBar
 from rich.console import Console
-from rich.table import Table
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 import rewriter
@@ -22,15 +25,8 @@ console = Console()
 
 
 def run(args: argparse.Namespace) -> None:
-    rows = read(args.data)
     console.rule("Loading")
-    model, tokenizer = load(args.model, dtype=base_dtype(args), four_bit=args.load_in_4bit)
-    train, held_out = split(rows, tokenizer, args)
-    set_seed(SEED)
-    if not args.full:
-        adapters = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear")
-        model = get_peft_model(model, adapters)
-    print(prepare(model))
+    model, tokenizer, train, held_out = prepared(args)
     start = {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
     millions = sum(value.numel() for value in start.values()) / 1e6
     console.print(f"{model.device.type}: {millions:.1f} million weights to train, on {len(train)} rows")
@@ -38,11 +34,11 @@ def run(args: argparse.Namespace) -> None:
     collator = Collator(tokenizer.pad_token_id, args.pad_to)
 
     console.rule("Training")
-    eager = None
+    curves: list[tuple[str, Curve]] = []
     if args.compare:
         bar = StepBar("eager", args.steps, console, stop_after=args.compare)
         trainer_for(model, train, held_out, collator, args, bar).train()
-        eager = bar.curve
+        curves.append(("eager", bar.curve))
         with torch.no_grad():
             for name, value in start.items():
                 model.get_parameter(name).copy_(value)
@@ -50,12 +46,15 @@ def run(args: argparse.Namespace) -> None:
         model.compile(backend=args.backend)
     bar = StepBar(args.backend, args.steps, console, first="compiling")
     trainer = trainer_for(model, train, held_out, collator, args, bar)
-    losses = [held_out_loss(trainer)]
+    losses = [trainer.evaluate()["eval_loss"]]
     trainer.train()
-    losses.append(held_out_loss(trainer))
+    losses.append(trainer.evaluate()["eval_loss"])
     answers.append(answer(model, tokenizer, args.prompt))
-    if eager:
-        console.print(comparison(eager, bar.curve, args.backend))
+    curves.append((args.backend, bar.curve))
+    if args.beside:
+        curves.append((args.beside, in_another_process(first_steps, args, args.beside)))
+    if len(curves) > 1:
+        console.print(comparison(curves))
     if args.backend == "rewriter":
         console.rule("Report")
         print(rewriter.report())
@@ -69,6 +68,35 @@ def run(args: argparse.Namespace) -> None:
         trainer.save_model(str(args.output))
         tokenizer.save_pretrained(args.output)
         console.print(f"saved to {args.output}")
+
+
+def prepared(args: argparse.Namespace) -> tuple[Any, Any, Dataset, Dataset]:
+    """Model and tokenizer, rows to train on and rows held out: the same ones for the same arguments."""
+    rows = read(args.data)
+    model, tokenizer = load(args.model, dtype=base_dtype(args), four_bit=args.load_in_4bit)
+    train, held_out = split(rows, tokenizer, args)
+    set_seed(SEED)
+    if not args.full:
+        adapters = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear")
+        model = get_peft_model(model, adapters)
+    print(prepare(model))
+    return model, tokenizer, train, held_out
+
+
+def first_steps(args: argparse.Namespace, backend: str) -> Curve:
+    """The first steps of the run by another backend, from the same weights, batches and schedule."""
+    model, tokenizer, train, held_out = prepared(args)
+    model.compile(backend=backend)
+    bar = StepBar(backend, args.steps, console, first=f"compiling by {backend}", stop_after=args.compare)
+    collator = Collator(tokenizer.pad_token_id, args.pad_to)
+    trainer_for(model, train, held_out, collator, args, bar).train()
+    return bar.curve
+
+
+def in_another_process(function: Callable[..., Curve], *arguments: Any) -> Curve:
+    """One backend's compiled code, caches and settings stay out of another's timing."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def base_dtype(args: argparse.Namespace) -> torch.dtype:
@@ -88,8 +116,22 @@ def split(rows: Dataset, tokenizer: Any, args: argparse.Namespace) -> tuple[Data
     return train, held_out.take(min(args.held_out, len(held_out)))
 
 
+class EagerEvaluation(Trainer):
+    """Evaluates in eager PyTorch: a graph for it alone would take longer to compile than its rows take."""
+
+    @torch.compiler.set_stance("force_eager")
+    def evaluate(self, *args: Any, **settings: Any) -> dict[str, float]:
+        return super().evaluate(*args, **settings)
+
+
 def trainer_for(
-    model: Any, train: Dataset, held_out: Dataset, collator: Collator, args: argparse.Namespace, bar: StepBar
+    model: Any,
+    train: Dataset,
+    held_out: Dataset,
+    collator: Collator,
+    args: argparse.Namespace,
+    bar: StepBar,
+    **more: Any,
 ) -> Trainer:
     """A Trainer whose seed, order of batches and schedule are the same every time; it shows only ``bar``."""
     settings = TrainingArguments(
@@ -108,8 +150,9 @@ def trainer_for(
         report_to=[],
         seed=SEED,
         disable_tqdm=True,
+        **more,
     )
-    trainer = Trainer(
+    trainer = EagerEvaluation(
         model=model,
         args=settings,
         train_dataset=train,
@@ -119,12 +162,6 @@ def trainer_for(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-@torch.compiler.set_stance("force_eager")
-def held_out_loss(trainer: Trainer) -> float:
-    """In eager PyTorch: a graph for evaluation alone would take longer to compile than these rows take."""
-    return trainer.evaluate()["eval_loss"]
 
 
 @torch.compiler.set_stance("force_eager")
@@ -140,17 +177,3 @@ def answer(model: Any, tokenizer: Any, prompt: str) -> str:
     )
     model.train(training)
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-
-
-def comparison(eager: Curve, compiled: Curve, backend: str) -> Table:
-    table = Table(title="The first steps, from the same weights and batches")
-    for column in ("step", "eager loss", f"{backend} loss", "difference", "eager s", f"{backend} s"):
-        table.add_column(column, justify="right")
-    rows = zip(eager.losses, compiled.losses, eager.seconds, compiled.seconds, strict=False)
-    for step, (loss, ours, seconds, our_seconds) in enumerate(rows, start=1):
-        figures = f"{loss:.4f}", f"{ours:.4f}", f"{ours - loss:+.1e}", f"{seconds:.2f}", f"{our_seconds:.2f}"
-        table.add_row(str(step), *figures)
-    typical = f"{eager.typical_seconds():.2f}", f"{compiled.typical_seconds():.2f}"
-    table.add_row("typical", "", "", "", *typical, style="bold")
-    table.caption = "Step 1 compiles. Typical: the median of all other steps."
-    return table

@@ -71,6 +71,16 @@ def test_it_trains_compares_and_saves(folder, tmp_path, capsys, options):
         assert len(saved.keys()) > 0
 
 
+def test_another_backend_runs_the_first_steps_beside(folder, capsys, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(training.console, "width", 160)
+    size = ("--steps", 3, "--compare", 2, "--held-out", 2, "--max-length", 48, "--batch-size", 2)
+    both = ("--backend", "aot_eager", "--beside", "eager")
+    finetune("--model", folder, "--data", folder / "talks.jsonl", *size, *both)
+    shown = capsys.readouterr().out
+    assert shown.count("eager s") == 3 and "typical" in shown
+
+
 def test_a_saved_model_can_be_trained_on(folder, tmp_path, capsys):
     size = ("--steps", 1, "--held-out", 1, "--max-length", 48, "--backend", "none")
     data = ("--data", folder / "talks.jsonl")
@@ -102,6 +112,7 @@ def test_bad_input_ends_in_one_line_and_status_1(folder):
         (("--full", "--load-in-4bit"), "4-bit weights cannot be trained"),
         (("--steps", 0), "0 is less than 1"),
         (("--steps", "many"), "invalid"),
+        (("--beside", "inductor", "--compare", 0), "--beside runs the first steps"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(capsys, options, message):
