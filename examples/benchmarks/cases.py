@@ -88,8 +88,12 @@ def norms(norm: str, device, tiny) -> Iterator[Case]:
 
 
 def rotary(device, tiny) -> Iterator[Case]:
-    tokens, heads, kv, dim = (16, 4, 2, 16) if tiny else (4096, 32, 8, 128)
+    heads, kv, dim = (4, 2, 16) if tiny else (32, 8, 128)
+    for tokens in (16,) if tiny else (8192, 4096):
+        yield from _rotary(device, tokens, heads, kv, dim)
 
+
+def _rotary(device, tokens, heads, kv, dim) -> Iterator[Case]:
     def make():
         q, k = (bf16(device, 1, tokens, n, dim).transpose(1, 2).requires_grad_() for n in (heads, kv))
         return q, k, bf16(device, 1, 1, tokens, dim), bf16(device, 1, 1, tokens, dim)
@@ -103,8 +107,8 @@ def rotary(device, tiny) -> Iterator[Case]:
         "ours": lambda *xs: rotary_module.rotary(*xs, "halves"),
         "reference": lambda *xs: rotary_layouts.rotary_reference(*xs, "halves"),
     }
-    yield Case(name="rotary q, k forward", **shared)
-    yield Case(name="rotary q, k backward", backward=True, **shared)
+    yield Case(name=f"rotary q, k {tokens} tokens forward", **shared)
+    yield Case(name=f"rotary q, k {tokens} tokens backward", backward=True, **shared)
 
 
 def gated(device, tiny) -> Iterator[Case]:

@@ -141,7 +141,7 @@ def launch_forward(
     offset: float,
     round_before_weight: bool = False,
 ) -> None:
-    """Fill ``y``, ``h`` (where there is a residual), ``mean`` (LayerNorm) and ``rstd``, dense in one order."""
+    """Fill ``y``, ``h`` (with a residual), ``mean`` (LayerNorm) and ``rstd``, all dense in one order."""
     if x.numel() == 0:
         return
     inner, ((x, x_strides), (residual, residual_strides)) = lay_out_rows(y, x, residual)

@@ -1,4 +1,4 @@
-"""What ops over rows share: the guards of their operands, and empty results in the memory order of a model."""
+"""What ops over rows share: the guards of their operands, and results in the models' own memory order."""
 
 import torch
 from torch import Tensor
