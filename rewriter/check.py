@@ -15,11 +15,12 @@ from torch.fx import GraphModule
 
 from rewriter.effects import Effects
 from rewriter.lower import lower
-from rewriter.match import Miss, match
+from rewriter.match import Miss
 from rewriter.nested import duplicate
 from rewriter.options import Options
 from rewriter.pattern import PatternError, Rewrite
 from rewriter.replace import find, put, sweep
+from rewriter.search import match
 from rewriter.verify import Allowed, run, true_results, unit_of
 
 

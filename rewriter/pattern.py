@@ -56,7 +56,8 @@ class Rewrite:
     """A pattern and the function that replaces it.
 
     ``outputs`` are the traced results; the first is the root, from which all others are reached. A constant
-    that is callable is called with the match and gives the argument's value.
+    that is callable is called with the match and gives the argument's value. ``calls`` has the operations of
+    ``graph``; its other nodes are holes, and expressions over shapes and dtypes.
     """
 
     name: str
@@ -65,9 +66,9 @@ class Rewrite:
     where: Callable | None
     constants: dict[str, Any]
     graph: fx.Graph = field(repr=False)
+    calls: dict[Node, Call] = field(repr=False)
     outputs: tuple[Node, ...] = field(repr=False)
     holes: tuple[str, ...]
-    size: int
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
@@ -75,6 +76,10 @@ class Rewrite:
     @property
     def root(self) -> Node:
         return self.outputs[0]
+
+    @property
+    def size(self) -> int:
+        return len(self.calls)
 
     @property
     def line(self) -> str:
@@ -115,8 +120,8 @@ def declare(
             raise PatternError(
                 f"{name}: parameter `{hole}` is not used in the pattern, so nothing could bind it."
             )
-    calls = [n for n in graph.nodes if n.op in ("call_function", "call_method") and not is_metadata(n)]
-    return Rewrite(name, function, to, where, constants, graph, outputs, holes, len(calls))
+    calls = {n: call for n in graph.nodes if not is_metadata(n) and (call := _pattern_call(n)) is not None}
+    return Rewrite(name, function, to, where, constants, graph, calls, outputs, holes)
 
 
 def rewrite(
@@ -132,7 +137,7 @@ def rewrite(
     return decorate
 
 
-def pattern_call(node: Node) -> Call | None:
+def _pattern_call(node: Node) -> Call | None:
     """``canonical`` for a pattern's node; ``maybe`` stays a call of its own."""
     if node.op == "call_function" and node.target is maybe:
         return Call("maybe", node.args)

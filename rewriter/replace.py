@@ -4,6 +4,7 @@ A replacement is first run on fake tensors: one that gives another shape or dtyp
 put in, and becomes a miss. So a rewrite is either whole, or the graph is as it was.
 """
 
+import functools
 import inspect
 import operator
 from collections.abc import Callable, Iterable, Sequence
@@ -17,8 +18,9 @@ from torch.fx.node import map_arg
 from rewriter.canonical import PackedWeight, canonical, value_of
 from rewriter.effects import Effects, is_impure
 from rewriter.fake import fake_call
-from rewriter.match import Match, Miss, beginnings, match
+from rewriter.match import Match, Miss
 from rewriter.pattern import Rewrite
+from rewriter.search import beginnings, match
 
 
 @dataclass
@@ -37,19 +39,18 @@ def find(graph: Graph, rewrites: Sequence[Rewrite], anchors: Iterable[str], effe
             consumed them.
     """
     anchors = frozenset(anchors)
-    nodes = list(graph.nodes)
-    calls = {n: canonical(n) for n in nodes}
-    is_anchor = {n for n, call in calls.items() if call is not None and call.name in anchors}
+    view = functools.cache(canonical)
+    names = {n: call.name for n in graph.nodes if (call := view(n)) is not None}
+    is_anchor = {n for n, name in names.items() if name in anchors}
     claimed: set[Node] = set()
     near: dict[Node, Miss] = {}
     found = Found()
     begins = {rewrite: beginnings(rewrite) for rewrite in rewrites}
-    for node in reversed(nodes):
-        call = calls[node]
-        if node in claimed or call is None:
+    for node, name in reversed(names.items()):
+        if node in claimed:
             continue
-        for rewrite in (r for r, names in begins.items() if names is None or call.name in names):
-            result = match(rewrite, node, effects)
+        for rewrite in (r for r, beginning in begins.items() if beginning is None or name in beginning):
+            result = match(rewrite, node, effects, view)
             if isinstance(result, Match) and not result.nodes & claimed:
                 found.matches.append(result)
                 claimed |= result.nodes
@@ -57,7 +58,7 @@ def find(graph: Graph, rewrites: Sequence[Rewrite], anchors: Iterable[str], effe
             if isinstance(result, list):
                 _keep_nearest(near, result, is_anchor)
     found.matches.reverse()
-    for anchor in nodes:
+    for anchor in names:
         if anchor in is_anchor and anchor not in claimed:
             found.misses.append(near.get(anchor) or _unreached(anchor, rewrites))
     return found
