@@ -7,7 +7,7 @@ rows, and a second launch adds up the programs' sums.
 
 # Triton types a kernel as the plain function below its decorator, and `tl.range` as a function: launch
 # options, numbers for constexpr parameters and loops look like errors.
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 import torch
 import triton
