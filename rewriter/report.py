@@ -66,7 +66,7 @@ class RegionRecord:
 
 @dataclass(frozen=True)
 class ProgramRecord:
-    """A graph as calls of regions: ``code`` is readable Python, ``regions`` in the order of their first call."""
+    """A graph as calls of regions: ``code`` is readable Python, ``regions`` are in order of first call."""
 
     code: str
     regions: tuple[RegionRecord, ...]

@@ -15,7 +15,7 @@ from rewriter.regions.signature import constant, described, target
 
 
 def counterpart(layer: Sequence[Node], root: Node, other_root: Node, within: set[Node]) -> list[Node] | None:
-    """The nodes of ``within`` that are to ``other_root`` what ``layer`` is to its ``root``; None if there are none.
+    """The nodes of ``within`` that are to ``other_root`` what ``layer`` is to its ``root``, or None.
 
     Returns:
         one for each of ``layer``, in its order. None of the rest of ``within`` reads any of them.
@@ -69,6 +69,6 @@ def counterpart(layer: Sequence[Node], root: Node, other_root: Node, within: set
 
 
 def _follow(mine: Node, found: dict[Node, Node], same_node: Any) -> bool:
-    """Find the counterpart of a node that the walk from the root has not met, among the readers of its input's."""
+    """Find the counterpart of a node that the walk from the root has not met, from what it reads."""
     sources = [s for s in mine.all_input_nodes if s in found]
     return any(same_node(mine, reader) for s in sources for reader in list(found[s].users))

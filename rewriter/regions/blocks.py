@@ -86,8 +86,11 @@ def _pieces(graph: Graph, units: Units, level: dict[Node, int], count: int) -> l
 
 
 def _ordered(piece: list[Node], waist: Sequence[Node]) -> list[Node]:
-    """The piece as its waist needs it, first inputs first: rewrites put a call where it is first possible, and
-    that differs from layer to layer. The order of what writes or draws random numbers stays."""
+    """The piece as its waist needs it, first inputs first.
+
+    Rewrites put a call where it is first possible, and that differs from layer to layer. The order of what
+    writes or draws random numbers stays.
+    """
     if any(is_impure(node) or is_random(node) for node in piece):
         return piece
     inside, done = set(piece), dict.fromkeys(())
@@ -111,7 +114,7 @@ def _widest(kinds: Sequence[str]) -> int:
 def _cut(
     kinds: Sequence[str], sizes: Sequence[int], width: int, offset: int
 ) -> tuple[float, int, int, int] | None:
-    """The cost of blocks of ``width`` pieces, ``width``, the pieces from the first block on, and the last's end.
+    """The cost of blocks of ``width`` pieces, ``width``, the pieces from the first block on, the last's end.
 
     Of two cuts of one cost the one that begins later is better: see ``_with_first``.
     """

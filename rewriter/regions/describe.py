@@ -1,7 +1,6 @@
 """A program for people: its code with short names, and what each region holds."""
 
 import re
-from collections.abc import Sequence
 
 from torch import Tensor
 from torch.fx import GraphModule, Node

@@ -56,9 +56,10 @@ def is_random(node: Node) -> bool:
 
 
 _RANDOM = frozenset(
-    "dropout alpha_dropout feature_dropout feature_alpha_dropout dropout1d dropout2d dropout3d rand randn randint "
-    "rand_like randn_like randint_like randperm normal bernoulli multinomial poisson rrelu gumbel_softmax "
-    "empty empty_like empty_strided new_empty".split()
+    {"alpha_dropout", "bernoulli", "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout"}
+    | {"feature_dropout", "gumbel_softmax", "multinomial", "normal", "poisson", "rrelu"}
+    | {"rand", "rand_like", "randint", "randint_like", "randn", "randn_like", "randperm"}
+    | {"empty", "empty_like", "empty_strided", "new_empty"}
 )
 
 

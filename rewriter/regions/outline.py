@@ -25,13 +25,13 @@ from torch.fx import Graph, GraphModule, Node
 
 from rewriter.canonical import value_of
 from rewriter.effects import Effects
+from rewriter.nested import duplicate, subgraph
 from rewriter.regions.blocks import Block, blocks, levels
 from rewriter.regions.invariants import share_invariants, share_masks, varying
 from rewriter.regions.modes import ModeSwitches
 from rewriter.regions.program import Program, Region, RegionCall
 from rewriter.regions.signature import signature
 from rewriter.regions.waists import Units, is_operation, waists
-from rewriter.nested import duplicate, subgraph
 
 
 class Unsplittable(Exception):
@@ -77,7 +77,7 @@ def _fake_mode(graph: Graph, example_inputs: Sequence[Any]) -> FakeTensorMode:
 
 
 def _complete_tuples(graph: Graph, effects: Effects) -> None:
-    """Read every element of every tuple, in order, so that a layer whose last result nobody reads is as others."""
+    """Read every element of every tuple, in order, so that a result that one layer leaves unread matters not."""
     for node in list(graph.nodes):
         values = value_of(node)
         if not is_operation(node) or not isinstance(values, (tuple, list)) or not node.users:
@@ -145,7 +145,7 @@ class _Outliner:
         return key, inputs, outputs
 
     def _with_scalars(self, nodes: Sequence[Node]) -> list[Node]:
-        """``nodes`` and, in front, the numbers that they read: they cost nothing and cannot cross a border."""
+        """``nodes`` and, in front, the numbers and graphs that they read, which cannot cross a border."""
         inside, more = set(nodes), []
         waiting = [s for n in nodes for s in n.all_input_nodes]
         while waiting:
@@ -199,7 +199,6 @@ class _Outliner:
                 continue
             switches.enter(node)
             env[node] = graph.node_copy(node, env.__getitem__)
-            env[node].name
         switches.leave()
         graph.output(tuple(env[n] for n in outputs))
         graph.lint()
@@ -223,7 +222,7 @@ class _Outliner:
 
 
 def _results_by_kind(parts: Sequence[Block]) -> dict[str, list[int]]:
-    """Which of a block's nodes other blocks read, by place: of each kind, those that any of its blocks gives."""
+    """Places of the nodes that other blocks read: for each kind, those that any of its blocks gives."""
     found: dict[str, set[int]] = {part.kind: set() for part in parts}
     for part in parts:
         inside = set(part.nodes)

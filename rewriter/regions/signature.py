@@ -52,7 +52,8 @@ def _lines(nodes: Sequence[Node], outside: Any) -> Iterable[str]:
         if node.op in ("placeholder", "get_attr"):
             yield text(node)
             continue
-        yield f"{node.op} {target(node.target)} {text(node.args)} {text(node.kwargs)} {described(value_of(node))}"
+        call = f"{node.op} {target(node.target)} {text(node.args)} {text(node.kwargs)}"
+        yield f"{call} {described(value_of(node))}"
         number[node] = f"%{i}"
 
 
@@ -88,7 +89,7 @@ def constant(value: Any) -> str:
 
 
 def described(value: Any) -> str:
-    """Shape and dtype of a result: what two layers' values agree in before it is known how they are laid out."""
+    """Shape and dtype of a result: what two layers agree in before it is known how values are laid out."""
     if isinstance(value, Tensor):
         return f"{tuple(map(str, value.shape))} {value.dtype} {value.device}"
     if isinstance(value, (list, tuple)):
