@@ -52,9 +52,11 @@ def test_the_table_names_every_family():
     assert COUNTS.keys() == FAMILIES.keys()
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_structure_of_a_family_is_rewritten(name):
-    ((module, _),) = capture(build(name, lora=True, dtype=torch.bfloat16), **batch())
+def test_every_structure_of_a_family_is_rewritten(name, dynamic):
+    """In dynamic graphs a model's settings, scales and epsilons, are symbols too."""
+    ((module, _),) = capture(build(name, lora=True, dtype=torch.bfloat16), dynamic=dynamic, **batch())
     record = GraphRecord("captured")
     rewrite_graph(module, Options(), record)
     assert not [p.error for p in record.passes if p.error]

@@ -264,7 +264,8 @@ class _LoraLinears(torch.autograd.Function):
             bias = None if p.bias is None else p.bias.to(spec.compute)
             y = F.linear(rows.to(spec.compute), spec.weight(p, _FORWARD), bias)
             y = y.to(spec.out) if p.a is None else _add_update(spec, y, down[i], p.b)
-            outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
+            # A view made in here could not be written in place, as models do with a linear's result.
+            outputs.append(torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])))
         _save(ctx, specs, x, operands, down)
         return tuple(outputs)
 

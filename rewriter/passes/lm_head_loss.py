@@ -180,11 +180,11 @@ def _before(node: Node, call: Call, walk: _Walk) -> Node:
         require(after == torch.promote_types(before, after), f"logits of {before} are narrowed to {after}")
         return call.args[0]
     require(call.name in ("mul", "div"), f"the logits come from {call.name}, not from a linear")
-    number, operand = _number_and_operand(call)
+    factor, operand = _number_and_operand(call)
     capped = canonical(operand)
     if call.name == "mul" and capped is not None and capped.name == "tanh":
-        return _uncapped(capped.args[0], operand, number, walk)
-    walk.scale *= number if call.name == "mul" else 1.0 / number
+        return _uncapped(capped.args[0], operand, factor, walk)
+    walk.scale *= factor if call.name == "mul" else 1.0 / factor
     return operand
 
 
@@ -202,8 +202,8 @@ def _uncapped(inner: Node, tanh: Node, cap: float, walk: _Walk) -> Node:
     require(walk.softcap == 0.0 and walk.scale == 1.0, "the logits are scaled after their softcap")
     call = _call(inner)
     require(call.name == "div", "a softcap's tanh is of no quotient")
-    number, operand = _number_and_operand(call)
-    require(number == cap, f"a softcap divides by {number} and multiplies by {cap}")
+    divisor, operand = _number_and_operand(call)
+    require(divisor == cap, f"a softcap divides by {divisor} and multiplies by {cap}")
     walk.softcap = float(cap)
     walk.nodes += [tanh, inner]
     return operand
@@ -278,7 +278,9 @@ def _copied(value: Node, head: Node, inputs: list[Node]) -> GraphModule:
     ]
     copies = {head: graph.call_function(F.linear, tuple(operands))}
 
-    def copy(node: Node) -> Node:
+    def copy(node: Node) -> Any:
+        if not isinstance(known := number(node), Node):
+            return known
         call = _call(node)
         if node not in copies and call.name == "alias":
             return copy(call.args[0])

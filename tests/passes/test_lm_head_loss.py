@@ -252,6 +252,26 @@ def test_a_second_length_and_symbolic_sizes():
     assert report.counts()["lm_head_loss"] == 1 and len(report.graphs) == 1
 
 
+class Head(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale, self.cap = 0.5, 3.0
+
+    def forward(self, x, weight, bias, target):
+        logits = torch.tanh(F.linear(x, weight, bias) * self.scale / self.cap) * self.cap
+        return F.cross_entropy(rows(logits), target.view(-1)), logits
+
+
+def test_a_symbolic_scale_and_softcap_are_the_numbers_that_they_are_until_they_change():
+    head = Head()
+    step, inputs = compiled(head, dynamic=True), operands()
+    with rewriter.inspect() as report:
+        for head.scale in (0.5, 0.5, 0.25):
+            for ours, eager in zip(step(*inputs), head(*inputs), strict=True):
+                torch.testing.assert_close(ours + 0, eager)
+    assert report.counts()["lm_head_loss"] == len(report.graphs) == 2
+
+
 def loss_of(logits, target, **settings):
     return F.cross_entropy(rows(logits), target.view(-1), **settings)
 

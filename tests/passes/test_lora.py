@@ -70,6 +70,17 @@ def test_a_linear_written_as_a_product_with_the_transposed_weight_becomes_one_ca
     found.assert_same_numbers()
 
 
+def test_a_result_that_is_written_in_place_becomes_one_call():
+    def added(x, w, a, b):
+        y = adapted(x, w, a, b)
+        y += 1.0
+        return y
+
+    found = rewrite_with(lora_pass, added, X, W, A, B)
+    assert list(found.rewrites) == ["lora"]
+    found.assert_same_numbers()
+
+
 def test_a_bias_wider_than_its_product_is_kept_apart():
     def product(x, w, bias, a, b):
         base = x @ w.T + bias
