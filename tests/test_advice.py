@@ -1,0 +1,61 @@
+"""What a report says of a model that is not prepared."""
+
+import pytest
+import torch
+
+from rewriter.advice import advice
+from rewriter.huggingface import prepare
+from tests.test_huggingface import MODELS, hooked, ids, tiny_model, with_lora
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def advised(function, *calls):
+    """The lines for every graph that Dynamo makes in these calls; a step of a model where none is given."""
+    lines = []
+
+    def collect(graph, example_inputs):
+        lines.extend(advice(graph))
+        return graph
+
+    compiled = torch.compile(function, backend=collect)
+    for call in calls or (step(12),):
+        compiled(**call)
+    return lines
+
+
+def step(length):
+    return {"input_ids": ids()[:, :length], "labels": ids()[:, :length]}
+
+
+def test_a_cache_that_is_returned_is_counted_and_weighed():
+    (line,) = advised(tiny_model())
+    # 2 layers, keys and values of (2, 2, 12, 8) in four bytes.
+    assert line.startswith("4 keys and values") and "rewriter.prepare" in line
+    assert f"{4 * 2 * 2 * 12 * 8 * 4 / 2**20:.1f} MiB" in line
+
+
+def test_lengths_that_vary_leave_the_size_out():
+    fixed, varying = advised(tiny_model(), step(12), step(9))
+    assert "MiB" in fixed and "MiB" not in varying and varying.startswith("4 keys and values")
+
+
+def test_a_graph_that_the_hook_broke_is_named():
+    lines = advised(hooked(with_lora(tiny_model())))
+    assert sum("enable_input_require_grads" in line for line in lines) == 1
+
+
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS.keys())
+def test_a_prepared_model_needs_no_advice(build):
+    model = build()
+    prepare(model)
+    assert advised(model) == []
+
+
+def test_a_plain_concatenation_is_no_cache():
+    assert advised(lambda x: torch.cat([x, x]), {"x": torch.ones(3)}) == []
