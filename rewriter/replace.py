@@ -15,11 +15,12 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from rewriter.canonical import PackedWeight, canonical, value_of
+from rewriter.canonical import canonical, value_of
 from rewriter.effects import Effects, is_impure
 from rewriter.fake import fake_call
 from rewriter.match import Match, Miss
 from rewriter.pattern import Rewrite
+from rewriter.quantised import PackedWeight
 from rewriter.search import beginnings, match
 
 

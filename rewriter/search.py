@@ -12,18 +12,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from rewriter.canonical import (
-    COMMUTATIVE,
-    Call,
-    DtypeOf,
-    PackedWeight,
-    canonical,
-    dtype_of,
-    value_of,
-)
+from rewriter.canonical import Call, DtypeOf, canonical, dtype_of, value_of
 from rewriter.effects import Effects
 from rewriter.match import Match, Miss, accepted
 from rewriter.pattern import Rewrite, evaluate, same
+from rewriter.quantised import PackedWeight
+from rewriter.signatures import COMMUTATIVE
 
 View = Callable[[Node], Call | None]
 

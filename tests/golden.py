@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from rewriter.canonical import target_name
 from rewriter.fusion import Pass, apply
 from rewriter.report import PassRecord
+from rewriter.signatures import target_name
 from rewriter.verify import Stage, find_fault
 
 

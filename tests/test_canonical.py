@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rewriter.canonical import Call, PackedWeight, canonical, fixed, is_metadata
+from rewriter.canonical import Call, canonical, fixed, is_metadata
 from rewriter.pattern import declare
+from rewriter.quantised import PackedWeight
 from tests.golden import trace
 
 

@@ -67,7 +67,7 @@ def test_kernels_import_nothing_of_the_rest(file):
     assert not [n for n in imports(file) if n.startswith("rewriter.") and not within(n, "rewriter.kernels")]
 
 
-@pytest.mark.parametrize("name", ["canonical", "pattern", "match"])
+@pytest.mark.parametrize("name", ["signatures", "quantised", "canonical", "pattern", "match", "search"])
 def test_the_matcher_knows_neither_passes_nor_kernels(name):
     found = imports(ROOT / f"rewriter/{name}.py")
     assert not [n for n in found if within(n, "rewriter.passes", "rewriter.kernels")]

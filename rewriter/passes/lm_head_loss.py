@@ -21,15 +21,17 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, GraphModule, Node
 
-from rewriter.canonical import Call, PackedWeight, canonical, dtype_of, number, value_of
+from rewriter.canonical import Call, canonical, dtype_of, number, value_of
 from rewriter.deferred import deferred
 from rewriter.effects import Effects
+from rewriter.fake import fake_call
 from rewriter.fusion import Applied, CrossingPass
 from rewriter.kernels.linear_cross_entropy import linear_cross_entropy
 from rewriter.match import Match, Miss
 from rewriter.nested import graphs_of
 from rewriter.pattern import Unmet, require, rewrite, same, source_line
-from rewriter.replace import erase, fake_call, insert, put_call, sweep
+from rewriter.quantised import PackedWeight
+from rewriter.replace import erase, insert, put_call, sweep
 
 _RESHAPES = ("view", "reshape", "flatten")
 

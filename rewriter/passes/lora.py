@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from rewriter.canonical import PackedWeight, canonical, dtype_of, value_of
+from rewriter.canonical import canonical, dtype_of, value_of
 from rewriter.effects import Effects, mutated_argument
 from rewriter.fusion import Applied, Pass
 from rewriter.kernels.dequantize import Packed4bit
 from rewriter.kernels.lora_linear import adapter_is_narrow, linear_4bit, lora_linear, lora_linears
 from rewriter.match import Match, Miss
 from rewriter.pattern import require, rewrite, source_line
+from rewriter.quantised import PackedWeight
 from rewriter.replace import find, put_call
 
 # Three products, the scale and the sum: only a condition of the rewrite was missing.

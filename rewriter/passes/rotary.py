@@ -20,11 +20,12 @@ from torch.fx.node import map_arg
 
 from rewriter.canonical import canonical, value_of
 from rewriter.effects import Effects
+from rewriter.fake import fake_call
 from rewriter.fusion import Applied, Pass
 from rewriter.kernels.rotary import DTYPES, LARGEST_HEAD, rotary, rotary_one
 from rewriter.match import Match, Miss
 from rewriter.pattern import Rewrite, declare, require, same, source_line
-from rewriter.replace import fake_call, find, put_call
+from rewriter.replace import find, put_call
 
 
 def cosines_fit(match: Match) -> None:
