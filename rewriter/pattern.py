@@ -165,9 +165,12 @@ def _holes(name: str, function: Callable) -> tuple[str, ...]:
 
 
 def _check_arguments(name: str, to: Callable, holes: tuple[str, ...], constants: dict[str, Any]) -> None:
-    parameters = inspect.signature(to).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     op = getattr(to, "__name__", repr(to))
+    try:
+        parameters = inspect.signature(to).parameters
+    except ValueError as error:
+        raise PatternError(f"{name}: the parameters of `{op}` are unknown; wrap it in a function.") from error
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for argument in (*holes, *constants):
         if argument not in parameters and not takes_any:
             near = get_close_matches(argument, parameters, 1)

@@ -96,6 +96,11 @@ def test_a_replacement_that_is_no_function_is_refused():
         rewriter.rewrite(to=3)
 
 
+def test_a_replacement_whose_parameters_are_unknown_is_refused():
+    with pytest.raises(PatternError, match="the parameters of `erf` are unknown; wrap it in a function"):
+        declare(lambda x: x + 1, to=torch.erf)
+
+
 def test_maybe_applies_its_function_unless_an_argument_is_none():
     x = torch.randn(4)
     assert maybe(torch.mul, x, None) is x
