@@ -26,6 +26,7 @@ _REFERENCES = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "gelu": F.gelu,
     "relu": F.relu,
+    "relu_squared": lambda x: F.relu(x).square(),
     "sigmoid": torch.sigmoid,
 }
 ACTIVATIONS = tuple(_REFERENCES)

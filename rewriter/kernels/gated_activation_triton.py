@@ -52,6 +52,10 @@ def _activate(g, ACTIVATION: tl.constexpr):
         # A comparison, not a maximum: NaN must come through.
         value = tl.where(g <= 0.0, 0.0, g)
         slope = tl.where(g <= 0.0, 0.0, 1.0)
+    elif ACTIVATION == "relu_squared":
+        positive = tl.where(g <= 0.0, 0.0, g)
+        value = positive * positive
+        slope = 2.0 * positive
     else:
         tl.static_assert(ACTIVATION == "sigmoid")
         value, rest = _sigmoid(g)

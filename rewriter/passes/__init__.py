@@ -9,7 +9,7 @@ from rewriter.passes.norm import norm
 from rewriter.passes.rotary import rotary_pass
 from rewriter.registry import user_patterns
 
-_PASSES: tuple[Pass, ...] = (lora_pass, norm, rotary_pass, attention_pass, gated_mlp, lm_head_loss)
+_PASSES: tuple[Pass, ...] = (lora_pass, rotary_pass, norm, attention_pass, gated_mlp, lm_head_loss)
 
 
 def ordered_passes() -> tuple[Pass, ...]:

@@ -89,6 +89,11 @@ def gelu(gate, up):
     return F.gelu(gate) * up
 
 
+@rewrite(to=gated_activation, where=halves_match, activation="relu_squared")
+def relu_squared(gate, up):
+    return F.relu(gate).square() * up
+
+
 def clamped_gate_op(gate_up, alpha, limit, lowest, offset):
     """``clamped_gate``; ``lowest`` is ``-limit``."""
     return clamped_gate(gate_up, float(alpha), float(limit), float(offset))
@@ -101,9 +106,12 @@ def clamped_swish(gate_up, alpha, limit, lowest, offset):
     return (up + offset) * (gate * torch.sigmoid(gate * alpha))
 
 
-REWRITES = (packed_silu, packed_silu_up_first, packed_gelu_tanh, silu, gelu_tanh, gelu, clamped_swish)
+REWRITES = (
+    packed_silu, packed_silu_up_first, packed_gelu_tanh, silu, gelu_tanh, gelu,
+    relu_squared, clamped_swish,
+)  # fmt: skip
 
-_patterns = pattern_pass("gated_mlp", REWRITES, ("silu", "gelu", "sigmoid"))
+_patterns = pattern_pass("gated_mlp", REWRITES, ("silu", "gelu", "relu", "sigmoid"))
 
 
 def _run(graph: Graph) -> Applied:

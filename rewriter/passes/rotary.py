@@ -10,13 +10,13 @@ that is viewed as only eager's memory order allows. Mirrors ``apply_rotary_pos_e
 GPT-OSS, GPT-J, Cohere, GLM, OLMo2 and DeepSeek in transformers.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torch.fx.node import map_arg
 
 from rewriter.canonical import canonical, value_of
 from rewriter.effects import Effects
@@ -24,6 +24,7 @@ from rewriter.fake import fake_call
 from rewriter.fusion import Applied, Pass
 from rewriter.kernels.rotary import DTYPES, LARGEST_HEAD, rotary, rotary_one
 from rewriter.match import Match, Miss
+from rewriter.memory_order import broken_view
 from rewriter.pattern import Rewrite, declare, require, same, source_line
 from rewriter.replace import find, put_call
 
@@ -102,6 +103,17 @@ def interleaved_half_cos(x, cos, sin):
     return torch.stack(_turned(*_pairs(x), cos, sin), -1).flatten(-2)
 
 
+def halves_cast_late(x, cos, sin):
+    first, second = _sliced_halves(x)
+    return x.to(torch.float32) * cos + torch.cat((-second, first), -1).to(torch.float32) * sin
+
+
+def interleaved_cast_late(x, cos, sin):
+    first, second = _pairs(x)
+    rotated = torch.stack((-second, first), -1).flatten(-2)
+    return x.to(torch.float32) * cos + rotated.to(torch.float32) * sin
+
+
 def pairs_to_halves(x, cos, sin):
     batch, heads, tokens, head = x.shape[0], x.shape[1], x.shape[2], x.shape[3]
     pairs = x.view(batch, heads, tokens, head // 2, 2)
@@ -131,18 +143,22 @@ _TURNS = (
     pairs_to_halves, pairs_to_halves_half_cos, halves, halves_half_cos, halves_half_cos_sliced, interleaved,
     interleaved_half_cos,
 )  # fmt: skip
+_FORMS = (
+    *itertools.product(_TURNS, _PRECISIONS), (halves_cast_late, _rounded), (interleaved_cast_late, _rounded),
+)  # fmt: skip
 
 
 def _layout(match: Match) -> str:
     return match.rewrite.constants["layout"]
 
 
-def _compute_dtype(precision: Callable) -> Callable[[Match], torch.dtype | None]:
+def _compute_dtype(turn: Callable, precision: Callable) -> Callable[[Match], torch.dtype | None]:
     """What the model computes in before it rounds to the input's dtype; None where it does not round."""
+    in_fp32 = precision is _in_fp32 or turn.__name__.endswith("_cast_late")
 
     def compute_dtype(match: Match) -> torch.dtype | None:
         x, cos, sin = (match.value(hole).dtype for hole in ("x", "cos", "sin"))
-        turned = torch.float32 if precision is _in_fp32 else x
+        turned = torch.float32 if in_fp32 else x
         computed = torch.promote_types(turned, torch.promote_types(cos, sin))
         return None if precision is _as_it_is or computed == x else computed
 
@@ -158,13 +174,13 @@ def _rewrites(turn: Callable, precision: Callable) -> Iterator[Rewrite]:
     def partial(x, cos, sin, rotary_dim):
         return torch.cat((precision(turn, x[..., :rotary_dim], cos, sin), x[..., rotary_dim:]), -1)
 
-    layout = turn.__name__.removesuffix("_sliced")
-    constants = {"layout": layout, "compute_dtype": _compute_dtype(precision)}
+    layout = turn.__name__.removesuffix("_sliced").removesuffix("_cast_late")
+    constants = {"layout": layout, "compute_dtype": _compute_dtype(turn, precision)}
     for form in (partial, whole):
         yield declare(form, to=rotary_one, where=cosines_fit, name=layout, **constants)
 
 
-REWRITES = tuple(r for turn in _TURNS for precision in _PRECISIONS for r in _rewrites(turn, precision))
+REWRITES = tuple(r for turn, precision in _FORMS for r in _rewrites(turn, precision))
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,9 +212,28 @@ def _not_repeated(cos: Node, effects: Effects) -> Node | None:
     return None if effects.is_written(call.args[0]) else call.args[0]
 
 
+# What models do to cosines once for q and once for k, as GPT-J.
+_VIEWS = ("getitem", "unsqueeze", "repeat_interleave")
+
+
+def _same_value(first: Any, second: Any, effects: Effects) -> bool:
+    """Whether two arguments are equal: the same, or the same views of one tensor that is never written."""
+    if not isinstance(first, Node) or not isinstance(second, Node) or first is second:
+        return first is second if isinstance(first, Node) else same(first, second)
+    ours, theirs = canonical(first), canonical(second)
+    if ours is None or theirs is None or ours.name != theirs.name or ours.name not in _VIEWS:
+        return False
+    if effects.is_written(first) or effects.is_written(second) or len(ours.args) != len(theirs.args):
+        return False
+    return all(_same_value(a, b, effects) for a, b in zip(ours.args, theirs.args, strict=True))
+
+
 def _may_share(first: _Rotation, second: _Rotation, effects: Effects) -> bool:
     """Whether one call can turn both: the same factors, and shapes that differ along the heads alone."""
-    if first.factors != second.factors or effects.mode_border({first.found.root, second.found.root}):
+    factors = zip(first.factors, second.factors, strict=True)
+    if not all(_same_value(a, b, effects) for a, b in factors):
+        return False
+    if effects.mode_border({first.found.root, second.found.root}):
         return False
     q, k, cos = first.found.value("x"), second.found.value("x"), first.found.value("cos")
     if q.ndim != k.ndim or not same(q.shape[-1], k.shape[-1]):
@@ -232,36 +267,11 @@ def _order_needed(rotation: _Rotation, effects: Effects) -> Miss | None:
     ours, eager = fake_call(op, args, {}, found.root, effects), value_of(found.root)
     if same(ours.stride(), eager.stride()):
         return None
-    broken = _broken_view(found.root, ours)
+    broken = broken_view(found.root, ours)
     if broken is None:
         return None
     reason = f"`{broken.name}` views the result in a memory order that the kernel does not give"
     return Miss(found.rewrite, reason, found.nodes, broken, None)
-
-
-def _broken_view(node: Node, value: torch.Tensor) -> Node | None:
-    """The first view of ``node``, or of its views, that ``value`` in its place would not allow."""
-    storage = value_of(node).untyped_storage()._cdata
-    for user in node.users:
-        seen = value_of(user)
-        if not isinstance(seen, torch.Tensor) or seen.untyped_storage()._cdata != storage:
-            continue
-        try:
-            view = _replayed(user, node, value)
-        except (RuntimeError, ValueError):
-            return user
-        if broken := _broken_view(user, view):
-            return broken
-    return None
-
-
-def _replayed(user: Node, node: Node, value: torch.Tensor) -> torch.Tensor:
-    args, kwargs = map_arg((user.args, user.kwargs), lambda n: value if n is node else value_of(n))
-    with value.fake_mode:  # pyright: ignore[reportAttributeAccessIssue]  a FakeTensor's
-        if user.op == "call_method":
-            return getattr(args[0], str(user.target))(*args[1:], **kwargs)
-        function: Any = user.target
-        return function(*args, **kwargs)
 
 
 def _put(graph: Graph, rotation: _Rotation, effects: Effects) -> Node | Miss:

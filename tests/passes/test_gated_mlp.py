@@ -12,6 +12,7 @@ ACTIVATIONS = {
     "silu": F.silu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "gelu": F.gelu,
+    "relu_squared": lambda x: torch.square(F.relu(x)),
 }
 
 

@@ -60,6 +60,20 @@ def cohere(x, cos, sin):
     return (turned * cos + rotate_pairs(turned) * sin).to(dtype=x.dtype)
 
 
+def ernie(q, k, cos, sin):
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    cos = cos[..., : cos.shape[-1] // 2].repeat_interleave(2, dim=-1)
+    sin = sin[..., : sin.shape[-1] // 2].repeat_interleave(2, dim=-1)
+    q_embed = q.float() * cos + rotate_pairs(q).float() * sin
+    k_embed = k.float() * cos + rotate_pairs(k).float() * sin
+    return q_embed.to(q.dtype), k_embed.to(k.dtype)
+
+
+@both
+def halves_cast_late(x, cos, sin):
+    return (x.float() * cos + rotate_half(x).float() * sin).to(x.dtype)
+
+
 def glm(q, k, cos, sin):
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     cos = cos[..., : cos.shape[-1] // 2].repeat_interleave(2, dim=-1)
@@ -124,6 +138,8 @@ VARIANTS = [
     (olmo, HEAD, "halves", None, torch.float32),
     (vision, HEAD, "halves", None, torch.float32),
     (cohere, HEAD, "interleaved", None, torch.float32),
+    (ernie, HEAD, "interleaved_half_cos", None, torch.float32),
+    (halves_cast_late, HEAD, "halves", None, torch.float32),
     (glm, 8, "interleaved_half_cos", 8, None),
     (gpt_oss, HEAD // 2, "halves_half_cos", None, None),
     (sliced_half_cos, HEAD // 2, "halves_half_cos", None, None),
@@ -132,8 +148,8 @@ VARIANTS = [
     (deepseek_half_cos, HEAD // 2, "pairs_to_halves_half_cos", None, None),
 ]
 NAMES = [
-    "llama", "phi", "phi_whole", "olmo", "vision", "cohere", "glm", "gpt_oss", "sliced_half_cos",
-    "stacked_half_cos", "deepseek", "deepseek_half_cos",
+    "llama", "phi", "phi_whole", "olmo", "vision", "cohere", "ernie", "halves_cast_late", "glm",
+    "gpt_oss", "sliced_half_cos", "stacked_half_cos", "deepseek", "deepseek_half_cos",
 ]  # fmt: skip
 
 
@@ -220,7 +236,18 @@ def test_gpt_j_whose_slices_name_every_dimension_turns_pairs(dtype):
     args = inputs(4, dtype)
     new, _ = rewritten(gpt_j, *args)
     layouts = [layout for _, layout, *_ in calls(new)]
-    assert layouts == ["interleaved_half_cos", "interleaved_half_cos"]
+    assert layouts == ["interleaved_half_cos"]
+
+
+def test_factors_that_are_repeated_for_each_keep_q_and_k_apart_where_they_are_written():
+    def written(q, k, cos, sin):
+        cos, sin = cos * 1, sin * 1
+        turned = q * cos.unsqueeze(1) + rotate_half(q) * sin.unsqueeze(1)
+        cos.mul_(2)
+        return turned, k * cos.unsqueeze(1) + rotate_half(k) * sin.unsqueeze(1)
+
+    new, _ = rewritten(written, *(x.detach() for x in inputs()))
+    assert [name for name, *_ in calls(new)] == ["rotary_one", "rotary_one"]
 
 
 def test_symbolic_lengths_are_matched_and_serve_another_length():
