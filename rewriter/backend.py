@@ -5,7 +5,6 @@ once a graph. What no pass matches goes to Inductor as it was.
 """
 
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from rewriter.fusion import apply_all
 from rewriter.lower import lower, lower_beside, lower_program
 from rewriter.options import Options
 from rewriter.passes import ordered_passes, pass_names
+from rewriter.progress import ProgressLine, progress_line, seconds_since_beginning
 from rewriter.regions.describe import describe
 from rewriter.regions.outline import Unsplittable, outline
 from rewriter.regions.program import Program
@@ -47,25 +47,39 @@ def rewriter(
     """
     chosen = Options.parse(options, mode, pass_names())
     record = GraphRecord(_graph_name(), nodes_before=_operations(module), graph_break=_graph_break(module))
+    record.seconds["tracing"] = seconds_since_beginning()
+    with progress_line() as line:
+        line.finished(f"traced {record.nodes_before} operations in {record.seconds['tracing']:.1f} s")
+        return _compile(module, example_inputs, chosen, record, line)
+
+
+def _compile(
+    module: GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    record: GraphRecord,
+    line: ProgressLine,
+) -> Callable:
     _show("before", module)
-    start = time.perf_counter()
-    stages = rewrite_graph(module, chosen, record)
+    line.now("matching")
+    with record.timed("rewriting"):
+        stages = rewrite_graph(module, options, record)
     rewritten = stages[-1].module
     record.nodes_after = _operations(rewritten)
-    record.seconds["rewriting"] = time.perf_counter() - start
+    line.finished(f"{sum(done.count for done in record.passes)} rewrites")
     _show("after", rewritten)
     body, finish = split_deferred(rewritten)
-    start = time.perf_counter()
-    program = outline_regions(body, example_inputs, chosen, record)
-    record.seconds["outlining"] = time.perf_counter() - start
-    start = time.perf_counter()
-    if program is None:
-        compiled = finish(lower(body, example_inputs, chosen))
-    else:
-        compiled = finish(lower_program(program, chosen, lambda count: None))
-    if chosen.verify and rewritten is not module:
-        compiled = verified(compiled, lower_beside(module, example_inputs, chosen), stages, record)
-    record.seconds["lowering"] = time.perf_counter() - start
+    line.now("outlining")
+    with record.timed("outlining"):
+        program = outline_regions(body, example_inputs, options, record)
+    with record.timed("lowering"):
+        if program is None:
+            line.now("compiling")
+            compiled = finish(lower(body, example_inputs, options))
+        else:
+            compiled = finish(lower_program(program, options, line.now))
+        if options.verify and rewritten is not module:
+            compiled = verified(compiled, lower_beside(module, example_inputs, options), stages, record)
     record_graph(record)
     return compiled
 
@@ -88,7 +102,7 @@ def rewrite_graph(module: GraphModule, options: Options, record: GraphRecord) ->
 def outline_regions(
     module: GraphModule, example_inputs: Sequence[Any], options: Options, record: GraphRecord
 ) -> Program | None:
-    """The program of the graph's regions; None, and the reason on record, where it stays one graph."""
+    """The program of the graph's regions; None where it stays one, and the reason on record if it is refused."""
     if not options.regions:
         return None
     try:
@@ -100,7 +114,7 @@ def outline_regions(
         log.warning("outlining failed, the graph is compiled as one: %s", error, exc_info=True)
         record.notes.append(f"compiled as one region: outlining failed: {type(error).__name__}: {error}")
         return None
-    record.program = describe(program)
+    record.program = None if program is None else describe(program)
     return program
 
 

@@ -51,16 +51,17 @@ def lower_beside(module: GraphModule, example_inputs: Sequence[Any], options: Op
         return lower(module, example_inputs, options)
 
 
-def lower_program(program: Program, options: Options, done: Callable[[int], None]) -> Callable:
+def lower_program(program: Program, options: Options, say: Callable[[str], None]) -> Callable:
     """Compile each region once; the result calls them as the program does.
 
     Args:
-        done: told how many regions are compiled, after each.
+        say: told which region is being compiled, and how many there are.
     """
     compiled: dict[Region, Callable] = {}
-    for region in program.regions:
+    regions = program.regions
+    for number, region in enumerate(regions, 1):
+        say(f"compiling {region.name}, {number} of {len(regions)}")
         compiled[region] = lower_beside(region.module, region.inputs, options)
-        done(len(compiled))
     return link(program, compiled)
 
 

@@ -4,6 +4,7 @@ Records hold strings and numbers alone, so that a report keeps no graph and no t
 """
 
 import os
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -95,6 +96,15 @@ class GraphRecord:
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     program: ProgramRecord | None = None
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Add the seconds that the block takes."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
 
 
 @dataclass

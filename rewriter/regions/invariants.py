@@ -94,10 +94,11 @@ def share_masks(graph: Graph, moving: set[Node], effects: Effects) -> None:
 def _boolean_mask(node: Node) -> Node | None:
     if node.op != "call_function" or node.target is not F.scaled_dot_product_attention or not node.args:
         return None
-    mask, query = node.kwargs.get("attn_mask"), value_of(node.args[0])
-    value = value_of(mask) if isinstance(mask, Node) else None
-    is_mask = isinstance(value, Tensor) and value.dtype == torch.bool and isinstance(query, Tensor)
-    return mask if is_mask and not value.requires_grad else None
+    mask = node.kwargs.get("attn_mask")
+    if not isinstance(mask, Node) or not isinstance(value_of(node.args[0]), Tensor):
+        return None
+    value = value_of(mask)
+    return mask if isinstance(value, Tensor) and value.dtype == torch.bool else None
 
 
 def _call_after(graph: Graph, node: Node, function: Callable, args: tuple, effects: Effects) -> Node:

@@ -7,8 +7,9 @@ depth. A layer's weights, and what all layers share, become arguments. Two layer
 operations, constants, shapes, and the layout and need of a gradient of every input are equal: layer 0, whose
 frozen, quantised projections need no gradient of their input, is a kind of its own.
 
-Refused, with a reason, and left as one graph: a graph without repetition; a tensor written in place on one
-side of a border and read on the other; a result of unknown size that one region makes and another needs.
+A graph without repetition stays one. Refused with a reason, and left as one graph: a tensor written in place
+on one side of a border and read on the other; a result of unknown size that one region makes and another
+needs.
 """
 
 import operator
@@ -38,14 +39,14 @@ class Unsplittable(Exception):
     """Why a graph stays one: a reason for the report, not a failure."""
 
 
-def outline(module: GraphModule, example_inputs: Sequence[Any]) -> Program:
-    """The program of ``module``'s regions; ``module`` is left as it was.
+def outline(module: GraphModule, example_inputs: Sequence[Any]) -> Program | None:
+    """The program of ``module``'s regions, or None where nothing repeats; ``module`` is left as it was.
 
     Args:
         example_inputs: fake tensors and sizes, one a placeholder, with the layouts that the inputs will have.
 
     Raises:
-        Unsplittable: there is nothing to outline, or it would not be sound.
+        Unsplittable: it repeats, but to part it would not be sound.
     """
     source = duplicate(module)
     graph = source.graph
@@ -54,14 +55,14 @@ def outline(module: GraphModule, example_inputs: Sequence[Any]) -> Program:
     units = Units.of(graph)
     chain = waists(units, _results(graph))
     if not chain:
-        raise Unsplittable("it has no operations that all of its paths go through")
+        return None
     moving = varying(graph, chain[0])
     level = levels(units, chain, moving)
     share_invariants(graph, moving, {node: level[unit] for node, unit in units.unit.items()}, effects)
     share_masks(graph, moving, effects)
     parts = blocks(graph, Units.of(graph), chain, moving)
     if not parts:
-        raise Unsplittable("no part of it repeats")
+        return None
     _refuse_writes_across(parts, effects)
     examples = dict(zip(graph.find_nodes(op="placeholder"), example_inputs, strict=True))
     return _Outliner(source, effects, _fake_mode(graph, example_inputs), examples).program(parts)
@@ -77,7 +78,7 @@ def _fake_mode(graph: Graph, example_inputs: Sequence[Any]) -> FakeTensorMode:
 
 
 def _complete_tuples(graph: Graph, effects: Effects) -> None:
-    """Read every element of every tuple, in order, so that a result that one layer leaves unread matters not."""
+    """Read every element of every tuple, in order: a result that one layer leaves unread then matters not."""
     for node in list(graph.nodes):
         values = value_of(node)
         if not is_operation(node) or not isinstance(values, (tuple, list)) or not node.users:
@@ -175,7 +176,7 @@ class _Outliner:
     def _fake(self, node: Node) -> Any:
         """What compilation knows of a value that is there before the region runs."""
         if node not in self.fakes:
-            value = getattr(self.source, node.target) if node.op == "get_attr" else value_of(node)
+            value = getattr(self.source, str(node.target)) if node.op == "get_attr" else value_of(node)
             self.fakes[node] = self._border(value)
         return self.fakes[node]
 
@@ -193,7 +194,7 @@ class _Outliner:
         for node in nodes:
             if node.op == "get_attr":
                 name = f"body_{len(bodies)}"
-                bodies[name] = getattr(self.source, node.target)
+                bodies[name] = getattr(self.source, str(node.target))
                 env[node] = graph.get_attr(name)
                 env[node].meta = dict(node.meta)
                 continue

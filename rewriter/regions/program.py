@@ -4,13 +4,12 @@
 that ``link`` runs once the regions are compiled.
 """
 
-import keyword
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 
@@ -61,7 +60,7 @@ class Program:
 def link(program: Program, compiled: Mapping[Region, Callable]) -> Callable:
     """The program as one function of the source graph's inputs; ``compiled`` runs its regions."""
     scope: dict[str, Any] = {region.name: function for region, function in compiled.items()}
-    scope |= {n.name: getattr(program.source, n.target) for n in _attributes(program.source)}
+    scope |= {n.name: getattr(program.source, str(n.target)) for n in _attributes(program.source)}
     exec(compile(source_of(program), "<rewriter program>", "exec"), scope)
     return scope["program"]
 
@@ -91,8 +90,6 @@ def source_of(program: Program) -> str:
 
 def inline(program: Program) -> GraphModule:
     """The program as one graph again, each region's operations in place of its calls."""
-    from torch.fx import Graph
-
     source = program.source
     graph, env = Graph(), {}
     bodies: dict[str, Any] = {}
@@ -124,7 +121,7 @@ def inline(program: Program) -> GraphModule:
     return GraphModule(bodies, graph)
 
 
-def _attributes(module: GraphModule) -> Iterator[Node] | list[Node]:
+def _attributes(module: GraphModule) -> list[Node]:
     """The nodes that read the graph's own tensors."""
     return [
         n
@@ -146,6 +143,3 @@ def _literal(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k!r}: {_literal(v)}" for k, v in value.items()) + "}"
     return repr(value)
-
-
-assert not keyword.iskeyword("program")
