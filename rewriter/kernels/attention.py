@@ -20,8 +20,8 @@ math path (seen in 2.13), and by their source CUDA's memory-efficient kernel, wh
 Models' own additive masks give such a row, a padding token's, the mean of all values instead; no other row
 reads it.
 
-Refuses: float64, mixed dtypes, head dimensions above 256, dropout (``attention_refusal`` says why). Full
-causal attention without other terms belongs to ``causal_attention``, PyTorch's own kernels.
+Refuses: float64, mixed dtypes, head dimensions above 256, dropout (``attention_refusal`` says why). A mask
+that is causal and nothing else belongs to ``causal_attention``, PyTorch's own kernels.
 """
 
 import math
@@ -29,6 +29,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .attention_terms import Terms, lse_rows, span_sizes
 from .registration import define, differentiate
 
 MAX_HEAD_DIM = 256
@@ -76,13 +77,23 @@ def attention(
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if not q.is_cuda or q.dtype == torch.float64:
-        return attention_reference(
-            q, k, v, scale=scale, causal=causal, window=window, chunk=chunk, segments=segments,
-            key_mask=key_mask, sinks=sinks, softcap=softcap,
-        )  # fmt: skip
-    op = torch.ops.rewriter.attention.default
-    return op(q, k, v, segments, key_mask, sinks, scale, causal, window, chunk, softcap)[0]
+    fused = q.is_cuda and q.dtype != torch.float64
+    return (fused_attention if fused else attention_reference)(
+        q, k, v, scale=scale, causal=causal, window=window, chunk=chunk, segments=segments,
+        key_mask=key_mask, sinks=sinks, softcap=softcap,
+    )  # fmt: skip
+
+
+def fused_attention(
+    q, k, v, *, scale, causal, window=0, chunk=0, segments=None, key_mask=None, sinks=None, softcap=0.0
+) -> torch.Tensor:  # fmt: skip
+    """``attention`` by the kernels, which also run in Triton's interpreter."""
+    # Ops of their own, that every layer calls with the same ids: the compiler keeps one call of each.
+    spans = torch.ops.rewriter.attention_spans.default
+    segment_spans = None if segments is None else spans(segments, False)
+    key_spans = None if key_mask is None else spans(key_mask, True)
+    terms = (segments, segment_spans, key_mask, key_spans, sinks, scale, causal, window, chunk, softcap)
+    return torch.ops.rewriter.attention.default(q, k, v, *terms)[0]
 
 
 def attention_reference(
@@ -100,8 +111,9 @@ def attention_reference(
     softcap: float = 0.0,
 ) -> torch.Tensor:
     """``attention`` in plain PyTorch, with the S×S mask: what a model does, and what other devices run."""
-    _check_terms(q, k, causal, window, chunk, segments)
-    allowed = dense_mask(q, k, causal, window, chunk, segments, key_mask)
+    terms = Terms(segments, None, key_mask, None, sinks, scale or 0.0, causal, window, chunk, softcap)
+    terms.check(q.shape[2], k.shape[2])
+    allowed = terms.dense_mask(q.shape[2], k.shape[2], q.device)
     grouped = bool(q.shape[1] != k.shape[1])
     if sinks is None and not softcap:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale, enable_gqa=grouped)
@@ -123,35 +135,6 @@ def attention_reference(
     return weights.to(v.dtype) @ v
 
 
-def dense_mask(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    causal: bool,
-    window: int,
-    chunk: int,
-    segments: torch.Tensor | None,
-    key_mask: torch.Tensor | None,
-) -> torch.Tensor | None:
-    """The terms as one boolean (batch or 1, 1, queries, keys), True where allowed; None without terms."""
-    rows = torch.arange(q.shape[2], device=q.device)[:, None]
-    columns = torch.arange(k.shape[2], device=q.device)[None, :]
-    terms = []
-    if causal:
-        terms.append((columns <= rows)[None, None])
-    if window:
-        terms.append((columns > rows - window)[None, None])
-    if chunk:
-        terms.append((columns // chunk == rows // chunk)[None, None])
-    if segments is not None:
-        terms.append((segments[:, :, None] == segments[:, None, :])[:, None])
-    if key_mask is not None:
-        terms.append(key_mask[:, None, None, :].expand(-1, 1, q.shape[2], -1))
-    allowed = None
-    for term in terms:
-        allowed = term if allowed is None else allowed & term
-    return allowed
-
-
 def attention_refusal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
     """Why the kernel cannot take these tensors (fake ones too), in words for a report; None if it can."""
     if q.dtype not in DTYPES:
@@ -171,117 +154,79 @@ def attention_refusal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str 
     return None
 
 
-def causal_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None, dropout: float = 0.0
-) -> torch.Tensor:
-    """PyTorch's own causal attention, with K and V repeated only where its kernels need that.
-
-    By PyTorch's dispatch rules, cuDNN's and flash kernels on CUDA read grouped K and V by index; both want 16
-    bits, flash also one head dimension of at most 256. The memory-efficient kernel, which takes the rest,
-    wants repeated heads in these releases, and without it the math path makes S×S tensors: there, repeating
-    is the cheaper. The CPU's flash kernel takes groups in every dtype (seen in 2.13).
-
-    Args:
-        q: (batch, heads, tokens, dim); k, v: (batch, kv_heads, tokens, dim), of as many tokens.
-        scale: factor of the logits; ``None`` is ``dim ** -0.5``.
-        dropout: probability of dropping an attention weight.
-    """
-    return _unmasked(q, k, v, scale, dropout, causal=True)
-
-
-def full_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None, dropout: float = 0.0
-) -> torch.Tensor:
-    """As ``causal_attention``, every query seeing every key; the keys may be of another number."""
-    return _unmasked(q, k, v, scale, dropout, causal=False)
-
-
-def _unmasked(q, k, v, scale: float | None, dropout: float, *, causal: bool) -> torch.Tensor:
-    grouped = bool(q.shape[1] != k.shape[1])
-    if grouped and q.is_cuda and not _flash_takes(q, v):
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        grouped = False
-    return F.scaled_dot_product_attention(
-        q, k, v, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
-    )
-
-
-def _flash_takes(q: torch.Tensor, v: torch.Tensor) -> bool:
-    device = q.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q.dtype
-    return dtype in (torch.bfloat16, torch.float16) and q.shape[-1] == v.shape[-1] <= MAX_HEAD_DIM
-
-
-def _check_terms(q, k, causal: bool, window: int, chunk: int, segments) -> None:
-    if window and not causal:
-        raise ValueError(f"attention: window {window} without causal=True has no meaning here; set causal.")
-    if window < 0 or chunk < 0:
-        raise ValueError(f"attention: window {window} and chunk {chunk} must be 0 (none) or positive.")
-    square = causal or chunk or segments is not None
-    if square and q.shape[2] != k.shape[2]:
-        raise ValueError(
-            f"attention: {q.shape[2]} queries and {k.shape[2]} keys have no common positions; "
-            "only key_mask works there."
-        )
-
-
-def _attention_kernel(q, k, v, segments, key_mask, sinks, scale, causal, window, chunk, softcap):
+def _attention_kernel(q, k, v, *terms):
     reason = attention_refusal(q, k, v)
     if reason is not None:
         raise ValueError(reason)
-    _check_terms(q, k, causal, window, chunk, segments)
-    if scale < 0:
-        raise ValueError(f"attention: scale {scale} is negative; negate q instead.")
+    terms = Terms(*terms)
+    terms.check(q.shape[2], k.shape[2])
+    if terms.scale < 0:
+        raise ValueError(f"attention: scale {terms.scale} is negative; negate q instead.")
     from .attention_triton import attention_forward
 
-    return attention_forward(q, k, v, segments, key_mask, sinks, scale, causal, window, chunk, softcap)
+    return attention_forward(q, k, v, terms)
 
 
-def _attention_fake(q, k, v, segments, key_mask, sinks, scale, causal, window, chunk, softcap):
+def _attention_fake(q, k, v, *terms):
     batch, heads, queries, _ = q.shape
     out = q.new_empty((batch, queries, heads, v.shape[-1])).transpose(1, 2)
-    return out, q.new_empty((batch, heads, queries), dtype=torch.float32)
+    return out, q.new_empty((batch, heads, lse_rows(queries)), dtype=torch.float32)
 
 
-def _backward_kernel(
-    grad, q, k, v, out, lse, segments, key_mask, sinks, scale, causal, window, chunk, softcap, need_q,
-    need_kv, need_sinks,
-):  # fmt: skip
+def _backward_kernel(grad, q, k, v, out, lse, *more):
+    *terms, need_q, need_kv, need_sinks = more
+    terms = Terms(*terms)
     from .attention_backward_triton import attention_backward
 
-    dq, dk, dv, delta = attention_backward(
-        grad, q, k, v, out, lse, segments, key_mask, scale, causal, window, chunk, softcap, need_q, need_kv
-    )
-    if not need_sinks:
+    dq, dk, dv, delta = attention_backward(grad, q, k, v, out, lse, terms, need_q, need_kv)
+    sinks = terms.sinks
+    if sinks is None or not need_sinks:
         return dq, dk, dv, q.new_empty(0)
     # The sink's probability draws mass from every row and adds no value: its part of softmax's gradient.
     probability = torch.exp2(sinks.float()[:, None] * math.log2(math.e) - lse)
     return dq, dk, dv, (probability * delta).sum((0, 2)).neg_().to(sinks.dtype)
 
 
-def _backward_fake(
-    grad, q, k, v, out, lse, segments, key_mask, sinks, scale, causal, window, chunk, softcap, need_q,
-    need_kv, need_sinks,
-):  # fmt: skip
+def _backward_fake(grad, q, k, v, out, lse, *more):
+    *terms, need_q, need_kv, need_sinks = more
+
     def in_token_order(x: torch.Tensor, needed: bool) -> torch.Tensor:
         if not needed:
             return x.new_empty(0)
         batch, heads, tokens, dim = x.shape
         return x.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
 
-    dsinks = torch.empty_like(sinks) if need_sinks else q.new_empty(0)
+    dsinks = torch.empty_like(Terms(*terms).sinks) if need_sinks else q.new_empty(0)
     return in_token_order(q, need_q), in_token_order(k, need_kv), in_token_order(v, need_kv), dsinks
 
 
+def _spans_kernel(ids, is_mask):
+    from .attention_spans_triton import attention_spans
+
+    return attention_spans(ids, is_mask, *span_sizes(ids.device))
+
+
+def _spans_fake(ids, is_mask):
+    lines = 1 if is_mask else -(-ids.shape[1] // span_sizes(ids.device)[0])
+    return ids.new_empty((ids.shape[0], lines, 4), dtype=torch.int32)
+
+
+define(
+    "attention_spans(Tensor ids, bool is_mask) -> Tensor",
+    kernel=_spans_kernel,
+    fake=_spans_fake,
+)
+TERMS = (
+    "Tensor? segments, Tensor? segment_spans, Tensor? key_mask, Tensor? key_spans, Tensor? sinks, "
+    "float scale, bool causal, int window, int chunk, float softcap"
+)
 _attention = define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? segments, Tensor? key_mask, Tensor? sinks, float scale, "
-    "bool causal, int window, int chunk, float softcap) -> (Tensor, Tensor)",
+    f"attention(Tensor q, Tensor k, Tensor v, {TERMS}) -> (Tensor, Tensor)",
     kernel=_attention_kernel,
     fake=_attention_fake,
 )
 _attention_backward = define(
-    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? segments, "
-    "Tensor? key_mask, Tensor? sinks, float scale, bool causal, int window, int chunk, float softcap, "
+    f"attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {TERMS}, "
     "bool need_q, bool need_kv, bool need_sinks) -> (Tensor, Tensor, Tensor, Tensor)",
     kernel=_backward_kernel,
     fake=_backward_fake,
@@ -289,29 +234,24 @@ _attention_backward = define(
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, segments, key_mask, sinks, *ctx.numbers = inputs
-    out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, segments, key_mask, sinks)
+    q, k, v, *terms = inputs
+    ids, ctx.numbers = terms[:5], terms[5:]
+    ctx.save_for_backward(q, k, v, *output, *ids)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, _grad_lse):
-    nothing = (None,) * 11
+    nothing = [None] * (3 + len(Terms._fields))
     if grad is None:
-        return nothing
-    need_q, need_k, need_v, _, _, need_sinks, *_ = ctx.needs_input_grad
-    dq, dk, dv, dsinks = torch.ops.rewriter.attention_backward(
-        grad, *ctx.saved_tensors, *ctx.numbers, need_q, need_k or need_v, need_sinks
+        return tuple(nothing)
+    sinks = 3 + Terms._fields.index("sinks")
+    needs = ctx.needs_input_grad
+    gradients = torch.ops.rewriter.attention_backward(
+        grad, *ctx.saved_tensors, *ctx.numbers, needs[0], needs[1] or needs[2], needs[sinks]
     )
-    return (
-        dq if need_q else None,
-        dk if need_k else None,
-        dv if need_v else None,
-        None,
-        None,
-        dsinks if need_sinks else None,
-        *nothing[6:],
-    )
+    for place, gradient in zip((0, 1, 2, sinks), gradients, strict=True):
+        nothing[place] = gradient if needs[place] else None
+    return tuple(nothing)
 
 
 differentiate(_attention, _backward, _setup_context)

@@ -1,161 +1,210 @@
-"""The mask of attention, evaluated from positions: which pairs are allowed, and which blocks to visit.
+"""What the attention kernels share: what they are compiled for, tiles, logits, and the mask.
 
-A block of rows visits the span [first, last) of blocks; within it, [full_first, full_last) needs no mask at
-all. Structural terms (causal, window, chunk) give both by arithmetic. Packed documents give the span by one
-scan of the segment ids: the first and last token whose segment lies between the least and the greatest of the
-block's. That is exact for sorted ids and only ever too wide for unsorted ones, and since equality is
-symmetric, one table serves queries that look for keys and keys that look for queries.
+A block of rows visits the blocks of the other side in [first, last); in [full_first, full_last) no mask is
+needed. Causal, window and chunk give both by arithmetic, ids by the tables of ``attention_spans``.
 """
 
-# Triton types a kernel as the plain function below its decorator, and `tl.range` as a function: launch
-# options, numbers for constexpr parameters and loops look like errors.
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# Triton types a kernel as the plain function below its decorator: numbers for constexpr parameters, and the
+# fields of a tuple that is one, look like errors.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from .attention_terms import lse_rows
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LSE_ROWS = tl.constexpr(lse_rows(1))
+# Numbers that vary from batch to batch, whose divisibility is no use: one compilation serves them all.
+UNSPECIALIZED = ("heads", "q_len", "kv_len", "stride_segments", "stride_spans", "stride_mask", "stride_valid")
+
+
+class Static(NamedTuple):
+    """What a kernel is compiled for; a constexpr."""
+
+    causal: bool
+    window: int
+    chunk: int
+    segments: bool
+    key_mask: bool
+    sinks: bool
+    softcap: bool
+    exact: bool  # fp32: full products, and a tanh to the last bits
+    group: int  # query heads to a key head
+    dim: int
+    value_dim: int
+    block_d: int  # dim and value_dim, padded to powers of 2
+    block_v: int
+    block_q: int
+    block_k: int
+    span_block: int  # rows to a line of segment_spans
+
 
 @triton.jit
-def allowed(
-    inside, q_pos, k_pos, q_segment, k_segment, key_ok, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    CHUNK: tl.constexpr, SEGMENTS: tl.constexpr, KEY_MASK: tl.constexpr,
+def tile(
+    base, stride, rows_left, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
-    """``inside`` and every term given, for q_pos and k_pos broadcast against each other."""
+    """(ROWS, BLOCK) from ``base``, zeros past DIM columns and, if MASKED, past ``rows_left`` rows."""
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    pointers = base + (row[:, None] * stride + column[None, :])
+    if MASKED and DIM != BLOCK:
+        return tl.load(pointers, mask=(row < rows_left)[:, None] & (column < DIM)[None, :], other=0.0)
+    elif MASKED:
+        return tl.load(pointers, mask=(row < rows_left)[:, None], other=0.0)
+    elif DIM != BLOCK:
+        return tl.load(pointers, mask=(column < DIM)[None, :], other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def store_tile(pointers, x, inside, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """The first DIM columns of the rows ``inside``; pointers: (rows, 1), where each row begins."""
+    column = tl.arange(0, BLOCK)[None, :]
+    tl.store(pointers + column, x.to(pointers.dtype.element_ty), mask=inside[:, None] & (column < DIM))
+
+
+@triton.jit
+def tanh(x, EXACT: tl.constexpr):
+    """By the logistic function; EXACT keeps the relative error of an fp32 unit near zero by tanh's series."""
+    if EXACT:
+        magnitude = tl.abs(x)
+        e = tl.exp(-2.0 * magnitude)
+        far = (1.0 - e) / (1.0 + e)
+        s = x * x
+        series = 1.0 + s * (-1.0 / 3 + s * (2.0 / 15 + s * (-17.0 / 315 + s * (62.0 / 2835))))
+        return tl.where(magnitude < 0.25, x * series, tl.where(x < 0, -far, far))
+    else:
+        return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+
+
+@triton.jit
+def logits(qk, scale, softcap, C: tl.constexpr):
+    """x and a factor >= 0 whose product is the logit in base 2; x is the tanh where logits are capped."""
+    if C.softcap:
+        return tanh(qk * (scale / softcap), C.exact), softcap * LOG2E
+    else:
+        return qk, scale * LOG2E
+
+
+@triton.jit
+def padded_rows(q_len):
+    """Numbers a head has in lse and delta: blocks lie aligned and whole, so that they load as vectors."""
+    return tl.cdiv(q_len, LSE_ROWS) * LSE_ROWS
+
+
+@triton.jit
+def load_ids(ids_ptr, position, inside, PRESENT: tl.constexpr):
+    """ids at ``position``, or anything at all where there are none."""
+    if PRESENT:
+        return tl.load(ids_ptr + position, mask=inside, other=0)
+    else:
+        return position
+
+
+@triton.jit
+def allowed(inside, q_pos, k_pos, q_segment, k_segment, C: tl.constexpr):
+    """``inside`` and every term of the mask but the keys' own, for arguments broadcast against each other."""
     keep = inside
-    if CAUSAL:
+    if C.causal:
         keep = keep & (k_pos <= q_pos)
-    if WINDOW > 0:
-        keep = keep & (k_pos > q_pos - WINDOW)
-    if CHUNK > 0:
-        keep = keep & (k_pos // CHUNK == q_pos // CHUNK)
-    if SEGMENTS:
+    if C.window > 0:
+        keep = keep & (k_pos > q_pos - C.window)
+    if C.chunk > 0:
+        keep = keep & (k_pos // C.chunk == q_pos // C.chunk)
+    if C.segments:
         keep = keep & (k_segment == q_segment)
-    if KEY_MASK:
-        keep = keep & key_ok
     return keep
 
 
 @triton.jit
-def _in_blocks(first, last, full_first, full_last, BLOCK: tl.constexpr, MASKED_ALL: tl.constexpr):
-    """Round a span outward and its full part inward to blocks; an empty full part lies at its start."""
-    first = first // BLOCK * BLOCK
-    full_first = tl.maximum(full_first + BLOCK - 1, 0) // BLOCK * BLOCK
-    full_last = full_last // BLOCK * BLOCK
-    full_first = tl.maximum(full_first, first)
-    none_full = full_last <= full_first
-    if MASKED_ALL:
-        none_full = first == first
-    full_first = tl.where(none_full, first, full_first)
-    full_last = tl.where(none_full, first, full_last)
+def keys_allowed(start, q_pos, q_segment, segments_ptr, key_mask_ptr, kv_len, C: tl.constexpr):
+    """The mask of queries (rows) and the block of keys at ``start`` (columns)."""
+    k_pos = start + tl.arange(0, C.block_k)
+    inside = k_pos < kv_len
+    k_segment = load_ids(segments_ptr, k_pos, inside, C.segments)
+    if C.key_mask:
+        inside = inside & (tl.load(key_mask_ptr + k_pos, mask=inside, other=0) != 0)
+    return allowed(inside[None, :], q_pos[:, None], k_pos[None, :], q_segment[:, None], k_segment[None, :], C)
+
+
+@triton.jit
+def _narrow(first, last, full_first, full_last, span_ptr):
+    first = tl.maximum(first, tl.load(span_ptr))
+    last = tl.minimum(last, tl.load(span_ptr + 1))
+    full_first = tl.maximum(full_first, tl.load(span_ptr + 2))
+    full_last = tl.minimum(full_last, tl.load(span_ptr + 3))
     return first, last, full_first, full_last
 
 
 @triton.jit
-def keys_of(
-    start, q_len, kv_len, span_ptr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPAN_BLOCK: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SEGMENTS: tl.constexpr,
-    KEY_MASK: tl.constexpr,
-):  # fmt: skip
-    """Keys that queries [start, start + BLOCK_Q) visit: first, last, full_first, full_last."""
-    end = tl.minimum(start + BLOCK_Q, q_len)
+def visited(start, own_len, other_len, spans_ptr, valid_ptr, OF_KEYS: tl.constexpr, C: tl.constexpr):
+    """What the block of rows at ``start`` visits: first, last, full_first, full_last, the first three at
+    multiples of the other side's block.
+
+    OF_KEYS: the rows are queries that visit keys; else keys that queries visit.
+    """
+    OWN: tl.constexpr = C.block_q if OF_KEYS else C.block_k
+    OTHER: tl.constexpr = C.block_k if OF_KEYS else C.block_q
+    end = tl.minimum(start + OWN, own_len)
     first = start * 0  # a tensor, as the terms below make it
-    last = first + kv_len
+    last = first + other_len
     full_first = first
     full_last = last
-    if CAUSAL:
+    if C.causal and OF_KEYS:
         last = tl.minimum(last, end)
         full_last = tl.minimum(full_last, start + 1)
-    if WINDOW > 0:
-        first = tl.maximum(first, start - WINDOW + 1)
-        full_first = tl.maximum(full_first, end - WINDOW)
-    if CHUNK > 0:
-        first = tl.maximum(first, start // CHUNK * CHUNK)
-        last = tl.minimum(last, (end - 1) // CHUNK * CHUNK + CHUNK)
-        full_first = tl.maximum(full_first, (end - 1) // CHUNK * CHUNK)
-        full_last = tl.minimum(full_last, start // CHUNK * CHUNK + CHUNK)
-    if SEGMENTS:
-        first = tl.maximum(first, tl.load(span_ptr + start // SPAN_BLOCK * 2))
-        last = tl.minimum(last, tl.load(span_ptr + start // SPAN_BLOCK * 2 + 1))
-    return _in_blocks(first, last, full_first, full_last, BLOCK_K, SEGMENTS or KEY_MASK)
-
-
-@triton.jit
-def queries_of(
-    start, q_len, kv_len, span_ptr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPAN_BLOCK: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SEGMENTS: tl.constexpr,
-    KEY_MASK: tl.constexpr,
-):  # fmt: skip
-    """Queries that keys [start, start + BLOCK_K) are visited by: first, last, full_first, full_last."""
-    end = tl.minimum(start + BLOCK_K, kv_len)
-    first = start * 0  # a tensor, as the terms below make it
-    last = first + q_len
-    full_first = first
-    full_last = last
-    if CAUSAL:
+    elif C.causal:
         first = tl.maximum(first, start)
         full_first = tl.maximum(full_first, end - 1)
-    if WINDOW > 0:
-        last = tl.minimum(last, end - 1 + WINDOW)
-        full_last = tl.minimum(full_last, start + WINDOW)
-    if CHUNK > 0:
-        first = tl.maximum(first, start // CHUNK * CHUNK)
-        last = tl.minimum(last, (end - 1) // CHUNK * CHUNK + CHUNK)
-        full_first = tl.maximum(full_first, (end - 1) // CHUNK * CHUNK)
-        full_last = tl.minimum(full_last, start // CHUNK * CHUNK + CHUNK)
-    if SEGMENTS:
-        first = tl.maximum(first, tl.load(span_ptr + start // SPAN_BLOCK * 2))
-        last = tl.minimum(last, tl.load(span_ptr + start // SPAN_BLOCK * 2 + 1))
-    return _in_blocks(first, last, full_first, full_last, BLOCK_Q, SEGMENTS or KEY_MASK)
+    if C.window > 0 and OF_KEYS:
+        first = tl.maximum(first, start - C.window + 1)
+        full_first = tl.maximum(full_first, end - C.window)
+    elif C.window > 0:
+        last = tl.minimum(last, end - 1 + C.window)
+        full_last = tl.minimum(full_last, start + C.window)
+    if C.chunk > 0:
+        first = tl.maximum(first, start // C.chunk * C.chunk)
+        last = tl.minimum(last, (end - 1) // C.chunk * C.chunk + C.chunk)
+        full_first = tl.maximum(full_first, (end - 1) // C.chunk * C.chunk)
+        full_last = tl.minimum(full_last, start // C.chunk * C.chunk + C.chunk)
+    if C.segments:
+        line = spans_ptr + start // C.span_block * 4
+        first, last, full_first, full_last = _narrow(first, last, full_first, full_last, line)
+    if C.key_mask and OF_KEYS:
+        first, last, full_first, full_last = _narrow(first, last, full_first, full_last, valid_ptr)
+    first = first // OTHER * OTHER
+    full_first = tl.maximum(tl.cdiv(tl.maximum(full_first, 0), OTHER) * OTHER, first)
+    full_last = full_last // OTHER * OTHER
+    is_any_full = full_last > full_first
+    full_first = tl.where(is_any_full, full_first, first)
+    full_last = tl.where(is_any_full, full_last, first)
+    return first, last, full_first, full_last
 
 
 @triton.jit
-def part_start(part: tl.constexpr, first, second, third):
-    """Where a span's part begins: 0 is masked, before the full blocks; 1 is full; 2 is masked, after them."""
-    if part == 0:
-        return first
-    elif part == 1:
-        return second
+def count(first, last, full_first, full_last, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """How many blocks need the mask, or how many do not."""
+    if MASKED:
+        return (full_first - first) // BLOCK + tl.cdiv(last - full_last, BLOCK)
     else:
-        return third
+        return (full_last - full_first) // BLOCK
 
 
-@triton.jit(do_not_specialize=("tokens", "blocks"))
-def _segment_spans_kernel(
-    segments_ptr, spans_ptr, tokens, blocks, BLOCK: tl.constexpr, SCAN: tl.constexpr
-):  # fmt: skip
-    batch = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
-    row = segments_ptr + batch.to(tl.int64) * tokens
-    own = block * BLOCK + tl.arange(0, BLOCK)
-    # A block's first token always exists, so it can stand in for those past the end.
-    ids = tl.load(row + tl.where(own < tokens, own, block * BLOCK))
-    least = tl.min(ids, 0)
-    greatest = tl.max(ids, 0)
-    first = tl.full((SCAN,), 2147483647, tl.int32)
-    last = tl.zeros((SCAN,), tl.int32)
-    for start in tl.range(0, tokens, SCAN):
-        position = start + tl.arange(0, SCAN)
-        inside = position < tokens
-        other = tl.load(row + position, mask=inside, other=0)
-        inside = inside & (other >= least) & (other <= greatest)
-        first = tl.minimum(first, tl.where(inside, position, 2147483647))
-        last = tl.maximum(last, tl.where(inside, position + 1, 0))
-    tl.store(spans_ptr + tl.program_id(0).to(tl.int64) * 2, tl.min(first, 0))
-    tl.store(spans_ptr + tl.program_id(0).to(tl.int64) * 2 + 1, tl.max(last, 0))
-
-
-def segment_spans(segments: torch.Tensor, block: int) -> torch.Tensor:
-    """Contiguous (batch, tokens) ids to int32 (batch, blocks, 2): tokens [first, last) of a block's ids."""
-    batch, tokens = segments.shape
-    blocks = triton.cdiv(tokens, block)
-    spans = torch.empty((batch, blocks, 2), dtype=torch.int32, device=segments.device)
-    scan = min(4096, max(16, triton.next_power_of_2(tokens)))
-    _segment_spans_kernel[(batch * blocks,)](segments, spans, tokens, blocks, BLOCK=block, SCAN=scan)
-    return spans
+@triton.jit
+def place(i, first, full_first, full_last, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """Where the i-th block of those begins: masked ones lie before and after the others."""
+    if MASKED:
+        start = first + i * BLOCK
+        return tl.where(start < full_first, start, start + (full_last - full_first))
+    else:
+        return full_first + i * BLOCK
 
 
 @dataclass(frozen=True)
@@ -169,31 +218,31 @@ class Blocks:
 
 
 @cache
-def blocks_for(device: torch.device, dtype: torch.dtype, dim: int, both_resident: bool) -> Blocks:
+def blocks_for(device: torch.device, dtype: torch.dtype, dim: int, kernel: str) -> Blocks:
     """The largest tiles that fit a multiprocessor's shared memory.
 
     Args:
         dim: the wider of the padded head dimensions.
-        both_resident: whether two tiles stay (the backward's kernels) or one (the forward's q).
+        kernel: "forward", which keeps one tile (q), or "queries" or "keys" of the backward, which keep two.
     """
     if device.type == "cpu":
         return Blocks(16, 16, 4, 1)
+    kept = 1 if kernel == "forward" else 2
     size = dtype.itemsize
     limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin - 4096
     if size == 4:
         # Full fp32 products unroll into FMAs: more warps and small tiles keep them in registers.
         candidates = ((32, 32, 8), (32, 16, 8), (16, 16, 4))
     elif dim <= 128:
-        streamed = 64 if both_resident else 128
+        streamed = 64 if kept == 2 else 128
         candidates = ((128, streamed, 8), (128, 64, 8), (64, 64, 4), (64, 32, 4), (32, 32, 4))
     else:
-        resident = 64 if both_resident else 128
+        resident = 64 if kept == 2 else 128
         candidates = ((resident, 32, 8), (64, 32, 8), (64, 32, 4), (32, 32, 4), (16, 16, 4))
     # Fewer than three stages make Hopper's asynchronous products wait for each other (ptxas C7515).
     for stages in (3, 2, 1):
         for resident, streamed, warps in candidates:
-            rows = resident * (2 if both_resident else 1) + streamed * 2 * stages
-            if rows * dim * size <= limit:
+            if (resident * kept + streamed * 2 * stages) * dim * size <= limit:
                 return Blocks(resident, streamed, warps, stages)
     raise ValueError(
         f"attention: head dimension {dim} does not fit {limit} bytes of shared memory; leave it unfused."

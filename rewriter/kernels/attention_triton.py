@@ -1,101 +1,63 @@
-"""The forward kernel of attention, and what both directions share: tiles, logits, arguments.
+"""The forward kernel of attention, and the arguments of both directions.
 
-One program holds a block of queries and streams the keys and values that its mask may allow. Per query block
-and head it reads q once, K and V of its span once (mostly from L2: the blocks of one head run side by side),
-and writes the output and one fp32 log-sum-exp a row.
+One program holds a block of queries and streams the keys and values that its mask may allow: first the blocks
+that need no mask, then those before and after them that do. Per query block and head it reads q once, K and V
+of its span once (mostly from L2: the blocks of one head run side by side), and writes the output and one fp32
+log-sum-exp a row.
 """
 
 # Triton types a kernel as the plain function below its decorator, and `tl.range` as a function: launch
 # options, numbers for constexpr parameters and loops look like errors.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false
 
 import torch
 import triton
 import triton.language as tl
 
-from .attention_mask_triton import allowed, blocks_for, keys_of, part_start, segment_spans
-
-LOG2E = tl.constexpr(1.4426950408889634)
-# Numbers that vary from batch to batch, whose divisibility is no use: one compilation serves them all.
-UNSPECIALIZED = ("heads", "q_len", "kv_len", "stride_segments", "stride_spans", "stride_mask")
-
-
-@triton.jit
-def tile(
-    base, stride, rows_left, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr
-):  # fmt: skip
-    """(ROWS, BLOCK) from ``base``, zeros past DIM columns and, if MASKED, past ``rows_left`` rows."""
-    row = tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK)
-    pointers = base + row[:, None] * stride + column[None, :]
-    if MASKED and DIM != BLOCK:
-        return tl.load(pointers, mask=(row < rows_left)[:, None] & (column < DIM)[None, :], other=0.0)
-    elif MASKED:
-        return tl.load(pointers, mask=(row < rows_left)[:, None], other=0.0)
-    elif DIM != BLOCK:
-        return tl.load(pointers, mask=(column < DIM)[None, :], other=0.0)
-    else:
-        return tl.load(pointers)
-
-
-@triton.jit
-def tanh(x, EXACT: tl.constexpr):
-    """By the logistic function; EXACT keeps the relative error of an fp32 unit near zero by tanh's series."""
-    if EXACT:
-        magnitude = tl.abs(x)
-        e = tl.exp(-2.0 * magnitude)
-        far = (1.0 - e) / (1.0 + e)
-        s = x * x
-        series = 1.0 + s * (-1.0 / 3 + s * (2.0 / 15 + s * (-17.0 / 315 + s * (62.0 / 2835))))
-        return tl.where(magnitude < 0.25, x * series, tl.where(x < 0, -far, far))
-    else:
-        return 2.0 * tl.sigmoid(2.0 * x) - 1.0
-
-
-@triton.jit
-def logits(qk, scale, softcap, SOFTCAP: tl.constexpr, EXACT: tl.constexpr):
-    """Products to logits in base 2, and their tanh where they are capped."""
-    if SOFTCAP:
-        squashed = tanh(qk * (scale / softcap), EXACT)
-        return squashed * (softcap * LOG2E), squashed
-    else:
-        return qk * (scale * LOG2E), qk
+from .attention_mask_triton import (
+    LOG2E,
+    UNSPECIALIZED,
+    Static,
+    blocks_for,
+    count,
+    keys_allowed,
+    load_ids,
+    logits,
+    padded_rows,
+    place,
+    store_tile,
+    tile,
+    visited,
+)
+from .attention_terms import Terms, lse_rows, span_sizes
 
 
 @triton.jit
 def _visit_keys(
     total, row_max, row_sum, q, q_pos, q_segment, k_base, v_base, segments_ptr, key_mask_ptr, stride_k,
-    stride_v, kv_len, first, last, scale, softcap, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, CHUNK: tl.constexpr, SEGMENTS: tl.constexpr, KEY_MASK: tl.constexpr,
-    SOFTCAP: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
+    stride_v, kv_len, first, last, full_first, full_last, scale, softcap, MASKED: tl.constexpr,
+    C: tl.constexpr,
 ):  # fmt: skip
-    precision: tl.constexpr = "ieee" if EXACT else "tf32"
-    for start in tl.range(first, last, BLOCK_K):
-        k = tile(k_base + start * stride_k, stride_k, kv_len - start, BLOCK_K, DIM, BLOCK_D, MASKED)
+    precision: tl.constexpr = "ieee" if C.exact else "tf32"
+    for i in tl.range(0, count(first, last, full_first, full_last, C.block_k, MASKED)):
+        start = place(i, first, full_first, full_last, C.block_k, MASKED)
+        row = start.to(tl.int64)
+        left = kv_len - start
+        k = tile(k_base + row * stride_k, stride_k, left, C.block_k, C.dim, C.block_d, MASKED)
         qk = tl.dot(q, tl.trans(k), input_precision=precision)
-        score, _ = logits(qk, scale, softcap, SOFTCAP, EXACT)
+        score, factor = logits(qk, scale, softcap, C)
         if MASKED:
-            k_pos = start + tl.arange(0, BLOCK_K)
-            k_segment = k_pos
-            key_ok = k_pos < kv_len
-            if SEGMENTS:
-                k_segment = tl.load(segments_ptr + k_pos, mask=key_ok, other=0)
-            inside = key_ok
-            if KEY_MASK:
-                key_ok = tl.load(key_mask_ptr + k_pos, mask=key_ok, other=0) != 0
-            keep = allowed(
-                inside[None, :], q_pos[:, None], k_pos[None, :], q_segment[:, None], k_segment[None, :],
-                key_ok[None, :], CAUSAL, WINDOW, CHUNK, SEGMENTS, KEY_MASK,
-            )  # fmt: skip
+            keep = keys_allowed(start, q_pos, q_segment, segments_ptr, key_mask_ptr, kv_len, C)
             score = tl.where(keep, score, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(score, 1))
+        # The factor comes after the maximum, so that it joins the exponent's subtraction in one FMA.
+        new_max = tl.maximum(row_max, tl.max(score, 1) * factor)
         # Where a row has seen no key yet its maximum is -inf; -inf - -inf must not become NaN.
         anchor = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
-        p = tl.exp2(score - anchor[:, None])
+        p = tl.exp2(score * factor - anchor[:, None])
         shrink = tl.exp2(row_max - anchor)
         row_sum = row_sum * shrink + tl.sum(p, 1)
-        v = tile(v_base + start * stride_v, stride_v, kv_len - start, BLOCK_K, VALUE_DIM, BLOCK_V, MASKED)
+        v = tile(v_base + row * stride_v, stride_v, left, C.block_k, C.value_dim, C.block_v, MASKED)
         total = tl.dot(p.to(v.dtype), v, total * shrink[:, None], input_precision=precision)
         row_max = new_max
     return total, row_max, row_sum
@@ -103,114 +65,102 @@ def _visit_keys(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, segments_ptr, spans_ptr, key_mask_ptr, sinks_ptr, stride_qb,
-    stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_segments,
-    stride_spans, stride_mask, heads, q_len, kv_len, scale, softcap, GROUP: tl.constexpr, DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, SPAN_BLOCK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    CHUNK: tl.constexpr, SEGMENTS: tl.constexpr, KEY_MASK: tl.constexpr, SINKS: tl.constexpr,
-    SOFTCAP: tl.constexpr, EXACT: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, segments_ptr, spans_ptr, key_mask_ptr, valid_ptr,
+    stride_segments, stride_spans, stride_mask, stride_valid, stride_qb, stride_qh, stride_qs, stride_kb,
+    stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, heads, q_len, kv_len, scale, softcap,
+    C: tl.constexpr,
 ):  # fmt: skip
+    BLOCK_Q: tl.constexpr = C.block_q
+    BLOCK_V: tl.constexpr = C.block_v
     blocks = tl.cdiv(q_len, BLOCK_Q)
     row = tl.program_id(0) // blocks
-    head = row % heads
+    head = (row % heads).to(tl.int64)
     batch = (row // heads).to(tl.int64)
     # Under a causal mask the last queries see the most keys: they start first, so that none straggles.
     start = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_Q
-    stride_k = tl.cast(stride_ks, tl.int64)
-    stride_v = tl.cast(stride_vs, tl.int64)
-    q_base = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh + start * tl.cast(stride_qs, tl.int64)
-    k_base = k_ptr + batch * stride_kb + (head // GROUP).to(tl.int64) * stride_kh
-    v_base = v_ptr + batch * stride_vb + (head // GROUP).to(tl.int64) * stride_vh
+    q_base = q_ptr + batch * stride_qb + head * stride_qh + start.to(tl.int64) * stride_qs
+    k_base = k_ptr + batch * stride_kb + head // C.group * stride_kh
+    v_base = v_ptr + batch * stride_vb + head // C.group * stride_vh
     segments_ptr += batch * stride_segments
-    spans_ptr += batch * stride_spans
     key_mask_ptr += batch * stride_mask
 
     q_pos = start + tl.arange(0, BLOCK_Q)
-    q_segment = q_pos
-    if SEGMENTS:
-        q_segment = tl.load(segments_ptr + q_pos, mask=q_pos < q_len, other=0)
-    q = tile(q_base, stride_qs, q_len - start, BLOCK_Q, DIM, BLOCK_D, True)
+    inside = q_pos < q_len
+    q_segment = load_ids(segments_ptr, q_pos, inside, C.segments)
+    q = tile(q_base, stride_qs, q_len - start, BLOCK_Q, C.dim, C.block_d, True)
     row_max = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_Q,), tl.float32)
-    if SINKS:
+    if C.sinks:
         row_max = tl.zeros((BLOCK_Q,), tl.float32) + tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
         row_sum += 1.0
     total = tl.zeros((BLOCK_Q, BLOCK_V), tl.float32)
 
-    first, last, full_first, full_last = keys_of(
-        start, q_len, kv_len, spans_ptr, BLOCK_Q, BLOCK_K, SPAN_BLOCK, CAUSAL, WINDOW, CHUNK, SEGMENTS,
-        KEY_MASK,
-    )  # fmt: skip
-    for part in tl.static_range(3):
-        if part == 2 or (not (SEGMENTS or KEY_MASK) and (part == 1 or WINDOW > 0 or CHUNK > 0)):
-            total, row_max, row_sum = _visit_keys(
-                total, row_max, row_sum, q, q_pos, q_segment, k_base, v_base, segments_ptr, key_mask_ptr,
-                stride_k, stride_v, kv_len, part_start(part, first, full_first, full_last),
-                part_start(part, full_first, full_last, last), scale, softcap, DIM, VALUE_DIM, BLOCK_D,
-                BLOCK_V, BLOCK_K, CAUSAL, WINDOW, CHUNK, SEGMENTS, KEY_MASK, SOFTCAP, EXACT, part != 1,
-            )  # fmt: skip
+    first, last, full_first, full_last = visited(
+        start, q_len, kv_len, spans_ptr + batch * stride_spans, valid_ptr + batch * stride_valid, True, C
+    )
+    for masked in tl.static_range(2):
+        total, row_max, row_sum = _visit_keys(
+            total, row_max, row_sum, q, q_pos, q_segment, k_base, v_base, segments_ptr, key_mask_ptr,
+            stride_ks, stride_vs, kv_len, first, last, full_first, full_last, scale, softcap, masked == 1, C,
+        )  # fmt: skip
 
     # Rows that saw no key: zeros, and +inf so that the backward's exp2(score - lse) is 0.
     empty = row_sum == 0.0
     row_sum = tl.where(empty, 1.0, row_sum)
-    total = total / row_sum[:, None]
     lse = tl.where(empty, float("inf"), row_max + tl.log2(row_sum))
-    inside = q_pos < q_len
-    column = tl.arange(0, BLOCK_V)
-    token = batch * q_len + q_pos
-    out = out_ptr + (token * heads + head)[:, None] * VALUE_DIM + column[None, :]
-    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (column < VALUE_DIM)[None, :])
-    tl.store(lse_ptr + row.to(tl.int64) * q_len + q_pos, lse, mask=inside)
+    out_row = out_ptr + ((batch * q_len + q_pos) * heads + head)[:, None] * C.value_dim
+    store_tile(out_row, total / row_sum[:, None], inside, C.value_dim, BLOCK_V)
+    lse_row = lse_ptr + row.to(tl.int64) * padded_rows(q_len)
+    tl.store(lse_row + q_pos, tl.where(inside, lse, float("inf")))
+    # The head's last program also fills what lies past its block.
+    rest = tl.where(start + BLOCK_Q < q_len, padded_rows(q_len), start + BLOCK_Q)
+    for past in tl.range(rest, padded_rows(q_len), BLOCK_Q):
+        tl.store(lse_row + past + tl.arange(0, BLOCK_Q), tl.full((BLOCK_Q,), float("inf"), tl.float32))
 
 
 def dense_rows(x: torch.Tensor) -> torch.Tensor:
-    """x itself where its last dimension is dense, else a copy: the kernels read rows by strides."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """x where the kernels can read its rows by strides: dense, and 128 of them within 32-bit offsets."""
+    return x if x.stride(-1) == 1 and x.stride(-2) < 2**24 else x.contiguous()
 
 
-def batch_stride(x: torch.Tensor) -> int:
-    return 0 if x.shape[0] == 1 else x.stride(0)
+def mask_arguments(q: torch.Tensor, terms: Terms) -> tuple:
+    """Pointers of segments, their spans, the key mask and its span, q for absent ones; batch strides."""
+    ids = (terms.segments, terms.segment_spans, terms.key_mask, terms.key_spans)
+    ids = [x if x is None else x.contiguous() for x in ids]
+    ids = [x.view(torch.uint8) if x is not None and x.dtype == torch.bool else x for x in ids]
+    strides = (0 if x is None or x.shape[0] == 1 else x.stride(0) for x in ids)
+    return *(q if x is None else x for x in ids), *strides
 
 
-def mask_arguments(q, segments, key_mask, block: int) -> tuple[tuple, tuple[int, int, int]]:
-    """Pointers of (segments, spans, key_mask), q standing in for absent ones, and their batch strides."""
-    spans, segment_stride, span_stride, key_stride = q, 0, 0, 0
-    if segments is not None:
-        segments = segments.contiguous()
-        spans = segment_spans(segments, block)
-        segment_stride, span_stride = batch_stride(segments), batch_stride(spans)
-    if key_mask is not None:
-        key_mask = key_mask.contiguous().view(torch.uint8)
-        key_stride = batch_stride(key_mask)
-    pointers = (q if segments is None else segments, spans, q if key_mask is None else key_mask)
-    return pointers, (segment_stride, span_stride, key_stride)
+def static(q, v, kv_heads: int, terms: Terms) -> Static:
+    """What the shapes and terms fix; the blocks are the kernels' own."""
+    dim, value_dim = q.shape[-1], v.shape[-1]
+    block_d, block_v = (max(16, triton.next_power_of_2(x)) for x in (dim, value_dim))
+    return Static(
+        causal=terms.causal, window=terms.window, chunk=terms.chunk, segments=terms.segments is not None,
+        key_mask=terms.key_mask is not None, sinks=terms.sinks is not None, softcap=terms.softcap != 0.0,
+        exact=q.dtype == torch.float32, group=q.shape[1] // kv_heads, dim=dim, value_dim=value_dim,
+        block_d=block_d, block_v=block_v, block_q=0, block_k=0, span_block=span_sizes(q.device)[0],
+    )  # fmt: skip
 
 
-def padded(dim: int) -> int:
-    return max(16, triton.next_power_of_2(dim))
-
-
-def attention_forward(q, k, v, segments, key_mask, sinks, scale, causal, window, chunk, softcap):
-    """Launch; the arguments of ``rewriter::attention``. Returns out and the rows' log2-sum-exp2."""
+def attention_forward(q, k, v, terms: Terms) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch. Returns out, (batch, heads, queries, value_dim), and the log2-sum-exp2 of ``lse_rows``."""
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
-    batch, heads, q_len, dim = q.shape
+    batch, heads, q_len, _ = q.shape
     kv_heads, kv_len, value_dim = v.shape[1:]
     out = q.new_empty((batch, q_len, heads, value_dim)).transpose(1, 2)
-    lse = q.new_empty((batch, heads, q_len), dtype=torch.float32)
+    lse = q.new_empty((batch, heads, lse_rows(q_len)), dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    block_d, block_v = padded(dim), padded(value_dim)
-    blocks = blocks_for(q.device, q.dtype, max(block_d, block_v), False)
-    span_block = max(blocks.resident, blocks.streamed)
-    masks, mask_strides = mask_arguments(q, segments, key_mask, span_block)
+    constants = static(q, v, kv_heads, terms)
+    blocks = blocks_for(q.device, q.dtype, max(constants.block_d, constants.block_v), "forward")
+    # A product of -inf, a logit not allowed, and a scale of 0 would be NaN.
+    scale = max(float(terms.scale), 1e-30)
     _forward_kernel[(triton.cdiv(q_len, blocks.resident) * heads * batch,)](
-        q, k, v, out, lse, *masks, q if sinks is None else sinks.contiguous(), *q.stride()[:3],
-        *k.stride()[:3], *v.stride()[:3], *mask_strides, heads, q_len, kv_len, float(scale), float(softcap),
-        GROUP=heads // kv_heads, DIM=dim, VALUE_DIM=value_dim, BLOCK_D=block_d, BLOCK_V=block_v,
-        BLOCK_Q=blocks.resident, BLOCK_K=blocks.streamed, SPAN_BLOCK=span_block, CAUSAL=causal, WINDOW=window,
-        CHUNK=chunk, SEGMENTS=segments is not None, KEY_MASK=key_mask is not None, SINKS=sinks is not None,
-        SOFTCAP=softcap != 0.0, EXACT=q.dtype == torch.float32, num_warps=blocks.warps,
+        q, k, v, out, lse, q if terms.sinks is None else terms.sinks.contiguous(), *mask_arguments(q, terms),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], heads, q_len, kv_len, scale, float(terms.softcap),
+        C=constants._replace(block_q=blocks.resident, block_k=blocks.streamed), num_warps=blocks.warps,
         num_stages=blocks.stages,
     )  # fmt: skip
     return out, lse

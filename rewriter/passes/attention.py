@@ -36,7 +36,8 @@ from torch.fx import Graph, GraphModule, Node
 from rewriter.canonical import canonical, value_of
 from rewriter.checkpoint import Checkpoints
 from rewriter.fusion import Applied, CrossingPass
-from rewriter.kernels.attention import attention, attention_refusal, causal_attention, full_attention
+from rewriter.kernels.attention import attention, attention_refusal
+from rewriter.kernels.attention_unmasked import causal_attention, full_attention
 from rewriter.mask_terms import MaskReader, MaskTerms, Unproven
 from rewriter.match import Match, Miss
 from rewriter.pattern import Unmet, require, rewrite, same, source_line

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rewriter.kernels.attention import attention, attention_reference, causal_attention
+from rewriter.kernels.attention import attention, attention_reference
+from rewriter.kernels.attention_unmasked import causal_attention
 from tests.accuracy import assert_as_accurate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

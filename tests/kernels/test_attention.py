@@ -9,9 +9,10 @@ from rewriter.kernels.attention import (
     attention,
     attention_reference,
     attention_refusal,
-    causal_attention,
-    dense_mask,
+    fused_attention,
 )
+from rewriter.kernels.attention_terms import Terms
+from rewriter.kernels.attention_unmasked import causal_attention
 from tests.accuracy import assert_as_accurate
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -50,12 +51,8 @@ def padding(batch=1, length=tokens):
     return mask
 
 
-def op(
-    q, k, v, *, scale=0.3, causal=False, window=0, chunk=0, segments=None, key_mask=None, sinks=None,
-    softcap=0.0,
-):  # fmt: skip
-    terms = (segments, key_mask, sinks, scale, causal, window, chunk, softcap)
-    return torch.ops.rewriter.attention(q, k, v, *terms)[0]
+def op(*inputs, scale=0.3, causal=False, **terms):
+    return fused_attention(*inputs, scale=scale, causal=causal, **terms)
 
 
 def with_gradients(function, inputs, sinks, grad, causal=False, **terms):
@@ -205,8 +202,12 @@ def test_the_output_lies_in_memory_as_the_model_transposes_it():
 def test_the_op_keeps_pytorchs_rules():
     q, k, v = tensors(batch=2, heads=4, kv_heads=2, queries=5)
     sinks = torch.randn(4, device=device).requires_grad_()
-    masked = (documents(2, 5), padding(2, 5), sinks, 0.3, True, 3, 0, 0.0)
-    capped = (None, None, None, 0.3, True, 0, 0, 2.0)
+    ids, mask = documents(2, 5), padding(2, 5)
+    spans = torch.ops.rewriter.attention_spans.default
+    masked = (ids, spans(ids, False), mask, spans(mask, True), sinks, 0.3, True, 3, 0, 0.0)
+    capped = (None, None, None, None, None, 0.3, True, 0, 0, 2.0)
+    for of_mask, x in ((False, ids), (True, mask)):
+        torch.library.opcheck(spans, (x, of_mask))
     for terms in (masked, capped):
         torch.library.opcheck(torch.ops.rewriter.attention.default, (q, k, v, *terms))
 
@@ -253,13 +254,13 @@ def test_grouped_heads_stay_on_the_cpus_flash_kernel(dtype):
 
 
 def test_the_dense_mask_is_the_and_of_its_terms():
-    q, k, _ = tensors(queries=33)
-    terms = (True, 9, 20, documents(1, 33), padding(1, 33))
-    mask = dense_mask(q, k, *terms)[0, 0]
+    ids, valid = documents(1, 33), padding(1, 33)
+    terms = Terms(ids, None, valid, None, None, 1.0, causal=True, window=9, chunk=20, softcap=0.0)
+    mask = terms.dense_mask(33, 33, ids.device)[0, 0]
     for i in range(33):
         for j in range(33):
-            expected = i - 9 < j <= i and i // 20 == j // 20 and bool(terms[3][0, i] == terms[3][0, j])
-            assert mask[i, j].item() == (expected and terms[4][0, j].item())
+            expected = i - 9 < j <= i and i // 20 == j // 20 and bool(ids[0, i] == ids[0, j])
+            assert mask[i, j].item() == (expected and valid[0, j].item())
 
 
 def test_it_says_what_it_refuses():

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import rewriter
 from rewriter.fusion import apply
-from rewriter.kernels.attention import causal_attention
+from rewriter.kernels.attention_unmasked import causal_attention
 from rewriter.passes.attention import attention_pass
 from tests.passes import attention_cases as cases
 from tests.passes.attention_cases import (
