@@ -17,6 +17,9 @@ from torch import Tensor
 
 Strides = tuple[int, int]
 
+# Most warps of a program: of larger ones too few fit on a multiprocessor to load while one waits at its sums.
+WARPS = 16
+
 
 def lay_out_rows(out: Tensor, *operands: Tensor | None) -> tuple[int, list[tuple[Any, Strides]]]:
     """View operands as rows in the memory order of the dense ``out``, without copying where two strides do.
@@ -71,34 +74,19 @@ def in_row_order(out: Tensor, statistic: Tensor) -> Tensor:
     return torch.empty_like(expected, device=statistic.device).copy_(statistic)
 
 
-class Division(NamedTuple):
-    """How programs divide rows.
-
-    Attributes:
-        columns, rows: the tile that a program holds in registers.
-        warps: of a program.
-        resident: programs a multiprocessor, each going through many tiles, or 0 for one program a tile.
-        stages: tiles in flight of such a program: those ahead wait in shared memory.
-        registers: most a thread may take, so that ``resident`` programs do fit, or None.
-    """
+class Tile(NamedTuple):
+    """The columns and rows that a program holds in registers, powers of 2, and its warps."""
 
     columns: int
     rows: int
     warps: int
-    resident: int = 0
-    stages: int = 1
-    registers: int | None = None
-
-    def programs(self, rows: int, device: torch.device) -> int:
-        tiles = triton.cdiv(rows, self.rows)
-        return min(tiles, self.resident * multiprocessors(device)) if self.resident else tiles
 
 
-def tile(hidden: int) -> Division:
-    """One program a tile: 16 elements a thread up to the 1024 threads that there are."""
+def tile_rows(hidden: int, elements: int) -> Tile:
+    """Whole rows, ``elements`` a thread or what ``WARPS`` need for one row; short rows share a tile."""
     columns = triton.next_power_of_2(hidden)
-    rows = max(1, 2048 // columns)
-    return Division(columns, rows, min(32, max(4, columns * rows // 512)))
+    rows = max(1, 128 * elements // columns)
+    return Tile(columns, rows, min(WARPS, columns * rows // (32 * elements)))
 
 
 @functools.cache
@@ -106,6 +94,15 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of a multiprocessor's shared memory that a program may keep tiles in."""
+    if device.type != "cuda":
+        return 0
+    # What is left over is for the sums across a program's warps.
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin - 4096
 
 
 @triton.jit
