@@ -197,8 +197,9 @@ def build(
     overrides: dict = {"use_cache": use_cache}
     if layers is not None:
         overrides["num_hidden_layers"] = layers
-    if layers is not None and (kinds := family.settings.get("layer_types")):
-        overrides["layer_types"] = [kinds[i % len(kinds)] for i in range(layers)]
+    for setting in ("layer_types", "no_rope_layers"):
+        if layers is not None and (kinds := family.settings.get(setting)):
+            overrides[setting] = [kinds[i % len(kinds)] for i in range(layers)]
     if all_experts:
         overrides.update(family.every_expert())
     config = family.configuration(**overrides)
