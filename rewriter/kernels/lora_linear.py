@@ -5,7 +5,7 @@ autograd function made of PyTorch's own products and the op ``dequantize_4bit``,
 partitioner see every product. What it saves against the model's own code, for M tokens, a weight (N, K) and
 rank r:
 
-- the update is added by the product that makes it, where dtypes allow (``addmm``): ``update``,
+- the update is added by the product that makes it, where dtypes allow (``add_product``): ``update``,
   ``update * scale`` and their gradients, M·N each, are not made;
 - projections of one input (q, k, v; gate and up) share the product with their stacked A matrices, so that
   ``x`` is read once for them, and one gradient of ``x`` is accumulated for all;
@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .add_product import add_product
 from .dequantize import Packed4bit, dequantize_4bit
 
 # Told apart, so that no compiler merges the two and keeps the 16-bit weight in between.
@@ -224,7 +225,7 @@ def _add_update(spec: _Spec, base: Tensor, down: Tensor, b: Tensor) -> Tensor:
     """``base + scale · down Bᵀ``: added inside the product where all dtypes are one, else in the widest."""
     up = b.to(spec.adapter).t()
     if spec.compute == spec.adapter == spec.out:
-        return torch.addmm(base, down, up, alpha=spec.scale)
+        return add_product(base, down, up, spec.scale)
     wide = torch.promote_types(torch.promote_types(spec.compute, spec.adapter), spec.out)
     return (base.to(wide) + (down @ up).to(wide) * spec.scale).to(spec.out)
 
@@ -234,7 +235,7 @@ def _accumulate(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.
     if total is None:
         return (left @ right).to(torch.promote_types(left.dtype, dtype))
     if total.dtype == left.dtype:
-        return torch.addmm(total, left, right)
+        return add_product(total, left, right)
     return total + left @ right
 
 

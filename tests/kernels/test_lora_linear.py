@@ -9,6 +9,7 @@ from functorch.compile import make_boxed_func, min_cut_rematerialization_partiti
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.utils import run_and_get_code
 
 from rewriter.kernels import lora_linear as module
 from rewriter.kernels.dequantize import Packed4bit, dequantize_4bit_reference
@@ -318,6 +319,30 @@ def test_inductor_compiles_it_with_static_sizes(kind):
     projections = [Projection(kind=kind, bias=False), Projection(32, kind=kind)]
     ours, expected = through(compile_fx, projections)
     torch.testing.assert_close(ours, expected)
+
+
+def written_in_place(total, left, right, alpha=1.0):
+    """``add_product`` as on a GPU."""
+    torch.ops.rewriter.add_product_(total, left, right, alpha)
+    return total
+
+
+def test_updates_and_gradients_are_added_in_place_without_a_copy(monkeypatch):
+    monkeypatch.setattr(module, "add_product", written_in_place)
+    projections = [Projection(adapter=torch.bfloat16, bias=False) for _ in range(2)]
+    results = {}
+
+    def compile_and_see(gm, values):
+        compiled, codes = run_and_get_code(compile_fx, gm, values)
+        results["forward"] = codes
+        return compiled
+
+    (ours, expected), codes = run_and_get_code(through, compile_and_see, projections)
+    torch.testing.assert_close(ours, expected)
+    code = "\n".join([*results["forward"], *codes])
+    # Two updates in the forward; in the backward the other weight's gradient of x, and the adapters'.
+    assert code.count("torch.ops.rewriter.add_product_.default(") == 2 + 2
+    assert "auto_functionalized" not in code and "clone" not in code
 
 
 @pytest.mark.parametrize("symbolic_scale", [False, True])
