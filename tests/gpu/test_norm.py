@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rewriter.kernels.layer_norm import add_layer_norm, layer_norm, layer_norm_reference
-from rewriter.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_reference
+from rewriter.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 EPS = 1e-5
@@ -46,6 +46,18 @@ def test_wide_rows(hidden):
         found, plain = (torch.autograd.grad(y, tensors, gradient) for y in (ours, eager))
         for a, b in zip(found, plain, strict=True):
             assert (a - b).abs().max() <= 2 * torch.finfo(torch.bfloat16).eps * b.abs().max()
+
+
+@pytest.mark.parametrize("hidden", [4096, 8192, 16384])
+def test_fp32_rows_too_long_to_load_ahead(hidden):
+    x, residual, weight = (
+        normal(*shape, dtype=torch.float32) for shape in ((300, hidden),) * 2 + ((hidden,),)
+    )
+    gradients = [torch.randn(300, hidden, device="cuda") for _ in range(2)]
+    ours, eager = add_rms_norm(x, residual, weight, EPS), add_rms_norm_reference(x, residual, weight, EPS)
+    found, plain = (torch.autograd.grad(y, (x, residual, weight), gradients) for y in (ours, eager))
+    torch.testing.assert_close(ours, eager)
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
 
 
 def test_weight_gradients_are_the_same_bits_every_time():
