@@ -196,7 +196,8 @@ def _backward_fake(grad, q, k, v, out, lse, *more):
         batch, heads, tokens, dim = x.shape
         return x.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
 
-    dsinks = torch.empty_like(Terms(*terms).sinks) if need_sinks else q.new_empty(0)
+    sinks = Terms(*terms).sinks
+    dsinks = q.new_empty(0) if sinks is None or not need_sinks else torch.empty_like(sinks)
     return in_token_order(q, need_q), in_token_order(k, need_kv), in_token_order(v, need_kv), dsinks
 
 

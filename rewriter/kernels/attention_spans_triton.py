@@ -11,7 +11,7 @@ serves queries that look for keys and keys that look for queries.
 
 # Triton types a kernel as the plain function below its decorator, and `tl.range` as a function: launch
 # options, numbers for constexpr parameters and loops look like errors.
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 
 import torch
 import triton

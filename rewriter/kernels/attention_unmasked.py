@@ -1,4 +1,4 @@
-"""Attention under a causal mask or none: PyTorch's own kernels, with K and V repeated only where they must be.
+"""Attention under a causal mask or none: PyTorch's own kernels, K and V repeated only where they must be.
 
 By PyTorch's dispatch rules, cuDNN's and flash kernels on CUDA read grouped K and V by index; both want 16
 bits, flash also one head dimension of at most 256. The memory-efficient kernel, which takes the rest, wants

@@ -11,7 +11,7 @@ from rewriter.kernels.attention import (
     attention_refusal,
     fused_attention,
 )
-from rewriter.kernels.attention_terms import Terms
+from rewriter.kernels.attention_terms import Terms, span_sizes
 from rewriter.kernels.attention_unmasked import causal_attention
 from tests.accuracy import assert_as_accurate
 
@@ -149,6 +149,95 @@ def test_nan_reaches_every_row_that_may_see_it():
     out = op(q, k, v, causal=True)
     assert out[:, :, 12:, 3].isnan().all()
     assert out[:, :, 18:].isnan().all()
+
+
+def packed(*lengths):
+    """Ids of documents of these lengths, in order; an empty one leaves a gap in the ids."""
+    numbers = torch.arange(len(lengths), device=device)
+    return torch.repeat_interleave(numbers, torch.tensor(lengths, device=device))[None]
+
+
+block, cell = span_sizes(torch.device(device))
+interrupted = packed(block, 3 * block, 5).remainder(2)
+packings = {
+    "odd lengths": packed(7, 1, block + 3, 2 * block - 1, 5),
+    "empty documents": packed(0, 11, 0, 0, block + 9, 0),
+    "one document": packed(3 * block + 1),
+    "a document a token": torch.arange(block + 3, device=device)[None],
+    "falling ids": packed(block + 5, 9, block).neg(),
+    "a document in two parts": interrupted,
+    "shuffled ids": packed(9, block, 2 * block)[:, torch.randperm(3 * block + 9).to(device)],
+    "ids past 32 bits": packed(block, 9) * 2**32,
+    "two rows": torch.cat([packed(5, 2 * block), packed(block + 3, block + 2)]),
+}
+
+
+@pytest.mark.parametrize("ids", packings.values(), ids=packings.keys())
+def test_the_spans_of_documents_miss_no_pair_and_are_exact_to_a_cell_where_ids_are_sorted(ids):
+    spans = torch.ops.rewriter.attention_spans(ids, False)
+    assert spans.shape == (ids.shape[0], -(-ids.shape[1] // block), 4)
+    for row, lines in zip(ids.tolist(), spans.tolist(), strict=True):
+        is_sorted = row == sorted(row) or row == sorted(row, reverse=True)
+        for number, (first, last, full_first, full_last) in enumerate(lines):
+            own = set(row[number * block : (number + 1) * block])
+            seen = [i for i, x in enumerate(row) if x in own]
+            assert first <= seen[0] and seen[-1] < last <= len(row)
+            assert set(row[full_first:full_last]) <= own
+            assert full_first == full_last or len(own) == 1
+            if is_sorted:
+                assert (first, last) == (
+                    seen[0] // cell * cell,
+                    min(-(-(seen[-1] + 1) // cell) * cell, len(row)),
+                )
+                whole = (full_first - seen[0], seen[-1] + 1 - full_last)
+                assert len(own) > 1 or max(whole) < cell or len(seen) < 3 * cell
+
+
+@pytest.mark.parametrize("ids", packings.values(), ids=packings.keys())
+def test_packed_documents_of_every_kind(ids):
+    compare(tensors(batch=ids.shape[0], queries=ids.shape[1]), causal=True, segments=ids)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_blocks_of_other_documents_are_not_read(causal):
+    q, k, v = tensors(queries=3 * block)
+    ids = packed(block, block, block)
+    alone = slice(block, 2 * block)
+    poisoned = [x.detach().clone() for x in (q, k, v)]
+    for x in poisoned:
+        x[:, :, alone] = math.nan
+    grad = torch.randn_like(q)
+    ours = with_gradients(op, (q, k, v), None, grad, causal=causal, segments=ids)
+    poisoned = [x.requires_grad_() for x in poisoned]
+    for a, b in zip(with_gradients(op, poisoned, None, grad, causal=causal, segments=ids), ours, strict=True):
+        assert a[:, :, alone].isnan().all()
+        others = [torch.cat([x[:, :, :block], x[:, :, 2 * block :]], dim=2) for x in (a, b)]
+        assert torch.equal(*others)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_blocks_of_padding_alone_are_not_read(causal):
+    q, k, v = tensors(queries=4 * block)
+    valid = torch.ones(1, 4 * block, dtype=torch.bool, device=device)
+    valid[:, :block] = valid[:, 3 * block :] = False
+    poisoned = [q.detach().requires_grad_(), *(x.detach().clone() for x in (k, v))]
+    for x in poisoned[1:]:
+        x[:, :, :block] = x[:, :, 3 * block :] = math.nan
+        x.requires_grad_()
+    grad = torch.randn_like(q)
+    ours = with_gradients(op, (q, k, v), None, grad, causal=causal, key_mask=valid)
+    theirs = with_gradients(op, poisoned, None, grad, causal=causal, key_mask=valid)
+    assert all(torch.equal(a, b) for a, b in zip(theirs, ours, strict=True))
+    assert all(x[:, :, :block].eq(0).all() for x in ours[2:])
+
+
+def test_padding_with_holes_and_rows_of_nothing_else():
+    valid = torch.ones(3, 3 * block + 5, dtype=torch.bool, device=device)
+    valid[0, 2 * cell : block + 3] = False
+    valid[1] = False
+    valid[2, 1:] = False
+    ours = compare(tensors(batch=3, queries=3 * block + 5), causal=True, key_mask=valid)
+    assert all(x[1].eq(0).all() for x in ours)
 
 
 def test_one_token():
