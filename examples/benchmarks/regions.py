@@ -1,0 +1,119 @@
+"""What regions are for and what they cost: seconds to the first step by depth, and microseconds a call.
+
+    python examples/benchmarks/regions.py                        # all of it: some minutes on a GPU
+    python examples/benchmarks/regions.py --depths 16 32 64 --systems rewriter inductor
+
+Each first step is a process of its own, with empty caches, then again with those that the first one filled.
+The overhead of a call is the host's time for a step of a tiny model, outlined and flat, a call: there the host
+is what a step waits for. Writes ``examples/benchmarks/results/regions.json``.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+
+
+def first_step(system: str, depth: int, tokens: int, caches: str, tiny: bool) -> dict:
+    """One process of ``end_to_end.py`` with its caches in a folder; where its first step's seconds went."""
+    folders = {"TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor", "TRITON_CACHE_DIR": f"{caches}/triton"}
+    with tempfile.TemporaryDirectory() as results:
+        case = f"{depth}x1x{tokens}"
+        command = [sys.executable, str(HERE / "end_to_end.py"), "--system", system, "--case", case]
+        command += ["--steps", "2", "--results", results, *(["--tiny"] if tiny else [])]
+        subprocess.run(command, env={**os.environ, **folders}, check=True, stdout=subprocess.DEVNULL)
+        return split(json.loads(Path(results, f"end_to_end_{case}_{system}.json").read_text()))
+
+
+def split(result: dict) -> dict:
+    """Seconds of the first step by what they were for; ``rest``: kernels' own compilation, and the first run."""
+    seconds = result["compile_s"]
+    ours = result.get("rewriter_s", [])
+    inductor = seconds.get("compile_fx_inner", 0.0)
+    backward = seconds.get("compile_fx.<locals>.bw_compiler", 0.0)
+    parts = {
+        "dynamo": seconds.get("_compile.compile_inner", 0.0)
+        - seconds.get("OutputGraph.call_user_compiler", 0.0),
+        "matching": sum(graph["rewriting"] + graph["outlining"] for graph in ours),
+        "aot": seconds.get("create_aot_dispatcher_function", 0.0) + backward - inductor,
+        "inductor": inductor,
+    }
+    total = result["first_step_s"]
+    parts = {name: round(value, 2) for name, value in parts.items()}
+    rest = round(total - sum(parts.values()), 2)
+    return {"first_step_s": round(total, 2), **parts, "rest": rest, "versions": result["versions"]}
+
+
+def overhead(depth: int, steps: int) -> dict[str, float]:
+    """Microseconds of the host a call of a region: forward, and forward with backward."""
+    times: dict[bool, tuple[float, float]] = {}
+    for regions in (True, False):
+        times[regions] = host_seconds(depth, steps, regions)
+    forward, both = (1e6 * (a - b) / depth for a, b in zip(times[True], times[False], strict=True))
+    return {"forward_us": round(forward, 1), "forward_backward_us": round(both, 1), "calls": depth}
+
+
+def host_seconds(depth: int, steps: int, regions: bool) -> tuple[float, float]:
+    """Median seconds of a forward, and of a forward and backward, where the host is the bound."""
+    from end_to_end import build
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch._dynamo.reset()
+    model = build(depth, False, device, True)
+    model.compile(backend="rewriter", options={"regions": regions})
+    ids = torch.randint(1000, (2, 64), device=device)
+    forwards, steps_taken = [], []
+    for _ in range(steps):
+        start = time.perf_counter()
+        with torch.autocast(device, torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        forwards.append(time.perf_counter() - start)
+        loss.backward()
+        steps_taken.append(time.perf_counter() - start)
+        if device == "cuda":
+            torch.cuda.synchronize()
+    warm = steps // 3
+    return statistics.median(forwards[warm:]), statistics.median(steps_taken[warm:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--depths", type=int, nargs="*", default=[16, 32, 64])
+    parser.add_argument("--systems", nargs="*", default=["rewriter"])
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument(
+        "--calls", type=int, default=32, help="layers of the model that overhead is measured on"
+    )
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--tiny", action="store_true", help="a tiny shape, to try the script on a CPU")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    result: dict = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+    for system in arguments.systems:
+        for depth in arguments.depths:
+            with tempfile.TemporaryDirectory() as caches:
+                for state in ("cold", "warm"):
+                    found = first_step(system, depth, arguments.tokens, caches, arguments.tiny)
+                    result["versions"] = found.pop("versions")
+                    result[f"{system}, {depth} layers, {state}"] = found
+                    print(f"{system}, {depth} layers, {state} caches: {found}", flush=True)
+    result["overhead"] = overhead(arguments.calls, arguments.steps)
+    print("overhead of a region's call:", result["overhead"])
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    (arguments.results / "regions.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
