@@ -21,46 +21,48 @@ import torch
 import torch.nn as nn
 
 RESULTS = Path(__file__).parent / "results"
-SYSTEMS = ("rewriter", "inductor", "hf")
+SYSTEMS = ("rewriter", "inductor", "hf", "liger", "liger_compiled", "unsloth", "unsloth_gc")
+RANK = 32
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def build(layers: int, quantised: bool, device: str, tiny: bool) -> nn.Module:
-    """The model with adapters of rank 32 on all seven linears; the same weights for the same arguments."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
+def configuration(layers: int, tiny: bool):
+    """Llama-3.1-8B's shape, or a tiny one."""
+    from transformers import LlamaConfig
 
-    shape = {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    }
-    if tiny:
-        shape = {
-            "hidden_size": 128,
-            "intermediate_size": 256,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-        }
-    config = LlamaConfig(
+    hidden, inner, heads, groups = (128, 256, 4, 2) if tiny else (4096, 14336, 32, 8)
+    return LlamaConfig(
         vocab_size=1024 if tiny else 128256,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
         num_hidden_layers=layers,
         max_position_embeddings=131072,
         use_cache=False,
         rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-        **shape,
     )
+
+
+def build(layers: int, quantised: bool, device: str, tiny: bool) -> nn.Module:
+    """The model with adapters of rank 32 on all seven linears; the same weights for the same arguments."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+
     torch.manual_seed(0)
     with torch.device(device):
-        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+        model = LlamaForCausalLM._from_config(configuration(layers, tiny), dtype=torch.bfloat16)
     model.requires_grad_(False)
     if quantised:
         quantise(model)
-    rank = 8 if tiny else 32
+    rank = 8 if tiny else RANK
     adapters = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=list(LINEARS))
-    model = get_peft_model(model, adapters)
+    return get_peft_model(model, adapters)
+
+
+def with_random_adapters(model: nn.Module) -> nn.Module:
+    """B starts at zero, which would leave half of the gradients zero."""
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -86,22 +88,46 @@ def quantise(model: nn.Module) -> None:
                 setattr(parent, name, linear)
 
 
-def prepare(model: nn.Module, system: str, options: dict) -> None:
+def prepared(arguments: argparse.Namespace, layers: int, device: str) -> nn.Module:
+    """The model as the system asked for sets it up."""
+    import peers
+
+    system, quantised = arguments.system, not arguments.no_quantise
+    if system.startswith("unsloth"):
+        shape = {"num_hidden_layers": layers, "hidden_size": 4096, "max_position_embeddings": 131072}
+        model = peers.unsloth(shape, RANK, list(LINEARS), quantised, system.endswith("_gc"))
+        return with_random_adapters(model)
+
+    def plain() -> nn.Module:
+        return with_random_adapters(build(layers, quantised, device, arguments.tiny))
+
+    if system.startswith("liger"):
+        return peers.liger(plain, system.endswith("_compiled"))
+    model = plain()
     if system == "rewriter":
-        model.compile(backend="rewriter", options=options)
+        model.compile(backend="rewriter", options=arguments.options)
     elif system == "inductor":
         model.compile()
+    return model
+
+
+def lengths(text: str, count: int) -> list[int]:
+    """Of each step's batch: "2048", or random ones from "128-255"."""
+    least, _, most = text.partition("-")
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(int(least), int(most or least) + 1, (count,), generator=generator)
+    return drawn.tolist()
 
 
 def measure(arguments: argparse.Namespace) -> dict:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    layers, rows, length = map(int, arguments.case.split("x"))
-    model = build(layers, not arguments.no_quantise, device, arguments.tiny)
-    prepare(model, arguments.system, arguments.options)
+    layers, rows, length = arguments.case.split("x")
+    model = prepared(arguments, int(layers), device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.vocab_size
-    batches = [torch.randint(vocabulary, (rows, length), generator=generator).to(device) for _ in range(4)]
+    sizes = [(int(rows), n) for n in lengths(length, 4 if length.isdigit() else 4 + arguments.steps)]
+    batches = [torch.randint(vocabulary, size, generator=generator).to(device) for size in sizes]
 
     def step(index: int) -> torch.Tensor:
         ids = batches[index % len(batches)]
@@ -217,7 +243,7 @@ def main() -> None:
     )
     parser.add_argument("--system", choices=SYSTEMS, default="rewriter")
     parser.add_argument("--all", action="store_true", help="every system, each in a process of its own")
-    parser.add_argument("--case", default="8x2x2048", help="layers x rows x tokens")
+    parser.add_argument("--case", default="8x2x2048", help="layers x rows x tokens, or a range of tokens")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--no-quantise", action="store_true", help="16-bit base weights")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape, to try the script on a CPU")

@@ -4,8 +4,8 @@
     python examples/benchmarks/regions.py --depths 16 32 64 --systems rewriter inductor
 
 Each first step is a process of its own, with empty caches, then again with those that the first one filled.
-The overhead of a call is the host's time for a step of a tiny model, outlined and flat, a call: there the host
-is what a step waits for. Writes ``examples/benchmarks/results/regions.json``.
+The overhead of a call is the host's time for a step of a tiny model, outlined and flat, divided by the calls:
+there the host is what a step waits for. Writes ``examples/benchmarks/results/regions.json``.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def first_step(system: str, depth: int, tokens: int, caches: str, tiny: bool) ->
 
 
 def split(result: dict) -> dict:
-    """Seconds of the first step by what they were for; ``rest``: kernels' own compilation, and the first run."""
+    """Seconds of the first step by what they were for; ``rest``: kernels' own compilation and first run."""
     seconds = result["compile_s"]
     ours = result.get("rewriter_s", [])
     inductor = seconds.get("compile_fx_inner", 0.0)
@@ -65,11 +65,11 @@ def overhead(depth: int, steps: int) -> dict[str, float]:
 
 def host_seconds(depth: int, steps: int, regions: bool) -> tuple[float, float]:
     """Median seconds of a forward, and of a forward and backward, where the host is the bound."""
-    from end_to_end import build
+    from end_to_end import build, with_random_adapters
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch._dynamo.reset()
-    model = build(depth, False, device, True)
+    model = with_random_adapters(build(depth, False, device, True))
     model.compile(backend="rewriter", options={"regions": regions})
     ids = torch.randint(1000, (2, 64), device=device)
     forwards, steps_taken = [], []
