@@ -1,0 +1,101 @@
+"""Which regions each family's layers become, and that they compute what the graph did."""
+
+import pytest
+import torch
+
+from tests.families import batch, build
+from tests.regions.outlined import assert_equal, numbers, outlined, run_program
+
+ONE_KIND = "beginning a a a a end"
+ALTERNATING = "beginning a b a b end"
+# An adapter on the first layer reads an embedding that needs no gradient.
+ADAPTED = "beginning a b b b end"
+ADAPTED_ALTERNATING = "beginning a b c b end"
+
+# Calls in order for four layers; six where the types of layers repeat after three.
+PLAIN = {
+    "llama": ONE_KIND,
+    "llama_bias": ONE_KIND,
+    "llama_rope_llama3": ONE_KIND,
+    "llama_rope_linear": ONE_KIND,
+    "llama_rope_yarn": ONE_KIND,
+    "mistral": ONE_KIND,
+    "qwen2": ONE_KIND,
+    "qwen3": ONE_KIND,
+    "phi3": ONE_KIND,
+    "gemma": ONE_KIND,
+    "gemma2": ALTERNATING,
+    "gemma2_sdpa": ALTERNATING,
+    "gemma3": "beginning a a b a a b end",
+    "mixtral": ONE_KIND,
+    "smollm3": ALTERNATING,
+    # Its norms follow the projections, so that the last layer's is joined to no next layer.
+    "olmo2": "beginning a a a end",
+    "granite": ONE_KIND,
+    "cohere": ONE_KIND,
+    "cohere_qk_norm": ONE_KIND,
+    "cohere2": ALTERNATING,
+    "glm4": ONE_KIND,
+    "phi": ONE_KIND,
+    "gpt_neox": ONE_KIND,
+    "stablelm": ONE_KIND,
+    "starcoder2": ONE_KIND,
+    "falcon": ONE_KIND,
+    "gpt_oss": ALTERNATING,
+    # The first layer is dense, and alone of its kind.
+    "deepseek_v3": "beginning a a a end",
+    "qwen3_moe": ONE_KIND,
+}
+ADAPTERS = {
+    "llama": ADAPTED,
+    "gemma2": ADAPTED_ALTERNATING,
+    "smollm3": ADAPTED_ALTERNATING,
+    "deepseek_v3": "beginning a a a end",
+}
+QUANTISED = {
+    "llama": "beginning a b b end",
+    "phi3": "beginning a b b end",
+    "gemma2": ADAPTED_ALTERNATING,
+}
+
+# Compiled, too; the others' regions are run as they are, to save time.
+_LOWERED = {"llama", "qwen3", "phi3", "gemma3", "mixtral", "olmo2", "cohere_qk_norm", "gpt_neox", "falcon"} | {
+    "gpt_oss",
+    "deepseek_v3",
+}
+# A layer's input is read by two norms and a sum. The first layer, run by the function of the others, adds the
+# three gradients in their order, the graph in its own: the embedding's gradient differs by one rounding.
+_ANOTHER_ORDER = {"gpt_neox", "falcon"}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_family_becomes_the_regions_of_the_table_and_computes_the_same(name):
+    layers = 6 if name == "gemma3" else 4
+    case = outlined(build(name, layers=layers), **batch(), lowered=name in _LOWERED)
+    assert case.order == PLAIN[name]
+    ours, theirs = numbers(run_program(case), case.values), numbers(case.body, case.values)
+    if name in _ANOTHER_ORDER:
+        unequal = [
+            i
+            for i, pair in enumerate(zip(ours.gradients, theirs.gradients, strict=True))
+            if not torch.equal(*pair)
+        ]
+        assert len(unequal) <= 1
+        torch.testing.assert_close(ours.gradients, theirs.gradients, rtol=1e-5, atol=1e-6)
+    else:
+        assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_family_with_adapters_becomes_the_regions_of_the_table_and_computes_the_same(name):
+    case = outlined(build(name, lora=True, layers=4), **batch(), lowered=name == "llama")
+    assert case.order == ADAPTERS[name]
+    assert_equal(numbers(run_program(case), case.values), numbers(case.body, case.values))
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_four_bit_layers_become_the_regions_of_the_table_and_compute_the_same(name):
+    layers = QUANTISED[name].count(" ") - 1
+    case = outlined(build(name, lora=True, nf4=True, layers=layers), **batch(), lowered=name == "llama")
+    assert case.order == QUANTISED[name]
+    assert_equal(numbers(run_program(case), case.values), numbers(case.body, case.values))
