@@ -10,7 +10,6 @@ that is viewed as only eager's memory order allows. Mirrors ``apply_rotary_pos_e
 GPT-OSS, GPT-J, Cohere, GLM, OLMo2 and DeepSeek in transformers.
 """
 
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +26,7 @@ from rewriter.match import Match, Miss
 from rewriter.memory_order import broken_view
 from rewriter.pattern import Rewrite, declare, require, same, source_line
 from rewriter.replace import find, put_call
+from rewriter.rotations import FORMS, as_it_is, in_fp32
 
 
 def cosines_fit(match: Match) -> None:
@@ -63,104 +63,19 @@ def _shared_dimensions(x: torch.Tensor, cos: torch.Tensor) -> set[int]:
     return {d for d in range(x.ndim - 1) if d < missing or same(cos.shape[d - missing], 1)}
 
 
-def _sliced_halves(x):
-    half = x.shape[-1] // 2
-    return x[..., :half], x[..., half:]
-
-
-def _chunked_halves(x):
-    halves = x.chunk(2, -1)
-    return halves[0], halves[1]
-
-
-def _pairs(x):
-    return x[..., ::2], x[..., 1::2]
-
-
-def _turned(first, second, cos, sin):
-    return first * cos - second * sin, second * cos + first * sin
-
-
-def halves(x, cos, sin):
-    first, second = _sliced_halves(x)
-    return x * cos + torch.cat((-second, first), -1) * sin
-
-
-def halves_half_cos(x, cos, sin):
-    return torch.cat(_turned(*_chunked_halves(x), cos, sin), -1)
-
-
-def halves_half_cos_sliced(x, cos, sin):
-    return torch.cat(_turned(*_sliced_halves(x), cos, sin), -1)
-
-
-def interleaved(x, cos, sin):
-    first, second = _pairs(x)
-    return x * cos + torch.stack((-second, first), -1).flatten(-2) * sin
-
-
-def interleaved_half_cos(x, cos, sin):
-    return torch.stack(_turned(*_pairs(x), cos, sin), -1).flatten(-2)
-
-
-def halves_cast_late(x, cos, sin):
-    first, second = _sliced_halves(x)
-    return x.to(torch.float32) * cos + torch.cat((-second, first), -1).to(torch.float32) * sin
-
-
-def interleaved_cast_late(x, cos, sin):
-    first, second = _pairs(x)
-    rotated = torch.stack((-second, first), -1).flatten(-2)
-    return x.to(torch.float32) * cos + rotated.to(torch.float32) * sin
-
-
-def pairs_to_halves(x, cos, sin):
-    batch, heads, tokens, head = x.shape[0], x.shape[1], x.shape[2], x.shape[3]
-    pairs = x.view(batch, heads, tokens, head // 2, 2)
-    return halves(pairs.transpose(4, 3).reshape(batch, heads, tokens, head), cos, sin)
-
-
-def pairs_to_halves_half_cos(x, cos, sin):
-    return torch.cat(_turned(*_pairs(x), cos, sin), -1)
-
-
-def _as_it_is(turn: Callable, x, cos, sin):
-    return turn(x, cos, sin)
-
-
-def _rounded(turn: Callable, x, cos, sin):
-    return turn(x, cos, sin).to(x.dtype)
-
-
-def _in_fp32(turn: Callable, x, cos, sin):
-    return turn(x.to(torch.float32), cos, sin).to(x.dtype)
-
-
-# Casts vanish where they change nothing, so the more particular form comes first; so does a turn that
-# contains another.
-_PRECISIONS = (_in_fp32, _rounded, _as_it_is)
-_TURNS = (
-    pairs_to_halves, pairs_to_halves_half_cos, halves, halves_half_cos, halves_half_cos_sliced, interleaved,
-    interleaved_half_cos,
-)  # fmt: skip
-_FORMS = (
-    *itertools.product(_TURNS, _PRECISIONS), (halves_cast_late, _rounded), (interleaved_cast_late, _rounded),
-)  # fmt: skip
-
-
 def _layout(match: Match) -> str:
     return match.rewrite.constants["layout"]
 
 
 def _compute_dtype(turn: Callable, precision: Callable) -> Callable[[Match], torch.dtype | None]:
     """What the model computes in before it rounds to the input's dtype; None where it does not round."""
-    in_fp32 = precision is _in_fp32 or turn.__name__.endswith("_cast_late")
+    late = turn.__name__.endswith("_cast_late")
 
     def compute_dtype(match: Match) -> torch.dtype | None:
         x, cos, sin = (match.value(hole).dtype for hole in ("x", "cos", "sin"))
-        turned = torch.float32 if in_fp32 else x
+        turned = torch.float32 if late or precision is in_fp32 else x
         computed = torch.promote_types(turned, torch.promote_types(cos, sin))
-        return None if precision is _as_it_is or computed == x else computed
+        return None if precision is as_it_is or computed == x else computed
 
     return compute_dtype
 
@@ -180,7 +95,7 @@ def _rewrites(turn: Callable, precision: Callable) -> Iterator[Rewrite]:
         yield declare(form, to=rotary_one, where=cosines_fit, name=layout, **constants)
 
 
-REWRITES = tuple(r for turn, precision in _FORMS for r in _rewrites(turn, precision))
+REWRITES = tuple(r for turn, precision in FORMS for r in _rewrites(turn, precision))
 
 
 @dataclass(frozen=True, eq=False)
