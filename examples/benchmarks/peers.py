@@ -1,7 +1,7 @@
 """The peers' models for ``end_to_end.py``: each as its own documentation sets it up, with the same shapes.
 
 Unsloth loads a checkpoint, so that one with random weights and a tokenizer of one word is written first, by a
-process of its own (``python peers.py <folder> <layers>``), since Unsloth must be imported before transformers.
+process of its own (``python peers.py <folder> <layers>``), as Unsloth must be imported before transformers.
 """
 
 import os

@@ -1,9 +1,9 @@
-"""Writes what ``end_to_end.py`` measured into the README, as a table between two markers.
+"""Writes what ``end_to_end.py`` and ``regions.py`` measured into the README, a table between two markers each.
 
     python examples/benchmarks/table.py
 
-Reads ``results/end_to_end_*.json`` beside this file and prints the table too. Ratios are to the rewriter of
-the same case: above 1 is slower, or larger.
+Reads ``results/end_to_end_*.json`` and ``results/regions.json`` beside this file and prints the tables too.
+Ratios are to the rewriter of the same case: above 1 is slower, or larger.
 """
 
 import json
@@ -13,8 +13,15 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"
-BEGIN, END = "<!-- end-to-end -->", "<!-- /end-to-end -->"
-LABELS = {"hf": "eager", "inductor": "`torch.compile`", "rewriter": "`rewriter`"}
+LABELS = {
+    "hf": "eager",
+    "inductor": "`torch.compile`",
+    "rewriter": "`rewriter`",
+    "liger": "Liger-Kernel",
+    "liger_compiled": "Liger-Kernel and `torch.compile`",
+    "unsloth": "Unsloth",
+    "unsloth_gc": "Unsloth, its checkpointing",
+}
 HEAD = ("layers × rows × tokens", "system", "ms a step", "ratio", "peak GiB", "ratio", "first step s", "loss")
 
 
@@ -24,9 +31,10 @@ def load(folder: Path) -> list[dict]:
     return sorted(runs, key=lambda r: (shape(r), r["system"] == "rewriter", r["system"]))
 
 
-def shape(run: dict) -> tuple[int, ...]:
-    """(layers, rows, tokens) of ``8x2x2048``."""
-    return tuple(map(int, run["case"].split("x")))
+def shape(run: dict) -> tuple[int, int, str]:
+    """(layers, rows, tokens) of ``8x2x2048``; tokens may be a range."""
+    layers, rows, tokens = run["case"].split("x")
+    return int(layers), int(rows), tokens
 
 
 def markdown(runs: Iterable[dict]) -> str:
@@ -40,7 +48,7 @@ def markdown(runs: Iterable[dict]) -> str:
     return "\n".join([*lines, "", *sorted({f"Measured on {setup(run)}." for run in runs})])
 
 
-def cells(run: dict, size: tuple[int, ...], ours: dict | None) -> tuple[str, ...]:
+def cells(run: dict, size: tuple[int, int, str], ours: dict | None) -> tuple[str, ...]:
     peak = run["peak_gib"]
     return (
         " × ".join(map(str, size)),
@@ -67,26 +75,55 @@ def row(columns: Iterable[str]) -> str:
     return f"| {' | '.join(columns)} |"
 
 
-def insert(document: str, table: str) -> str:
-    """``document`` with ``table`` between its two markers.
+def regions(result: dict) -> str:
+    """Seconds of first steps by depth, and where they went."""
+    parts = ("first_step_s", "dynamo", "matching", "aot", "inductor", "rest")
+    names = (
+        "layers, caches",
+        "first step",
+        "Dynamo",
+        "matching",
+        "AOTAutograd",
+        "Inductor",
+        "kernels and run",
+    )
+    lines = [row(names), row("---" for _ in names)]
+    for name, run in result.items():
+        if name.startswith("rewriter"):
+            lines.append(row((name.removeprefix("rewriter, "), *(f"{run[part]:.1f}" for part in parts))))
+    cost = result["overhead"]
+    lines += ["", f"A call of a region costs the host {cost['forward_us']:.0f} µs, "]
+    lines[-1] += f"{cost['forward_backward_us']:.0f} µs with its backward. Measured on {setup(result)}."
+    return "\n".join(lines)
+
+
+def insert(document: str, name: str, table: str) -> str:
+    """``document`` with ``table`` between the two markers of ``name``.
 
     Raises:
         ValueError: the markers are missing, or there are several of one.
     """
-    if document.count(BEGIN) != 1 or document.count(END) != 1:
-        raise ValueError(f"table: {README.name} must hold {BEGIN} and {END} once each.")
-    before, _, rest = document.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if document.count(begin) != 1 or document.count(end) != 1:
+        raise ValueError(f"table: {README.name} must hold {begin} and {end} once each.")
+    before, _, rest = document.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n{table}\n{end}{after}"
 
 
 def main() -> None:
-    runs = load(HERE / "results")
+    results = HERE / "results"
+    runs = load(results)
     if not runs:
-        raise SystemExit(f"table: no end_to_end_*.json in {HERE / 'results'}; run end_to_end.py first.")
-    table = markdown(runs)
-    print(table)
-    README.write_text(insert(README.read_text(), table))
+        raise SystemExit(f"table: no end_to_end_*.json in {results}; run end_to_end.py first.")
+    tables = {"end-to-end": markdown(runs)}
+    if (found := results / "regions.json").exists():
+        tables["regions"] = regions(json.loads(found.read_text()))
+    document = README.read_text()
+    for name, table in tables.items():
+        print(table)
+        document = insert(document, name, table)
+    README.write_text(document)
 
 
 if __name__ == "__main__":
