@@ -1,4 +1,4 @@
-"""Writes what ``end_to_end.py`` and ``regions.py`` measured into the README, a table between two markers each.
+"""Writes what ``end_to_end.py`` and ``regions.py`` measured into the README, each between two markers.
 
     python examples/benchmarks/table.py
 
