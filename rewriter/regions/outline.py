@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import SymBool, SymFloat, SymInt, Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
@@ -207,7 +208,8 @@ class _Outliner:
 
     def _results(self, module: GraphModule, given: Iterable[Any]) -> tuple[Any, ...]:
         """What the region will return, as the compilation of the next regions sees it."""
-        with self.fake_mode:
+        # Without the dispatcher, padding and the like read sizes in C++ and thereby fix them.
+        with enable_python_dispatcher(), self.fake_mode:
             results = module(*given)
         return tuple(map(self._border, results))
 
