@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from rewriter.deferred import split_deferred
 from rewriter.fusion import apply_all
-from rewriter.lower import lower, lower_beside, lower_program
+from rewriter.lower import lower, lower_beside, lower_program, records_cuda_graphs
 from rewriter.options import Options
 from rewriter.passes import ordered_passes, pass_names
 from rewriter.progress import ProgressLine, progress_line, seconds_since_beginning
@@ -102,8 +102,13 @@ def rewrite_graph(module: GraphModule, options: Options, record: GraphRecord) ->
 def outline_regions(
     module: GraphModule, example_inputs: Sequence[Any], options: Options, record: GraphRecord
 ) -> Program | None:
-    """The program of the graph's regions; None where it stays one, and the reason on record if it is refused."""
+    """The program of the regions; None where the graph stays one, and the reason on record if it is refused."""
     if not options.regions:
+        return None
+    if records_cuda_graphs(options):
+        record.notes.append(
+            "compiled as one region: CUDA graphs would be recorded anew for each layer's weights"
+        )
         return None
     try:
         program = outline(module, example_inputs)

@@ -39,6 +39,16 @@ def lower(module: GraphModule, example_inputs: Sequence[Any], options: Options) 
     return cast(Callable, compiled)
 
 
+def records_cuda_graphs(options: Options) -> bool:
+    """Whether Inductor will record CUDA graphs, which hold the addresses of a call's weights."""
+    if options.lowering == "eager":
+        return False
+    from torch._inductor import config, list_mode_options
+
+    patches = list_mode_options(options.mode) if options.mode else {}
+    return bool(patches.get("triton.cudagraphs", config.triton.cudagraphs))
+
+
 def lower_beside(module: GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable:
     """``lower``, for a second graph of the same inputs: in a context of its own, with the same guards."""
     context = TracingContext.try_get()
