@@ -12,6 +12,7 @@ from torch._guards import CompileContext
 from torch._logging._internal import trace_structured
 from torch.fx import GraphModule
 
+from rewriter.advice import advice
 from rewriter.deferred import split_deferred
 from rewriter.fusion import apply_all
 from rewriter.lower import lower, lower_beside, lower_program, records_cuda_graphs
@@ -47,6 +48,7 @@ def rewriter(
     """
     chosen = Options.parse(options, mode, pass_names())
     record = GraphRecord(_graph_name(), nodes_before=_operations(module), graph_break=_graph_break(module))
+    record.notes += advice(module)
     record.seconds["tracing"] = seconds_since_beginning()
     with progress_line() as line:
         line.finished(f"traced {record.nodes_before} operations in {record.seconds['tracing']:.1f} s")
@@ -102,7 +104,7 @@ def rewrite_graph(module: GraphModule, options: Options, record: GraphRecord) ->
 def outline_regions(
     module: GraphModule, example_inputs: Sequence[Any], options: Options, record: GraphRecord
 ) -> Program | None:
-    """The program of the regions; None where the graph stays one, and the reason on record if it is refused."""
+    """The program of the regions; None where the graph stays one, and why on record if it is refused."""
     if not options.regions:
         return None
     if records_cuda_graphs(options):

@@ -6,6 +6,7 @@ there, the first layer is the same as the second; what the walk does not reach b
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch.fx import Node
@@ -20,55 +21,63 @@ def counterpart(layer: Sequence[Node], root: Node, other_root: Node, within: set
     Returns:
         one for each of ``layer``, in its order. None of the rest of ``within`` reads any of them.
     """
-    inside = set(layer)
-    found: dict[Node, Node] = {}
-    taken: dict[Node, Node] = {}
-    outside: dict[Node, Node] = {}
+    walk = _Walk(set(layer), within)
+    if not walk.same(root, other_root):
+        return None
+    # What the root does not need, such as other results of a tuple, is found from what it reads.
+    if not all(mine in walk.found or walk.follow(mine) for mine in layer):
+        return None
+    taken = set(walk.found.values())
+    if any(other in taken for other in walk.outside.values()):
+        return None
+    if any(source in taken for node in within - taken for source in node.all_input_nodes):
+        return None
+    return [walk.found[mine] for mine in layer]
 
-    def same(mine: Any, other: Any) -> bool:
+
+@dataclass
+class _Walk:
+    """Two graphs walked side by side: ``found`` are pairs inside the layer, ``outside`` what it reads."""
+
+    inside: set[Node]
+    within: set[Node]
+    found: dict[Node, Node] = field(default_factory=dict)
+    outside: dict[Node, Node] = field(default_factory=dict)
+
+    def same(self, mine: Any, other: Any) -> bool:
         if isinstance(mine, Node):
-            return isinstance(other, Node) and same_node(mine, other)
+            return isinstance(other, Node) and self._same_node(mine, other)
         if isinstance(mine, (list, tuple)):
-            return type(mine) is type(other) and len(mine) == len(other) and all(map(same, mine, other))
+            return type(mine) is type(other) and len(mine) == len(other) and all(map(self.same, mine, other))
         if isinstance(mine, dict):
-            return (
-                isinstance(other, dict)
-                and list(mine) == list(other)
-                and all(same(mine[k], other[k]) for k in mine)
-            )
+            equal_keys = isinstance(other, dict) and list(mine) == list(other)
+            return equal_keys and all(self.same(mine[k], other[k]) for k in mine)
         if isinstance(mine, slice):
             parts = ("start", "stop", "step")
-            return isinstance(other, slice) and all(same(getattr(mine, p), getattr(other, p)) for p in parts)
+            return isinstance(other, slice) and all(
+                self.same(getattr(mine, p), getattr(other, p)) for p in parts
+            )
         return constant(mine) == constant(other)
 
-    def same_node(mine: Node, other: Node) -> bool:
-        if mine in found:
-            return found[mine] is other
-        if mine not in inside:
-            return outside.setdefault(mine, other) is other
-        fits = other in within and other not in taken and mine.op == other.op
+    def _same_node(self, mine: Node, other: Node) -> bool:
+        if mine in self.found:
+            return self.found[mine] is other
+        if mine not in self.inside:
+            return self.outside.setdefault(mine, other) is other
+        fits = other in self.within and other not in self.found.values() and mine.op == other.op
         if not fits or target(mine.target) != target(other.target):
             return False
         if described(value_of(mine)) != described(value_of(other)):
             return False
-        found[mine], taken[other] = other, mine
-        return same(mine.args, other.args) and same(mine.kwargs, other.kwargs)
+        self.found[mine] = other
+        return self.same(mine.args, other.args) and self.same(mine.kwargs, other.kwargs)
 
-    if not same_node(root, other_root):
-        return None
-    # What the root does not need, such as other results of a tuple, is found from what it reads.
-    for mine in layer:
-        if mine not in found and not _follow(mine, found, same_node):
-            return None
-    if any(other in taken for other in outside.values()):
-        return None
-    rest = within - set(taken)
-    if any(source in taken for node in rest for source in node.all_input_nodes):
-        return None
-    return [found[mine] for mine in layer]
-
-
-def _follow(mine: Node, found: dict[Node, Node], same_node: Any) -> bool:
-    """Find the counterpart of a node that the walk from the root has not met, from what it reads."""
-    sources = [s for s in mine.all_input_nodes if s in found]
-    return any(same_node(mine, reader) for s in sources for reader in list(found[s].users))
+    def follow(self, mine: Node) -> bool:
+        """Find the counterpart of a node that the walk has not met, from what it reads."""
+        for source in mine.all_input_nodes:
+            for reader in list(self.found[source].users) if source in self.found else ():
+                before = dict(self.found), dict(self.outside)
+                if self._same_node(mine, reader):
+                    return True
+                self.found, self.outside = before
+        return False

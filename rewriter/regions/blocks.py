@@ -93,7 +93,8 @@ def _ordered(piece: list[Node], waist: Sequence[Node]) -> list[Node]:
     """
     if any(is_impure(node) or is_random(node) for node in piece):
         return piece
-    inside, done = set(piece), dict.fromkeys(())
+    inside = set(piece)
+    done: dict[Node, None] = {}
     for root in (*waist, *piece):
         waiting = [root]
         while waiting:
