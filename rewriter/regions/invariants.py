@@ -35,16 +35,31 @@ def varying(graph: Graph, beginning: Node) -> set[Node]:
 
 
 def share_invariants(graph: Graph, moving: set[Node], piece: Mapping[Node, int], effects: Effects) -> None:
-    """Merge equal operations of different pieces that are outside ``moving``, in place."""
+    """Merge equal operations of different pieces that are outside ``moving``, in place.
+
+    What is read before it is written in place may be another value at each reading, and is left alone.
+    """
     numbers: dict[Any, Node] = {}
+    written = _last_writes(effects)
     for node in list(graph.nodes):
         if not is_operation(node) or node in moving or is_impure(node) or is_random(node):
+            continue
+        if any(written.get(n, -1) > effects.position[node] for n in (node, *node.all_input_nodes)):
             continue
         key = (node.op, node.target, effects.mode[node], _frozen(node.args), _frozen(node.kwargs))
         first = numbers.setdefault(key, node)
         if piece[first] != piece[node]:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
+
+
+def _last_writes(effects: Effects) -> dict[Node, float]:
+    """The place of the last write into each tensor that any is made into."""
+    return {
+        node: max(effects.position[write] for write in writes)
+        for storage, writes in effects.writes.items()
+        for node in effects.sharing[storage]
+    }
 
 
 def is_random(node: Node) -> bool:
@@ -79,9 +94,10 @@ def _frozen(value: Any) -> Any:
 def share_masks(graph: Graph, moving: set[Node], effects: Effects) -> None:
     """Give attentions that read one boolean mask its additive form, made once, in place."""
     readers: dict[tuple[Node, torch.dtype], list[Node]] = {}
+    written = _last_writes(effects)
     for node in graph.nodes:
         mask = _boolean_mask(node)
-        if mask is not None and mask not in moving:
+        if mask is not None and mask not in moving and mask not in written:
             readers.setdefault((mask, value_of(node.args[0]).dtype), []).append(node)
     for (mask, dtype), attentions in readers.items():
         if len(attentions) < 2:

@@ -8,7 +8,7 @@ operations, constants, shapes, and the layout and need of a gradient of every in
 frozen, quantised projections need no gradient of their input, is a kind of its own.
 
 A graph without repetition stays one. Refused with a reason, and left as one graph: a tensor written in place
-on one side of a border and read on the other; a result of unknown size that one region makes and another
+after another region has made or read it; a result of unknown size that one region makes and another
 needs.
 """
 
@@ -103,12 +103,17 @@ def _results(graph: Graph) -> list[Node]:
 
 
 def _refuse_writes_across(parts: Sequence[Block], effects: Effects) -> None:
-    home = {node: index for index, part in enumerate(parts) for node in part.nodes}
+    """A tensor may be written in one part, and read there and later, in the order that the graph has."""
+    place = {node: (i, k) for i, part in enumerate(parts) for k, node in enumerate(part.nodes)}
     for storage, writes in effects.writes.items():
-        touching = [*writes, *effects.sharing[storage]]
-        touching += [user for node in effects.sharing[storage] for user in node.users]
-        if len({home[n] for n in touching if n in home}) > 1:
-            raise Unsplittable(f"`{writes[0].name}` writes in place into what other parts of it read")
+        sharing = effects.sharing[storage]
+        touching = {n for n in (*sharing, *(user for node in sharing for user in node.users)) if n in place}
+        for write in writes:
+            home, _ = place[write]
+            for node in touching:
+                kept = (place[node] < place[write]) == (effects.position[node] < effects.position[write])
+                if place[node][0] < home or (node in writes and place[node][0] != home) or not kept:
+                    raise Unsplittable(f"`{write.name}` writes in place into what other parts of it read")
 
 
 @dataclass

@@ -59,7 +59,17 @@ QUANTISED = {
 }
 
 # Compiled, too; the others' regions are run as they are, to save time.
-_LOWERED = {"llama", "qwen3", "phi3", "gemma3", "mixtral", "olmo2", "cohere_qk_norm", "gpt_neox", "falcon"} | {
+_LOWERED = {
+    "llama",
+    "qwen3",
+    "phi3",
+    "gemma3",
+    "mixtral",
+    "olmo2",
+    "cohere_qk_norm",
+    "gpt_neox",
+    "falcon",
+} | {
     "gpt_oss",
     "deepseek_v3",
 }

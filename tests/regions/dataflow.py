@@ -1,0 +1,58 @@
+"""What a graph computes, as one text of hashes: equal for graphs that differ in names and in free order alone."""
+
+import hashlib
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from rewriter.effects import Effects, mutated_argument
+from rewriter.nested import subgraph
+from rewriter.regions.invariants import is_random
+from rewriter.regions.signature import constant, structure, target
+
+
+def dataflow(graph: Graph) -> str:
+    """The hash of the graph's results, inputs by name; of what writes or draws random numbers, in order.
+
+    Every operation is hashed with the grad mode and the autocast that it runs under.
+    """
+    effects = Effects.of(graph, torch.is_grad_enabled())
+    known: dict[Node, str] = {}
+    ordered: list[str] = []
+
+    def text(value: Any) -> str:
+        if isinstance(value, Node):
+            return known[value]
+        if isinstance(value, (list, tuple)):
+            return f"{type(value).__name__}({','.join(map(text, value))})"
+        if isinstance(value, dict):
+            return "{" + ",".join(f"{k}:{text(v)}" for k, v in value.items()) + "}"
+        if isinstance(value, slice):
+            return f"slice({text(value.start)},{text(value.stop)},{text(value.step)})"
+        return constant(value)
+
+    for node in graph.nodes:
+        body = subgraph(node)
+        if node.op == "placeholder":
+            known[node] = f"input {node.target}"
+        elif body is not None:
+            known[node] = f"graph {structure(list(body.graph.nodes))}"
+        elif node.op == "get_attr":
+            known[node] = f"attribute {node.target}"
+        elif getattr(node.target, "__name__", "") in (
+            "_set_grad_enabled",
+            "_enter_autocast",
+            "_exit_autocast",
+        ):
+            known[node] = ""
+        else:
+            parts = [node.op, target(node.target), text(node.args), text(node.kwargs)]
+            if node.op != "output":
+                parts.append(str(effects.mode[node]))
+            if is_random(node) or mutated_argument(node) is not None:
+                parts.append(f"number {len(ordered)}")
+                ordered.append(" ".join(parts))
+            known[node] = hashlib.sha256(" ".join(parts).encode()).hexdigest()
+    (output,) = graph.find_nodes(op="output")
+    return "\n".join([known[output], *ordered])
