@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
-from rewriter.nested import duplicate
+from rewriter.nested import drop_unread_graphs, duplicate
 
 _Compute = Callable[..., Tensor]
 
@@ -241,7 +241,7 @@ def split_deferred(module: GraphModule) -> tuple[GraphModule, Callable[[Callable
     for node in body.graph.find_nodes(op="get_attr"):
         if not node.users:
             body.graph.erase_node(node)
-    body.delete_all_unused_submodules()
+    drop_unread_graphs(body)
     body.graph.lint()
     body.recompile()
     positions = tuple(i for i, _ in kept)

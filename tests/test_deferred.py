@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.fx import Graph, GraphModule
+from torch.utils.checkpoint import checkpoint
 
 import rewriter
 from rewriter.deferred import DeferredTensor, deferred, split_deferred
@@ -322,3 +323,23 @@ def test_trainer_evaluates_with_metrics(tmp_path):
     assert seen["shape"] == (4, 8, 128)
     for name in ("eval_loss", "eval_accuracy", "eval_total"):
         assert got[name] == pytest.approx(wanted[name], rel=1e-3, abs=1e-3)
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 2
+
+
+def test_autograd_functions_inside_checkpoints_stay():
+    def function(x, weight, target):
+        return model(checkpoint(Doubled.apply, x, use_reentrant=False), weight, target)
+
+    values = operands()
+    loss, logits = compiled(function)(*values)
+    torch.testing.assert_close(loss, function(*values)[0])
+    assert is_unread(logits)
