@@ -137,8 +137,9 @@ def _transposed(value: Any) -> Node | None:
         return None
     matrix = value.args[0]
     # A pattern's values have no rank yet; `.T` and `.t()` are for matrices.
-    fits = isinstance(matrix, Node) and getattr(value_of(matrix), "ndim", 2) == 2
-    return matrix if fits else None
+    if not isinstance(matrix, Node) or getattr(value_of(matrix), "ndim", 2) != 2:
+        return None
+    return matrix
 
 
 def _getitem(node: Node) -> Call:
