@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rewriter.kernels.registration import define, differentiate
-from rewriter.kernels.rows import DTYPES, check_norm, dense_rows, row_statistic
+from rewriter.kernels.rows import DTYPES, check_norm, dense_rows, per_head, row_statistic
 
 
 def layer_norm(
@@ -34,15 +34,16 @@ def layer_norm(
     Args:
         x: (..., hidden). Any strides; copied only if the last dimension is not dense, or the leading ones do
             not collapse into two.
-        weight, bias: (hidden,) or None, each of ``x``'s dtype or another.
+        weight, bias: (hidden,) or None, each of ``x``'s dtype or another. Without bias the weight may be
+            (heads, hidden), for an ``x`` of (..., heads, hidden).
         offset: added to the weight.
         out_dtype: None for ``x.dtype``.
 
     Returns:
-        (..., hidden), in the memory order of ``x``.
+        (..., hidden), in the memory order of ``x``; contiguous with a weight of two dimensions.
 
     Raises:
-        ValueError: hidden exceeds 65536, or a parameter is not (hidden,).
+        ValueError: hidden exceeds 65536, or a parameter is none of these.
         TypeError: a parameter is not bf16, fp16 or fp32. An ``x`` of another dtype takes the reference.
     """
     if x.is_cuda and x.dtype in DTYPES:
@@ -79,6 +80,9 @@ def layer_norm_reference(x, weight, bias, eps, offset=0.0, out_dtype=None):
     if weight is not None and offset != 0:
         weight = weight + offset
     bias = None if bias is None else bias.to(compute)
+    if weight is not None and per_head(weight):
+        normal = F.layer_norm(x.to(compute), x.shape[-1:], None, None, eps)
+        return (weight * normal).to(out_dtype or x.dtype)
     return F.layer_norm(x.to(compute), x.shape[-1:], weight, bias, eps).to(out_dtype or x.dtype)
 
 
@@ -89,11 +93,22 @@ def add_layer_norm_reference(x, residual, weight, bias, eps, offset=0.0, out_dty
 
 def _empty_outputs(x, residual, weight, bias, out_dtype):
     """(y, h, mean, rstd), not yet computed; h is None where nothing is added."""
-    check_norm("layer_norm" if residual is None else "add_layer_norm", x, residual, weight, bias)
+    op = "layer_norm" if residual is None else "add_layer_norm"
+    heads = residual is None and bias is None and per_head(weight)
+    check_norm(op, x, residual, weight[0] if heads else weight, bias)
+    if heads and (x.dim() < 2 or x.shape[-2] != weight.shape[0]):
+        raise ValueError(
+            f"{op}: weight {tuple(weight.shape)} is not one row a head of input {tuple(x.shape)}."
+        )
     h_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    y = dense_rows(x, out_dtype or h_dtype)
+    y = _rows(x, weight, out_dtype or h_dtype)
     h = None if residual is None else torch.empty_like(y, dtype=h_dtype)
     return y, h, row_statistic(y), row_statistic(y)
+
+
+def _rows(x, weight, dtype, device=None):
+    """Empty rows in ``x``'s memory order; with a weight a head, in the order in which heads are innermost."""
+    return dense_rows(x.contiguous() if per_head(weight) else x, dtype, device)
 
 
 def _forward_fake(x, weight, bias, eps, offset, out_dtype):
@@ -128,7 +143,7 @@ def _empty_gradients(x, weight, bias_dtype, grad_weight):
 
 
 def _backward_fake(dy, dh, x, weight, mean, rstd, offset, bias_dtype, grad_x, grad_weight):
-    dx = dense_rows(x, x.dtype) if grad_x else x.new_empty(0)
+    dx = _rows(x, weight, x.dtype) if grad_x else x.new_empty(0)
     return dx, *_empty_gradients(x, weight, bias_dtype, grad_weight)
 
 
@@ -136,7 +151,7 @@ def _backward_kernel(dy, dh, x, weight, mean, rstd, offset, bias_dtype, grad_x, 
     from rewriter.kernels.norm_triton import launch_backward
 
     # Without a gradient for x there is still the order of its rows to go by.
-    rows = dense_rows(x, x.dtype, None if grad_x else "meta")
+    rows = _rows(x, weight, x.dtype, None if grad_x else "meta")
     dw, db = _empty_gradients(x, weight, bias_dtype, grad_weight)
     wanted = (dw if grad_weight else None, None if bias_dtype is None else db)
     launch_backward(dy, dh, x, weight, mean, rstd, offset, rows, *wanted)

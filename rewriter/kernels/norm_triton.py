@@ -33,10 +33,22 @@ STAGES = 3
 
 
 @triton.jit
+def _weight_of(weight_ptr, row, column, offset, HIDDEN: tl.constexpr, HEADS: tl.constexpr):
+    """The weight of each row in fp32: one for all, or that of the row's head, heads being rows in turn."""
+    if HEADS == 1:
+        weight = tl.load(weight_ptr + column, mask=column < HIDDEN, other=0.0)[None, :]
+    else:
+        at = (row % HEADS)[:, None] * HIDDEN + column[None, :]
+        weight = tl.load(weight_ptr + at, mask=(column < HIDDEN)[None, :], other=0.0)
+    return weight.to(tl.float32) + offset
+
+
+@triton.jit
 def norm_forward_kernel(
     x_ptr, x_outer, x_inner, residual_ptr, residual_outer, residual_inner, weight_ptr, bias_ptr,
     y_ptr, h_ptr, mean_ptr, rstd_ptr, rows, inner, eps, offset,
-    HIDDEN: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, ROUND: tl.constexpr,
+    HIDDEN: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    ROUND: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, COLUMNS)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -60,10 +72,10 @@ def norm_forward_kernel(
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
     y = value * rstd[:, None]
     if weight_ptr is not None:
-        weight = tl.load(weight_ptr + column, mask=column < HIDDEN, other=0.0).to(tl.float32) + offset
+        weight = _weight_of(weight_ptr, row, column, offset, HIDDEN, HEADS)
         if ROUND:
             y = y.to(x.dtype).to(tl.float32)
-        y = y * weight[None, :]
+        y = y * weight
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
         y = y + bias[None, :]
@@ -74,7 +86,8 @@ def norm_forward_kernel(
 def norm_backward_kernel(
     dy_ptr, dy_outer, dy_inner, dh_ptr, dh_outer, dh_inner, x_ptr, x_outer, x_inner,
     weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dweight_ptr, dbias_ptr, rows, inner, offset,
-    HIDDEN: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+    HIDDEN: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, COLUMNS)
     if dweight_ptr is not None:
@@ -107,8 +120,7 @@ def norm_backward_kernel(
         if dx_ptr is not None:
             if weight_ptr is not None:
                 # Read again each time, from L1: held over the loop, fewer programs would fit.
-                weight = tl.load(weight_ptr + column, mask=column < HIDDEN, other=0.0).to(tl.float32) + offset
-                gradient = gradient * weight[None, :]
+                gradient = gradient * _weight_of(weight_ptr, row, column, offset, HIDDEN, HEADS)
             if mean_ptr is None:
                 along = tl.sum(gradient * normal, 1)[:, None] / HIDDEN
             else:
@@ -123,8 +135,13 @@ def norm_backward_kernel(
             tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), mask=live)
 
     partial = tl.program_id(0).to(tl.int64) * HIDDEN + column
-    if dweight_ptr is not None:
+    if dweight_ptr is not None and HEADS == 1:
         tl.store(dweight_ptr + partial, tl.sum(dweight, 0), mask=column < HIDDEN)
+    elif dweight_ptr is not None:
+        # Each row of the tile has met one head alone.
+        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        at = row[:, None] * HIDDEN + column[None, :]
+        tl.store(dweight_ptr + at, dweight, mask=(column < HIDDEN)[None, :])
     if dbias_ptr is not None:
         tl.store(dbias_ptr + partial, tl.sum(dbias, 0), mask=column < HIDDEN)
 
@@ -156,6 +173,11 @@ def divide_backward(hidden: int, element_bytes: int, device: torch.device) -> tu
     return tile, STAGES if ahead <= shared_memory(device) else 1
 
 
+def _heads(weight: Tensor | None) -> int:
+    """How many weights there are, of which rows take one each in turn."""
+    return 1 if weight is None or weight.dim() == 1 else weight.size(0)
+
+
 def launch_forward(
     x: Tensor,
     residual: Tensor | None,
@@ -181,7 +203,7 @@ def launch_forward(
     with torch.cuda.device_of(x):
         norm_forward_kernel[(triton.cdiv(rows, tile.rows),)](
             x, *x_strides, residual, *residual_strides, weight, bias, y, h, mean, rstd,
-            rows, inner, eps, offset, hidden, tile.columns, tile.rows, round_before_weight,
+            rows, inner, eps, offset, hidden, _heads(weight), tile.columns, tile.rows, round_before_weight,
             num_warps=tile.warps,
         )  # fmt: skip
 
@@ -213,16 +235,19 @@ def launch_backward(
     element_bytes = sum(operand.itemsize for operand in (dy, dh, x, weight) if operand is not None)
     tile, stages = divide_backward(hidden, element_bytes, x.device)
     resident = WARPS // tile.warps * multiprocessors(x.device)
-    programs = min(triton.cdiv(rows, tile.rows), resident)
-    shape = (len(wanted), programs, hidden)
+    programs, heads = min(triton.cdiv(rows, tile.rows), resident), _heads(weight)
+    if heads > 1 and dweight is not None:
+        # Then a program's steps are whole turns of the heads, and each row of its tile keeps to one head.
+        programs = triton.cdiv(programs, heads) * heads
+    shape = (len(wanted), programs if heads == 1 else programs * tile.rows, hidden)
     partials = list(torch.empty(shape, dtype=torch.float32, device=x.device)) if wanted else []
     weight_partial = partials[0] if dweight is not None else None
     bias_partial = partials[-1] if dbias is not None else None
     with torch.cuda.device_of(x):
         norm_backward_kernel[(programs,)](
             dy, *dy_strides, dh, *dh_strides, x, *x_strides, weight, mean, rstd, None if dx.is_meta else dx,
-            weight_partial, bias_partial, rows, inner, offset, hidden, tile.columns, tile.rows,
+            weight_partial, bias_partial, rows, inner, offset, hidden, heads, tile.columns, tile.rows,
             stages, num_warps=tile.warps, maxnreg=REGISTERS,
         )  # fmt: skip
         for partial, gradient in zip(partials, wanted, strict=True):
-            sum_columns(partial, gradient)
+            sum_columns(partial.view(-1, gradient.numel()), gradient)

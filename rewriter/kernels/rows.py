@@ -30,6 +30,11 @@ def row_statistic(y: Tensor) -> Tensor:
     return torch.empty_like(y.select(-1, 0), dtype=torch.float32)
 
 
+def per_head(weight: Tensor | None) -> bool:
+    """Whether a norm's weight is (heads, hidden), one row for each place of the last dimension but one."""
+    return weight is not None and weight.dim() == 2
+
+
 def check_norm(op: str, x: Tensor, residual: Tensor | None, *parameters: Tensor | None) -> None:
     """Raise unless the kernels take these operands; ``parameters`` are (hidden,) or None."""
     if x.dim() == 0:

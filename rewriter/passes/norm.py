@@ -3,8 +3,7 @@
 Pays because a norm is bound by memory: eager reads and writes the row about seven times forward, the kernel
 reads it once and writes it once, and with the residual add in it the sum is not read again.
 
-Refuses: a norm whose variance or normalised row is used elsewhere; a row that one program cannot hold; a
-weight of more dimensions than the row (Cohere's norm over heads).
+Refuses: a norm whose variance or normalised row is used elsewhere; a row that one program cannot hold.
 Mirrors ``LlamaRMSNorm``, ``GemmaRMSNorm``, ``Olmo2RMSNorm``, ``Gemma3nRMSNorm`` and ``CohereLayerNorm`` of
 transformers, ``torch.nn.RMSNorm`` and ``torch.nn.LayerNorm``.
 """
@@ -23,8 +22,11 @@ from rewriter.pattern import Unmet, require, rewrite
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def row_fits(match: Match) -> None:
-    """The kernels hold a row in one program, and work in fp32 on 16- and 32-bit floats."""
+def row_fits(match: Match, *shapes: tuple) -> None:
+    """The kernels hold a row in one program, and work in fp32 on 16- and 32-bit floats.
+
+    ``shapes``: what a parameter may be beside one row.
+    """
     x = match.value("x")
     require(isinstance(x, torch.Tensor) and x.dim() > 0, "what is normalised is no row")
     require(x.dtype in _DTYPES, f"rows of {x.dtype}; the kernel takes 16- and 32-bit floats")
@@ -38,7 +40,13 @@ def row_fits(match: Match) -> None:
     for name in ("weight", "bias"):
         parameter = match.value(name) if name in match.bindings else None
         shape = tuple(parameter.shape) if isinstance(parameter, torch.Tensor) else (hidden,)
-        require(shape == (hidden,), f"{name} of shape {shape} is not one row of {hidden}")
+        require(shape in shapes or shape == (hidden,), f"{name} of shape {shape} is not one row of {hidden}")
+
+
+def row_of_heads_fits(match: Match) -> None:
+    """Every head may have a weight of its own, as in Cohere's norm of q and k."""
+    shape = getattr(match.value("x"), "shape", ())
+    row_fits(match, tuple(map(fixed, shape[-2:])))
 
 
 def summands_match(match: Match) -> None:
@@ -164,7 +172,7 @@ def add_torch_layer_norm(x, residual, shape, weight, bias, eps):
     return F.layer_norm(h, shape, weight, bias, eps), h
 
 
-@rewrite(to=layer_norm, where=row_fits, bias=None, out_dtype=result_dtype)
+@rewrite(to=layer_norm, where=row_of_heads_fits, bias=None, out_dtype=result_dtype)
 def cohere_norm(x, weight, eps):
     return (weight.to(torch.float32) * _centred(x, eps)).to(x.dtype)
 

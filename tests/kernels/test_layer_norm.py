@@ -17,6 +17,8 @@ def fused_add(x, residual, weight, bias, offset=0.0, out_dtype=None):
 
 
 def truth(x, weight, bias, offset=0.0):
+    if weight is not None and weight.dim() == 2:
+        return F.layer_norm(x, x.shape[-1:], None, None, EPS) * (weight + offset)
     return F.layer_norm(x, x.shape[-1:], None if weight is None else weight + offset, bias, EPS)
 
 
@@ -62,6 +64,18 @@ def test_as_accurate_as_one_written_by_hand(dtype):
         return (weight.to(torch.float32) * h).to(x.dtype)
 
     compare_norm(leaf(3, 20, 72, dtype=dtype), leaf(72, dtype=dtype), None, eager=by_hand)
+
+
+@pytest.mark.parametrize("dtype", dtypes)
+@pytest.mark.parametrize("shape", [(2, 5, 3, 16), (7, 96, 24), (3, 1, 40), (2, 3, 5, 2100)])
+def test_a_weight_for_each_head(shape, dtype):
+    compare_norm(leaf(*shape, dtype=dtype), leaf(*shape[-2:], dtype=dtype), None)
+
+
+@pytest.mark.parametrize("needed", [(True, False), (False, True)])
+def test_a_weight_for_each_head_of_rows_in_another_order(needed):
+    x = torch.randn(2, 3, 7, 16, device=device).transpose(1, 2).requires_grad_(needed[0])
+    compare_norm(x, leaf(3, 16, dtype=torch.float32).requires_grad_(needed[1]), None, 1.0)
 
 
 @pytest.mark.parametrize("weight", [True, False])
@@ -182,6 +196,10 @@ def test_refusals_name_the_limit():
         fused(torch.zeros(1, 65537, device=device), None, None)
     with pytest.raises(TypeError, match="float64"):
         fused(torch.zeros(1, 8, device=device, dtype=torch.float64), None, None)
+    with pytest.raises(ValueError, match=r"weight \(2, 8\) is not one row a head of input \(1, 8\)"):
+        fused(torch.zeros(1, 8, device=device), torch.zeros(2, 8, device=device), None)
+    with pytest.raises(ValueError, match=r"parameter of shape \(2, 8\)"):
+        fused(torch.zeros(2, 8, device=device), *torch.zeros(2, 2, 8, device=device))
     with pytest.raises(ValueError, match=r"parameter of shape \(7,\)"):
         fused(torch.zeros(1, 8, device=device), None, torch.zeros(7, device=device))
 
@@ -214,6 +232,8 @@ def test_the_ops_keep_pytorchs_contract(given):
     residual = leaf(3, 5, 16, dtype=torch.float16)
     weight, bias = (leaf(16, dtype=torch.float32), leaf(16, dtype=torch.float16)) if given else (None, None)
     torch.library.opcheck(torch.ops.rewriter.layer_norm, (x, weight, bias, EPS, 1.0, torch.float16))
+    heads = leaf(3, 16, dtype=torch.float32), leaf(5, 16, dtype=torch.float32)
+    torch.library.opcheck(torch.ops.rewriter.layer_norm, (x, heads[x.shape[1] == 5], None, EPS, 0.0, None))
     torch.library.opcheck(torch.ops.rewriter.add_layer_norm, (x, residual, weight, bias, EPS, 0.0, None))
     mean, rstd = torch.rand(2, 5, 3, device=device).transpose(1, 2).unbind()
     args = (residual.detach(), None, x.detach(), None if weight is None else weight.detach(), mean, rstd, 0.0)

@@ -260,9 +260,23 @@ def test_a_row_that_just_fits_is_rewritten():
     assert rewrite_with(norm, llama, x, weight).rewrites == {"llama_norm": 1}
 
 
-def test_a_weight_of_two_dimensions_is_kept():
-    done = rewrite_with(norm, cohere, torch.randn(2, 4, 16), torch.randn(4, 16))
-    assert done.reasons == ["weight of shape (4, 16) is not one row of 16"]
+def test_a_weight_for_each_head_is_one_call():
+    x, weight = torch.randn(2, 5, 4, 16, requires_grad=True), torch.randn(4, 16, requires_grad=True)
+    done = rewrite_with(norm, cohere, x, weight)
+    assert done.rewrites == {"cohere_norm": 1}
+    done.assert_same_numbers()
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (5, 1, 16)])
+def test_a_weight_that_is_neither_a_row_nor_one_a_head_is_kept(shape):
+    done = rewrite_with(norm, cohere, torch.randn(2, 5, 3, 16), torch.randn(shape))
+    assert done.rewrites == {}
+
+
+def test_a_weight_for_each_head_of_an_rms_norm_is_left_to_multiply_its_result():
+    done = rewrite_with(norm, llama, torch.randn(2, 4, 16), torch.randn(4, 16))
+    assert done.rewrites == {"unweighted_norm": 1}
+    done.assert_same_numbers()
 
 
 def test_a_norm_over_two_dimensions_is_kept():
