@@ -162,6 +162,38 @@ FAMILIES: dict[str, Family] = {
         **EXPERTS,
     ),
     "qwen3_moe": _causal("Qwen3Moe", **HEAD, adapters=ATTENTION_ONLY, num_experts=4, **EXPERTS),
+    "granitemoe": _causal(
+        "GraniteMoe",
+        adapters=ATTENTION_ONLY,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        logits_scaling=4.0,
+    ),
+    "ernie4_5": _causal("Ernie4_5", **HEAD),
+    "hunyuan": _causal("HunYuanDenseV1", **HEAD),
+    "exaone4": _causal("Exaone4", sliding_window=8, layer_types=["sliding_attention", "full_attention"]),
+    "nemotron": _causal("Nemotron", **HEAD),
+    "bitnet": _causal("BitNet"),
+    "apertus": _causal("Apertus"),
+    "diffllama": _causal("DiffLlama", **HEAD),
+    "lfm2": _causal("Lfm2", layer_types=["conv", "full_attention"], block_multiple_of=16),
+    "gptj": _causal("GPTJ", attention="eager", n_embd=64, n_head=4, n_layer=2, n_positions=64, rotary_dim=8),
+    "gemma3n": Family(
+        "Gemma3nTextConfig",
+        "Gemma3nForCausalLM",
+        {
+            **HEAD,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "num_kv_shared_layers": 0,
+            "intermediate_size": [128, 128],
+            "activation_sparsity_pattern": [0.5, 0.0],
+            "laurel_rank": 16,
+            "altup_num_inputs": 2,
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": VOCABULARY,
+        },
+    ),
 }
 
 

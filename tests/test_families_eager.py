@@ -50,7 +50,7 @@ def test_every_parameter_gets_a_gradient_that_is_not_rounding(name):
 
 def test_the_truth_is_fp64_throughout_and_eager_is_near_it():
     model = build("gemma3")
-    check = parity(model, batch(), _compile_kwargs())
+    (check,) = parity(model, [batch()], _compile_kwargs()).runs
     assert check.truth.loss.dtype == torch.float64
     assert 0 < max(eager for _, eager in check.distances().values()) < 1e-4
 
@@ -71,12 +71,12 @@ def test_a_narrow_tensor_in_the_truth_is_refused():
     ids=lambda options: "-".join(str(v) for v in options.values()),
 )
 def test_a_graph_left_as_it_was_passes(options):
-    parity(build(**options), batch(), _compile_kwargs()).check()
+    parity(build(**options), [batch()], _compile_kwargs()).check()
 
 
 def test_dropout_is_compared_under_the_same_random_numbers():
     model = build("llama", lora=True, lora_dropout=0.3)
-    parity(model, batch(), {"backend": "aot_eager"}, same_dropout=True).check()
+    parity(model, [batch()], {"backend": "aot_eager"}, same_dropout=True).check()
 
 
 def _change_epsilon(graph) -> None:
@@ -97,4 +97,4 @@ def _detach_one_weight(graph) -> None:
 )
 def test_a_wrong_graph_fails(change, complaint):
     with pytest.raises(AssertionError, match=complaint):
-        parity(build("llama"), batch(), _compile_kwargs(change)).check()
+        parity(build("llama"), [batch()], _compile_kwargs(change)).check()
