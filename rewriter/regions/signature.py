@@ -7,6 +7,7 @@ read. Two parts with one hash may be run by one compiled function, each with its
 import hashlib
 from collections.abc import Iterable, Sequence
 from enum import Enum
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def target(value: Any) -> str:
 
 def constant(value: Any) -> str:
     """An argument that is no node. What has no text of its own is told apart by identity."""
-    if isinstance(value, (type(None), bool, int, float, complex, str, bytes)):
+    if isinstance(value, (type(None), EllipsisType, bool, int, float, complex, str, bytes)):
         return f"{type(value).__name__} {value!r}"
     if isinstance(value, (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)):
         return f"{type(value).__name__} {value}"

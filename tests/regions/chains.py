@@ -38,7 +38,7 @@ def _tuple(h: Tensor, w: Tensor, shared: Shared) -> Tensor:
 
 
 def _maximum(h: Tensor, w: Tensor, shared: Shared) -> Tensor:
-    values, _ = (h @ w).max(-1, keepdim=True)
+    values, _ = (h @ w)[..., 1:].max(-1, keepdim=True)
     return h + values
 
 
@@ -160,15 +160,17 @@ class Chain:
 _names = st.sampled_from(sorted(BLOCKS))
 
 
-def chains() -> st.SearchStrategy[Chain]:
+def chains(
+    *, skips: tuple[int, ...] = (0, 0, 1, 2), repeats: tuple[int, int] = (2, 5)
+) -> st.SearchStrategy[Chain]:
     """Any of the above."""
     return st.builds(
         Chain,
         before=st.lists(_names, max_size=1).map(tuple),
         layer=st.lists(_names, min_size=1, max_size=3).map(tuple),
-        repeats=st.integers(2, 5),
+        repeats=st.integers(*repeats),
         after=st.lists(_names, max_size=1).map(tuple),
-        skip=st.sampled_from((0, 0, 1, 2)),
+        skip=st.sampled_from(skips),
         middle=st.booleans(),
         tied=st.booleans(),
         frozen=st.booleans(),

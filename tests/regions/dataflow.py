@@ -1,4 +1,4 @@
-"""What a graph computes, as one text of hashes: equal for graphs that differ in names and in free order alone."""
+"""What a graph computes, as hashes: equal for graphs that differ in names and in free order alone."""
 
 import hashlib
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from rewriter.effects import Effects, mutated_argument
+from rewriter.effects import Effects, is_mode_switch, mutated_argument
 from rewriter.nested import subgraph
 from rewriter.regions.invariants import is_random
 from rewriter.regions.signature import constant, structure, target
@@ -40,11 +40,7 @@ def dataflow(graph: Graph) -> str:
             known[node] = f"graph {structure(list(body.graph.nodes))}"
         elif node.op == "get_attr":
             known[node] = f"attribute {node.target}"
-        elif getattr(node.target, "__name__", "") in (
-            "_set_grad_enabled",
-            "_enter_autocast",
-            "_exit_autocast",
-        ):
+        elif is_mode_switch(node):
             known[node] = ""
         else:
             parts = [node.op, target(node.target), text(node.args), text(node.kwargs)]

@@ -69,7 +69,6 @@ _LOWERED = {
     "cohere_qk_norm",
     "gpt_neox",
     "falcon",
-} | {
     "gpt_oss",
     "deepseek_v3",
 }

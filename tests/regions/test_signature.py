@@ -1,0 +1,178 @@
+"""The hash that tells regions apart: what changes it, what does not, and that processes agree on it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rewriter.regions.signature import signature
+from tests.golden import trace
+from tests.regions.chains import Chain
+from tests.regions.outlined import outlined
+
+CHAIN = Chain(("mixed",), ("attention", "dropout", "narrow", "maximum"), 3, ("tuple",))
+
+
+def hashed(function: Callable, *inputs, dynamic: bool = False) -> str:
+    return signature(trace(function, *inputs, dynamic=dynamic)[0])
+
+
+def program_signatures() -> list[str]:
+    """Those of a program with constants, dtypes, modes and functions of ours."""
+    program = outlined(CHAIN, *CHAIN.inputs()).program
+    assert program is not None
+    return [signature(region.module) for region in program.regions]
+
+
+def test_another_process_with_another_seed_for_hashes_agrees():
+    code = "from tests.regions.test_signature import *; print(*program_signatures())"
+    root = Path(__file__).parents[2]
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=root,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
+        for seed in ("1", "2")
+    ]
+    assert found[0] == found[1] == program_signatures()
+
+
+def _body(x: Tensor, y: Tensor) -> Tensor:
+    return F.softmax(torch.sub(x, y) * 2.0, dim=-1) + x
+
+
+def _other_names(left: Tensor, right: Tensor) -> Tensor:
+    difference = torch.sub(left, right)
+    scaled = difference * 2.0
+    result = F.softmax(scaled, dim=-1)
+    return result + left
+
+
+def _another_constant(x: Tensor, y: Tensor) -> Tensor:
+    return F.softmax(torch.sub(x, y) * 2.5, dim=-1) + x
+
+
+def _an_integer(x: Tensor, y: Tensor) -> Tensor:
+    return F.softmax(torch.sub(x, y) * 2, dim=-1) + x
+
+
+def _another_keyword(x: Tensor, y: Tensor) -> Tensor:
+    return F.softmax(torch.sub(x, y) * 2.0, dim=0) + x
+
+
+def _other_operands(x: Tensor, y: Tensor) -> Tensor:
+    return F.softmax(torch.sub(y, x) * 2.0, dim=-1) + x
+
+
+def _another_reader(x: Tensor, y: Tensor) -> Tensor:
+    return F.softmax(torch.sub(x, y) * 2.0, dim=-1) + y
+
+
+def _another_operation(x: Tensor, y: Tensor) -> Tensor:
+    return F.log_softmax(torch.sub(x, y) * 2.0, dim=-1) + x
+
+
+def _another_result(x: Tensor, y: Tensor) -> Tensor:
+    return F.softmax(torch.sub(x, y) * 2.0, dim=-1)
+
+
+def _under_no_grad(x: Tensor, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        scaled = torch.sub(x, y) * 2.0
+    return F.softmax(scaled, dim=-1) + x
+
+
+def _under_autocast(x: Tensor, y: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return F.softmax(torch.sub(x, y) * 2.0, dim=-1) + x
+
+
+def test_names_do_not_matter():
+    x = torch.randn(4, 4)
+    assert hashed(_body, x, x + 1) == hashed(_other_names, x, x + 1)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        _another_constant,
+        _an_integer,
+        _another_keyword,
+        _other_operands,
+        _another_reader,
+        _another_operation,
+        _another_result,
+        _under_no_grad,
+        _under_autocast,
+    ],
+    ids=lambda function: function.__name__.strip("_"),
+)
+def test_what_is_computed_matters(other):
+    x, y = torch.randn(4, 4), torch.randn(4, 4)
+    assert hashed(_body, x, y) != hashed(other, x, y)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        torch.randn(4, 4, dtype=torch.float64),
+        torch.randn(5, 4, 4)[3].mT,
+        torch.randn(4, 4).mT,
+        torch.randn(20)[4:].view(4, 4),
+        torch.randn(4, 8)[:, :4],
+        torch.randn(4, 4, requires_grad=True),
+        nn.Parameter(torch.randn(4, 4)),
+        nn.Parameter(torch.randn(4, 4), requires_grad=False),
+        torch.randn(1, 4),
+    ],
+    ids=[
+        "dtype",
+        "stride of a slice",
+        "stride",
+        "offset",
+        "gap",
+        "gradient",
+        "parameter",
+        "frozen",
+        "broadcast",
+    ],
+)
+def test_what_an_input_is_matters(other):
+    x, y = torch.randn(4, 4), torch.randn(4, 4)
+    assert hashed(_body, x, y) != hashed(_body, x, other)
+
+
+def test_a_gradient_need_is_told_from_another():
+    grads = [torch.randn(4, 4, requires_grad=True), torch.randn(4, 4)]
+    assert hashed(_body, *grads) != hashed(_body, *reversed(grads))
+
+
+def test_the_body_of_a_checkpoint_matters():
+    def first(x: Tensor, w: Tensor) -> Tensor:
+        return checkpoint(lambda h: torch.tanh(h @ w), x, use_reentrant=False)
+
+    def second(x: Tensor, w: Tensor) -> Tensor:
+        return checkpoint(lambda h: torch.sigmoid(h @ w), x, use_reentrant=False)
+
+    def third(x: Tensor, w: Tensor) -> Tensor:
+        return checkpoint(lambda h: torch.tanh(w @ h), x, use_reentrant=False)
+
+    x, w = torch.randn(4, 4, requires_grad=True), torch.randn(4, 4, requires_grad=True)
+    assert len({hashed(f, x, w) for f in (first, second, third)}) == 3
+    assert hashed(first, x, w) == hashed(first, x, w)
+
+
+def test_sizes_that_vary_are_told_from_fixed_ones():
+    x = torch.randn(4, 4)
+    assert hashed(_body, x, x + 1) != hashed(_body, x, x + 1, dynamic=True)
