@@ -6,13 +6,13 @@ import torch
 from tests.families import batch, build
 from tests.regions.outlined import assert_equal, numbers, outlined, run_program
 
-ONE_KIND = "beginning a a a a end"
-ALTERNATING = "beginning a b a b end"
+# How many layers, and the calls in order.
+ONE_KIND = (3, "beginning a a a end")
+ALTERNATING = (4, "beginning a b a b end")
 # An adapter on the first layer reads an embedding that needs no gradient.
-ADAPTED = "beginning a b b b end"
-ADAPTED_ALTERNATING = "beginning a b c b end"
+ADAPTED = (3, "beginning a b b end")
+ADAPTED_ALTERNATING = (4, "beginning a b c b end")
 
-# Calls in order for four layers; six where the types of layers repeat after three.
 PLAIN = {
     "llama": ONE_KIND,
     "llama_bias": ONE_KIND,
@@ -26,11 +26,11 @@ PLAIN = {
     "gemma": ONE_KIND,
     "gemma2": ALTERNATING,
     "gemma2_sdpa": ALTERNATING,
-    "gemma3": "beginning a a b a a b end",
+    "gemma3": (6, "beginning a a b a a b end"),
     "mixtral": ONE_KIND,
     "smollm3": ALTERNATING,
-    # Its norms follow the projections, so that the last layer's is joined to no next layer.
-    "olmo2": "beginning a a a end",
+    # Its norms follow the projections: a region is an MLP and the next layer's attention.
+    "olmo2": (4, "beginning a a a end"),
     "granite": ONE_KIND,
     "cohere": ONE_KIND,
     "cohere_qk_norm": ONE_KIND,
@@ -43,18 +43,18 @@ PLAIN = {
     "falcon": ONE_KIND,
     "gpt_oss": ALTERNATING,
     # The first layer is dense, and alone of its kind.
-    "deepseek_v3": "beginning a a a end",
+    "deepseek_v3": (4, "beginning a a a end"),
     "qwen3_moe": ONE_KIND,
 }
 ADAPTERS = {
     "llama": ADAPTED,
     "gemma2": ADAPTED_ALTERNATING,
     "smollm3": ADAPTED_ALTERNATING,
-    "deepseek_v3": "beginning a a a end",
+    "deepseek_v3": (4, "beginning a a a end"),
 }
 QUANTISED = {
-    "llama": "beginning a b b end",
-    "phi3": "beginning a b b end",
+    "llama": ADAPTED,
+    "phi3": ADAPTED,
     "gemma2": ADAPTED_ALTERNATING,
 }
 
@@ -79,9 +79,9 @@ _ANOTHER_ORDER = {"gpt_neox", "falcon"}
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_family_becomes_the_regions_of_the_table_and_computes_the_same(name):
-    layers = 6 if name == "gemma3" else 4
+    layers, order = PLAIN[name]
     case = outlined(build(name, layers=layers), **batch(), lowered=name in _LOWERED)
-    assert case.order == PLAIN[name]
+    assert case.order == order
     ours, theirs = numbers(run_program(case), case.values), numbers(case.body, case.values)
     if name in _ANOTHER_ORDER:
         unequal = [
@@ -97,14 +97,15 @@ def test_a_family_becomes_the_regions_of_the_table_and_computes_the_same(name):
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_a_family_with_adapters_becomes_the_regions_of_the_table_and_computes_the_same(name):
-    case = outlined(build(name, lora=True, layers=4), **batch(), lowered=name == "llama")
-    assert case.order == ADAPTERS[name]
+    layers, order = ADAPTERS[name]
+    case = outlined(build(name, lora=True, layers=layers), **batch(), lowered=name == "llama")
+    assert case.order == order
     assert_equal(numbers(run_program(case), case.values), numbers(case.body, case.values))
 
 
 @pytest.mark.parametrize("name", QUANTISED)
 def test_four_bit_layers_become_the_regions_of_the_table_and_compute_the_same(name):
-    layers = QUANTISED[name].count(" ") - 1
+    layers, order = QUANTISED[name]
     case = outlined(build(name, lora=True, nf4=True, layers=layers), **batch(), lowered=name == "llama")
-    assert case.order == QUANTISED[name]
+    assert case.order == order
     assert_equal(numbers(run_program(case), case.values), numbers(case.body, case.values))
