@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._inductor.compile_fx import compile_fx
 
-from rewriter.kernels import linear_cross_entropy as module
+from rewriter.kernels import linear_cross_entropy_chunks as module
 from rewriter.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from tests.accuracy import assert_as_accurate
 
