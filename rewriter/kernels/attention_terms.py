@@ -60,8 +60,11 @@ class Terms(NamedTuple):
 
 
 def span_sizes(device: torch.device) -> tuple[int, int]:
-    """Tokens to a line of ``attention_spans``, which every block of the kernels divides, and to a cell."""
-    return (16, 8) if device.type == "cpu" else (128, 32)
+    """Tokens to a line of ``attention_spans`` and to a cell, powers of 2.
+
+    Lines as short as the usual block of rows: a longer one, where two documents meet, has a block visit both.
+    """
+    return (8, 4) if device.type == "cpu" else (64, 32)
 
 
 def lse_rows(queries: int) -> int:

@@ -6,10 +6,13 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rewriter.kernels.attention import attention, attention_reference
+from rewriter.kernels.attention_terms import span_sizes
 from rewriter.kernels.attention_unmasked import causal_attention
 from tests.accuracy import assert_as_accurate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+PACKED = [1500, 300, 2200, 700, 900, 1100, 392, 1100]  # 8192 tokens
 
 
 def tensors(batch, heads, kv_heads, tokens, dim, value_dim=None, dtype=torch.bfloat16):
@@ -99,12 +102,56 @@ def test_rows_without_keys_are_zeros_as_in_eager():
     assert eager[:, :, :70].eq(0).all()
 
 
-def test_it_repeats_bit_for_bit():
-    inputs = tensors(2, 8, 2, 1000, 128)
+def test_eight_packed_documents_in_8192_tokens():
+    compare(tensors(1, 4, 2, 8192, 128), segments=documents(8192, PACKED))
+
+
+def test_a_window_of_4096_in_8192_tokens():
+    compare(tensors(1, 4, 2, 8192, 128), window=4096)
+
+
+@pytest.mark.parametrize("window", [0, 1024])
+def test_capped_logits_of_the_widest_heads(window):
+    compare(tensors(1, 4, 2, 2048, 256), window=window, softcap=50.0)
+
+
+@pytest.mark.parametrize(
+    "masked_by,dim", [("window", 64), ("segments", 128), ("key_mask", 128), ("softcap", 256)]
+)
+def test_it_repeats_bit_for_bit(masked_by, dim):
+    tokens = 8192
+    padding = torch.ones(2, tokens, dtype=torch.bool, device="cuda")
+    padding[0, -3000:] = False
+    given = {"window": 1000, "segments": documents(tokens, PACKED), "key_mask": padding, "softcap": 30.0}
+    terms = {"scale": None, "causal": True, masked_by: given[masked_by]}
+    inputs = tensors(2, 8, 2, tokens, dim)
     grad = torch.randn_like(inputs[0])
-    terms = {"scale": None, "causal": True, "window": 300}
-    first, second = (with_gradients(attention, inputs, grad, **terms) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    first = with_gradients(attention, inputs, grad, **terms)
+    for _ in range(3):
+        again = with_gradients(attention, inputs, grad, **terms)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_spans_of_300000_tokens(order):
+    tokens = 300_000
+    line, cell = span_sizes(torch.device("cuda"))
+    lengths = [*PACKED, 1, 1, 31, 32, 33, 100_000, 64, 63, 65]
+    ids = documents(tokens, [*lengths, tokens - sum(lengths)]) * order
+    spans = torch.ops.rewriter.attention_spans(ids, False)[0].long()
+    # Documents lie as runs in either order: where each token's begins and ends.
+    numbers = ids[0] * order
+    first = torch.searchsorted(numbers, numbers)
+    last = torch.searchsorted(numbers, numbers, right=True)
+    starts = torch.arange(0, tokens, line, device="cuda")
+    ends = (starts + line).clamp(max=tokens) - 1
+    assert torch.equal(spans[:, 0], first[starts] // cell * cell)
+    assert torch.equal(spans[:, 1], ((last[ends] + cell - 1) // cell * cell).clamp(max=tokens))
+    full = spans[:, 2] < spans[:, 3]
+    assert torch.equal(full & (numbers[starts] != numbers[ends]), torch.zeros_like(full))
+    assert (spans[full, 2] >= first[starts][full]).all()
+    assert (spans[full, 3] <= last[starts][full]).all()
+    assert full.float().mean() > 0.9
 
 
 def test_strides_of_a_packed_projection():
@@ -123,21 +170,27 @@ def test_no_tensor_of_tokens_squared():
     assert torch.cuda.max_memory_allocated() - before < 12 * inputs[0].nbytes < tokens * tokens
 
 
-def test_past_two_to_the_31_elements():
-    tokens, heads, dim = 300_000, 64, 128
-    assert tokens * heads * dim > 2**31
-    inputs = tensors(1, heads, heads, tokens, dim)
-    terms = {"scale": None, "causal": True, "window": 64}
-    out = attention(*inputs, **terms)
+@pytest.mark.parametrize("masked_by", ["window", "segments"])
+@pytest.mark.parametrize("batch,tokens", [(1, 300_000), (3, 100_000)])
+def test_past_two_to_the_31_elements(batch, tokens, masked_by):
+    heads, dim = 64, 128
+    assert batch * tokens * heads * dim > 2**31
+    if torch.cuda.mem_get_info()[0] < 70 * 2**30:
+        pytest.skip("q, k, v, the output and all gradients take 45 GB")
+    ids = torch.arange(tokens, device="cuda")[None] // 100
+    inputs = tensors(batch, heads, heads, tokens, dim)
+    terms = {"window": 64} if masked_by == "window" else {"segments": ids}
+    out = attention(*inputs, scale=None, causal=True, **terms)
     grad = torch.zeros_like(out)
     grad[:, :, -100:] = 1
     grads = torch.autograd.grad(out, inputs, grad)
-    tail = [x[:, -4:, -300:].detach().requires_grad_() for x in inputs]
-    expected = attention_reference(*tail, **terms)
-    expected_grads = torch.autograd.grad(expected, tail, grad[:, -4:, -300:])
-    torch.testing.assert_close(out[:, -4:, -200:], expected[:, :, -200:], rtol=2e-2, atol=2e-2)
-    for ours, theirs in zip(grads, expected_grads, strict=True):
-        torch.testing.assert_close(ours[:, -4:, -200:], theirs[:, :, -200:], rtol=2e-2, atol=2e-2)
+    last = slice(batch - 1, batch), slice(-4, None)
+    tail = [x[last][:, :, -300:].detach().requires_grad_() for x in inputs]
+    terms = {"window": 64} if masked_by == "window" else {"segments": ids[:, -300:]}
+    expected = attention_reference(*tail, scale=None, causal=True, **terms)
+    expected_grads = torch.autograd.grad(expected, tail, grad[last][:, :, -300:])
+    for ours, theirs in zip((out, *grads), (expected, *expected_grads), strict=True):
+        torch.testing.assert_close(ours[last][:, :, -200:], theirs[:, :, -200:], rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+from rewriter.kernels import attention as attention_module
+from rewriter.kernels import attention_triton
 from rewriter.kernels.attention import (
     attention,
     attention_reference,
@@ -157,7 +159,8 @@ def packed(*lengths):
     return torch.repeat_interleave(numbers, torch.tensor(lengths, device=device))[None]
 
 
-block, cell = span_sizes(torch.device(device))
+line, cell = span_sizes(torch.device(device))
+block = 128 if device == "cuda" else 16  # every tile of the kernels divides it
 interrupted = packed(block, 3 * block, 5).remainder(2)
 packings = {
     "odd lengths": packed(7, 1, block + 3, 2 * block - 1, 5),
@@ -175,11 +178,11 @@ packings = {
 @pytest.mark.parametrize("ids", packings.values(), ids=packings.keys())
 def test_the_spans_of_documents_miss_no_pair_and_are_exact_to_a_cell_where_ids_are_sorted(ids):
     spans = torch.ops.rewriter.attention_spans(ids, False)
-    assert spans.shape == (ids.shape[0], -(-ids.shape[1] // block), 4)
+    assert spans.shape == (ids.shape[0], -(-ids.shape[1] // line), 4)
     for row, lines in zip(ids.tolist(), spans.tolist(), strict=True):
         is_sorted = row == sorted(row) or row == sorted(row, reverse=True)
         for number, (first, last, full_first, full_last) in enumerate(lines):
-            own = set(row[number * block : (number + 1) * block])
+            own = set(row[number * line : (number + 1) * line])
             seen = [i for i, x in enumerate(row) if x in own]
             assert first <= seen[0] and seen[-1] < last <= len(row)
             assert set(row[full_first:full_last]) <= own
@@ -196,6 +199,13 @@ def test_the_spans_of_documents_miss_no_pair_and_are_exact_to_a_cell_where_ids_a
 @pytest.mark.parametrize("ids", packings.values(), ids=packings.keys())
 def test_packed_documents_of_every_kind(ids):
     compare(tensors(batch=ids.shape[0], queries=ids.shape[1]), causal=True, segments=ids)
+
+
+@pytest.mark.parametrize("lines", [1, 2])
+def test_lines_of_the_table_as_long_as_the_kernels_blocks_or_longer(monkeypatch, lines):
+    monkeypatch.setattr(attention_module, "span_sizes", lambda device: (lines * block, cell))
+    monkeypatch.setattr(attention_triton, "span_sizes", lambda device: (lines * block, cell))
+    compare(tensors(queries=3 * block + 9), causal=True, segments=packed(block + 3, 7, 2 * block - 1))
 
 
 @pytest.mark.parametrize("causal", [True, False])
