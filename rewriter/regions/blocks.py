@@ -19,7 +19,7 @@ from rewriter.effects import is_impure
 from rewriter.regions.align import counterpart
 from rewriter.regions.invariants import is_random
 from rewriter.regions.signature import structure
-from rewriter.regions.waists import Units
+from rewriter.regions.waists import Units, operations
 
 # The least share of all operations that must be spared for a graph to be cut.
 _WORTH = 0.1
@@ -60,7 +60,7 @@ def blocks(graph: Graph, units: Units, waists: Sequence[Node], moving: set[Node]
     pieces = _pieces(graph, units, levels(units, waists, moving), len(waists))
     pieces = [_ordered(piece, units.members[waist]) for piece, waist in zip(pieces, waists, strict=True)]
     kinds = [structure(piece) for piece in pieces]
-    sizes = [len(piece) for piece in pieces]
+    sizes = [sum(map(operations, piece)) for piece in pieces]
     best: tuple[float, int, int, int] | None = None
     for width in range(1, 1 + _widest(kinds)):
         for offset in range(width):
@@ -73,7 +73,8 @@ def blocks(graph: Graph, units: Units, waists: Sequence[Node], moving: set[Node]
     inner = [_block(pieces[i : i + width]) for i in range(first, last, width)]
     made = [*_with_first(_block(pieces[:first]), inner, waists, first, width), _block(pieces[last:])]
     made = [block for block in made if block.nodes]
-    spared = sum(len(b.nodes) for b in made) - sum(len(b.nodes) for b in {b.kind: b for b in made}.values())
+    once = {block.kind: block for block in made}.values()
+    spared = sum(sizes) - sum(operations(node) for block in once for node in block.nodes)
     return made if spared >= _WORTH * sum(sizes) else []
 
 

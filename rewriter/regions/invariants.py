@@ -6,7 +6,7 @@ that nothing is kept alive from layer to layer but what all of them need. A bool
 attentions read becomes the sum's mask that each would make of it, and would save for its backward.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,20 +37,37 @@ def varying(graph: Graph, beginning: Node) -> set[Node]:
 def share_invariants(graph: Graph, moving: set[Node], piece: Mapping[Node, int], effects: Effects) -> None:
     """Merge equal operations of different pieces that are outside ``moving``, in place.
 
-    What is read before it is written in place may be another value at each reading, and is left alone.
+    Left alone: what is read before it is written in place, which may be another value at each reading; and
+    what has a gradient, which would then be summed earlier, perhaps in a narrower dtype.
     """
-    numbers: dict[Any, Node] = {}
     written = _last_writes(effects)
-    for node in list(graph.nodes):
+
+    def may_be_shared(node: Node) -> bool:
         if not is_operation(node) or node in moving or is_impure(node) or is_random(node):
-            continue
-        if any(written.get(n, -1) > effects.position[node] for n in (node, *node.all_input_nodes)):
-            continue
+            return False
+        if getattr(value_of(node), "requires_grad", False):
+            return False
+        return all(written.get(n, -1) <= effects.position[node] for n in (node, *node.all_input_nodes))
+
+    while _merge_once([n for n in graph.nodes if may_be_shared(n)], piece, effects):
+        pass
+
+
+def _merge_once(nodes: Sequence[Node], piece: Mapping[Node, int], effects: Effects) -> bool:
+    """Merge those of ``nodes`` that are equal now, wherever two pieces hold one; whether there were any.
+
+    What reads two of them may be equal after that.
+    """
+    equal: dict[Any, list[Node]] = {}
+    for node in nodes:
         key = (node.op, node.target, effects.mode[node], _frozen(node.args), _frozen(node.kwargs))
-        first = numbers.setdefault(key, node)
-        if piece[first] != piece[node]:
+        equal.setdefault(key, []).append(node)
+    repeated = [group for group in equal.values() if len({piece[n] for n in group}) > 1]
+    for first, *others in repeated:
+        for node in others:
             node.replace_all_uses_with(first)
-            graph.erase_node(node)
+            node.graph.erase_node(node)
+    return bool(repeated)
 
 
 def _last_writes(effects: Effects) -> dict[Node, float]:

@@ -9,7 +9,7 @@ Results of a tuple, and what else cannot pass a border between compiled graphs, 
 elements here are units, an operation with those.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
@@ -18,6 +18,7 @@ from torch.fx import Graph, Node
 
 from rewriter.canonical import value_of
 from rewriter.effects import is_mode_switch
+from rewriter.nested import subgraph
 
 _CROSSES = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
 
@@ -62,6 +63,12 @@ def is_operation(node: Node) -> bool:
     return node.op in ("call_function", "call_method", "call_module") and not is_mode_switch(node)
 
 
+def operations(node: Node) -> int:
+    """How many operations ``node`` stands for: more than one where it runs graphs of its own."""
+    bodies = [body for source in node.all_input_nodes if (body := subgraph(source)) is not None]
+    return 1 + sum(operations(inner) for body in bodies for inner in body.graph.nodes)
+
+
 def crosses(node: Node) -> bool:
     """Whether the node's value can go from one compiled graph to another."""
     return isinstance(value_of(node), _CROSSES)
@@ -72,6 +79,10 @@ def waists(units: Units, results: Sequence[Node]) -> list[Node]:
 
     Args:
         results: the graph's outputs. Those that leave on the way, as keys and values do, do not widen it.
+
+    Returns:
+        of all chains of such units, one from each operation on, the one that cuts the work most evenly. The
+        longest may be that of the positions, which every layer reads the end of.
     """
     ends = {units.unit[r] for r in results if r in units.unit}
     if not ends or not nx.is_directed_acyclic_graph(units.flow):
@@ -82,28 +93,49 @@ def waists(units: Units, results: Sequence[Node]) -> list[Node]:
     order = {unit: i for i, unit in enumerate(units.members)}
     end = max(ends, key=lambda u: (depth[u], order[u]))
     after = dict(nx.immediate_dominators(units.flow.reverse(copy=False), end))
-    length = {end: 1}
+    above = _ancestors(units)
+    work = _work(units, above)
+    # The squares of the parts that a chain from a unit on makes of what follows: small for even parts.
+    unevenness = {end: 0}
     for unit in sorted(after, key=depth.__getitem__, reverse=True):
         if unit is not end:
-            length[unit] = 1 + length[after[unit]]
-    chain = [max(length, key=lambda u: (length[u], -order[u]))]
+            unevenness[unit] = unevenness[after[unit]] + (work[after[unit]] - work[unit]) ** 2
+    chain = [min(unevenness, key=lambda u: (unevenness[u] + work[u] ** 2, order[u]))]
     while chain[-1] is not end:
         chain.append(after[chain[-1]])
-    return _without_branch(units, chain)
+    return _without_branch(units, above, chain)
 
 
-def _without_branch(units: Units, chain: list[Node]) -> list[Node]:
-    """The chain from where nothing goes round it.
-
-    It may begin inside a branch of the first layer, whose operations all lie on the way from there on. Values
-    that pass the middle of the program, as cosines do, are for all layers, and may pass anywhere.
-    """
+def _ancestors(units: Units) -> dict[Node, int]:
+    """Each unit and all that it depends on, as bits in the order of the units."""
     bit = {unit: 1 << i for i, unit in enumerate(units.members)}
     above: dict[Node, int] = {}
     for unit in nx.topological_sort(units.flow):
         above[unit] = bit[unit]
         for source in units.flow.predecessors(unit):
             above[unit] |= above[source]
+    return above
+
+
+def _work(units: Units, above: Mapping[Node, int]) -> dict[Node, int]:
+    """The number of operations of each unit and all that it depends on."""
+    of_size: dict[int, int] = {}
+    for i, members in enumerate(units.members.values()):
+        size = sum(map(operations, members))
+        of_size[size] = of_size.get(size, 0) | 1 << i
+    return {
+        unit: sum(size * (bits & mask).bit_count() for size, mask in of_size.items())
+        for unit, bits in above.items()
+    }
+
+
+def _without_branch(units: Units, above: Mapping[Node, int], chain: list[Node]) -> list[Node]:
+    """The chain from where nothing goes round it.
+
+    It may begin inside a branch of the first layer, whose operations all lie on the way from there on. Values
+    that pass the middle of the program, as cosines do, are for all layers, and may pass anywhere.
+    """
+    bit = {unit: 1 << i for i, unit in enumerate(units.members)}
 
     def passing(waist: Node, allowed: int) -> list[Node]:
         around = above[waist] & ~bit[waist] & ~allowed
