@@ -21,7 +21,7 @@ LIMITS = {torch.float32: (1.5, 3.0)}  # (median, worst), in eager's errors
 NARROW_LIMITS = (1.0, 2.0)
 
 
-def assert_as_accurate(ours, eager, truth, *, name="result", median=None, worst=None, slack=1.0):
+def assert_as_accurate(ours, eager, truth, *, name="result", median=None, worst=None, slack=1.0, size=0.0):
     """Compare one tensor, computed by us and by eager in a model's dtype, with its fp64 value.
 
     Args:
@@ -29,6 +29,8 @@ def assert_as_accurate(ours, eager, truth, *, name="result", median=None, worst=
         truth: the same value computed in fp64.
         median, worst: limits in place of the dtype's own.
         slack: factor on the limit of the median, for a rounding that the op documents.
+        size: of terms that cancel in the result, half a rounding unit of which is no error: eager may meet
+            an exact zero by doing nothing where another order of the same sums leaves a rounding.
     """
     assert ours.shape == eager.shape == truth.shape, f"{name}: {ours.shape}, {eager.shape}, {truth.shape}"
     assert ours.dtype == eager.dtype, f"{name}: dtype {ours.dtype} where eager has {eager.dtype}"
@@ -43,7 +45,8 @@ def assert_as_accurate(ours, eager, truth, *, name="result", median=None, worst=
     worst_factor = own_worst if worst is None else worst
     unit = torch.finfo(ours.dtype).eps
     error, allowed = (ours.double() - truth).abs(), (eager.double() - truth).abs()
-    median_limit = max(factor * allowed.median().item(), 0.5 * unit * truth.abs().median().item())
+    typical = max(truth.abs().median().item(), size)
+    median_limit = max(factor * allowed.median().item(), 0.5 * unit * typical)
     worst_limit = max(worst_factor * allowed.max().item(), 2.0 * unit * truth.abs().max().item())
     assert error.median().item() <= median_limit, (
         f"{name}: median error {error.median().item():.3e} exceeds {median_limit:.3e}, from eager's"

@@ -73,9 +73,10 @@ def compare(inputs, sinks=None, **terms):
     truth = with_gradients(attention_reference, exact, exact_sinks, grad.double(), **terms)
     # Probabilities recomputed from a log-sum-exp near 5 carry that number's fp32 rounding; eager's dense
     # path, which saves them, does not: at 5 queries, a median of 2.3 times eager's. 16-bit rounding hides it.
-    slack = 2.0 if inputs[0].dtype == torch.float32 else 1.0
+    is_fp32 = inputs[0].dtype == torch.float32
+    allowed = {"slack": 2.0, "worst": 4.0, "size": 1.0} if is_fp32 else {}
     for name, a, b, c in zip(("out", *names), ours, eager, truth, strict=False):
-        assert_as_accurate(a, b, c, name=name, slack=slack)
+        assert_as_accurate(a, b, c, name=name, **allowed)
     return ours
 
 
