@@ -47,7 +47,8 @@ def assert_as_accurate(ours, eager, truth, *, name="result", median=None, worst=
     error, allowed = (ours.double() - truth).abs(), (eager.double() - truth).abs()
     typical = max(truth.abs().median().item(), size)
     median_limit = max(factor * allowed.median().item(), 0.5 * unit * typical)
-    worst_limit = max(worst_factor * allowed.max().item(), 2.0 * unit * truth.abs().max().item())
+    largest = max(truth.abs().max().item(), size)
+    worst_limit = max(worst_factor * allowed.max().item(), 2.0 * unit * largest)
     assert error.median().item() <= median_limit, (
         f"{name}: median error {error.median().item():.3e} exceeds {median_limit:.3e}, from eager's"
     )

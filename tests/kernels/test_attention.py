@@ -74,7 +74,8 @@ def compare(inputs, sinks=None, **terms):
     # Probabilities recomputed from a log-sum-exp near 5 carry that number's fp32 rounding; eager's dense
     # path, which saves them, does not: at 5 queries, a median of 2.3 times eager's. 16-bit rounding hides it.
     is_fp32 = inputs[0].dtype == torch.float32
-    allowed = {"slack": 2.0, "worst": 4.0, "size": 1.0} if is_fp32 else {}
+    # A gradient of the scores is a difference of two sums over the head's dimension.
+    allowed = {"slack": 2.0, "worst": 4.0, "size": 4 * inputs[0].shape[-1] ** 0.5} if is_fp32 else {}
     for name, a, b, c in zip(("out", *names), ours, eager, truth, strict=False):
         assert_as_accurate(a, b, c, name=name, **allowed)
     return ours
