@@ -23,7 +23,7 @@ from torch import SymBool, SymFloat, SymInt, Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensorMode
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from rewriter.canonical import value_of
 from rewriter.effects import Effects
@@ -215,7 +215,7 @@ class _Outliner:
         """What the region will return, as the compilation of the next regions sees it."""
         # Without the dispatcher, padding and the like read sizes in C++ and thereby fix them.
         with enable_python_dispatcher(), self.fake_mode:
-            results = module(*given)
+            results = _Abstractly(module).run(*given)
         return tuple(map(self._border, results))
 
     def _border(self, value: Any) -> Any:
@@ -227,6 +227,16 @@ class _Outliner:
         if isinstance(value, nn.Parameter):
             return nn.Parameter(made, value.requires_grad)
         return made.requires_grad_(value.requires_grad)
+
+
+class _Abstractly(Interpreter):
+    """Runs a graph on fake tensors, which do not know the numbers that they hold; tracing did."""
+
+    def run_node(self, n: Node) -> Any:
+        known = value_of(n)
+        if n.op == "call_method" and n.target == "item" and isinstance(known, (SymFloat, float)):
+            return known
+        return super().run_node(n)
 
 
 def _results_by_kind(parts: Sequence[Block]) -> dict[str, list[int]]:

@@ -9,8 +9,10 @@ Results of a tuple, and what else cannot pass a border between compiled graphs, 
 elements here are units, an operation with those.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import networkx as nx
 import torch
@@ -81,8 +83,7 @@ def waists(units: Units, results: Sequence[Node]) -> list[Node]:
         results: the graph's outputs. Those that leave on the way, as keys and values do, do not widen it.
 
     Returns:
-        of all chains of such units, one from each operation on, the one that cuts the work most evenly. The
-        longest may be that of the positions, which every layer reads the end of.
+        of all chains of such units, one from each operation on, that which cuts the work into most parts.
     """
     ends = {units.unit[r] for r in results if r in units.unit}
     if not ends or not nx.is_directed_acyclic_graph(units.flow):
@@ -95,12 +96,12 @@ def waists(units: Units, results: Sequence[Node]) -> list[Node]:
     after = dict(nx.immediate_dominators(units.flow.reverse(copy=False), end))
     above = _ancestors(units)
     work = _work(units, above)
-    # The squares of the parts that a chain from a unit on makes of what follows: small for even parts.
-    unevenness = {end: 0}
+    # Many parts count, and large ones more: the positions' chain is long, but all layers are one part.
+    parts = {end: 0.0}
     for unit in sorted(after, key=depth.__getitem__, reverse=True):
         if unit is not end:
-            unevenness[unit] = unevenness[after[unit]] + (work[after[unit]] - work[unit]) ** 2
-    chain = [min(unevenness, key=lambda u: (unevenness[u] + work[u] ** 2, order[u]))]
+            parts[unit] = parts[after[unit]] + math.sqrt(work[after[unit]] - work[unit])
+    chain = [max(parts, key=lambda u: (parts[u] + math.sqrt(work[u]), -order[u]))]
     while chain[-1] is not end:
         chain.append(after[chain[-1]])
     return _without_branch(units, above, chain)
@@ -149,5 +150,7 @@ def _without_branch(units: Units, above: Mapping[Node, int], chain: list[Node]) 
     middle = next(w for w in chain if 2 * above[w].bit_count() >= above[chain[-1]].bit_count())
     for unit in passing(middle, 0):
         shared |= above[unit]
-    begin = next(i for i, waist in enumerate(chain) if not passing(waist, shared))
+    # What only leads into the branch is alone; from the first layer on, one waist follows another.
+    narrow = [not passing(waist, shared) for waist in chain]
+    begin = next((i for i, pair in enumerate(pairwise(narrow)) if all(pair)), len(chain) - 1)
     return chain[begin:]
