@@ -85,11 +85,34 @@ def outlined(
     return only
 
 
-def run_program(case: Outlined, wrap: Callable | None = None) -> Callable:
-    """The linked program; by the regions' own graphs where they were not lowered."""
+def run_program(case: Outlined) -> Callable:
+    """The linked program, by the regions' own graphs where they were not lowered.
+
+    Each region refuses inputs that are not laid out as those that it was compiled for.
+    """
     assert case.program is not None, case.reason
     functions = case.compiled or {region: region.module for region in case.program.regions}
-    return link(case.program, {r: wrap(r, f) if wrap else f for r, f in functions.items()})
+    return link(case.program, {r: _strict(r, function) for r, function in functions.items()})
+
+
+def _strict(region: Region, function: Callable) -> Callable:
+    def run(*values: Any) -> Any:
+        assert len(values) == len(region.inputs)
+        for index, (value, expected) in enumerate(zip(values, region.inputs, strict=True)):
+            assert _layout(value, expected) == _layout(expected, expected), f"{region.name}, input {index}"
+        return function(*values)
+
+    return run
+
+
+def _layout(value: Any, like: Any) -> Any:
+    """All that a compiled function takes for granted; of what varies in ``like``, nothing."""
+    if not isinstance(value, Tensor):
+        return type(value) if type(value) is not torch.SymInt else int
+    fixed = [i for i, size in enumerate(like.shape) if isinstance(size, int) and size != 1]
+    strides = tuple(value.stride(i) for i in fixed if isinstance(like.stride(i), int))
+    shape = tuple(value.shape[i] for i in fixed)
+    return value.dim(), shape, strides, value.dtype, value.device, value.requires_grad
 
 
 @dataclass(frozen=True)

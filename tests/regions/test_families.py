@@ -49,7 +49,6 @@ PLAIN = {
 ADAPTERS = {
     "llama": ADAPTED,
     "gemma2": ADAPTED_ALTERNATING,
-    "smollm3": ADAPTED_ALTERNATING,
     "deepseek_v3": (4, "beginning a a a end"),
 }
 QUANTISED = {
@@ -61,13 +60,9 @@ QUANTISED = {
 # Compiled, too; the others' regions are run as they are, to save time.
 _LOWERED = {
     "llama",
-    "qwen3",
-    "phi3",
     "gemma3",
     "mixtral",
     "olmo2",
-    "cohere_qk_norm",
-    "gpt_neox",
     "falcon",
     "gpt_oss",
     "deepseek_v3",

@@ -87,9 +87,8 @@ def test_a_graph_without_repetition_is_one_region_without_a_note():
     assert report.graphs[0].notes == [] and report.program is None
 
 
-@pytest.mark.parametrize("names", [("norm", "attention"), ("dropout", "tuple")])
-def test_inductor_compiles_each_kind_once_and_computes_the_same(names):
-    chain = Chain((), names, 4, ("norm",))
+def test_inductor_compiles_each_kind_once_and_computes_the_same():
+    chain = Chain((), ("attention", "dropout"), 3, ("norm",))
     inputs = chain.inputs()
     torch._dynamo.reset()
     with rewriter.inspect() as report, torch._inductor.config.patch(fallback_random=True):
