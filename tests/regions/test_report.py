@@ -102,7 +102,7 @@ def test_inductor_compiles_each_kind_once_and_computes_the_same():
     torch.manual_seed(3)
     theirs = chain(*inputs)[0]
     theirs.backward()
-    assert max(region.times for region in report.program.regions) >= 3
+    assert max(region.times for region in report.program.regions) >= 2
     torch.testing.assert_close(ours, theirs)
     for ours, theirs in zip(gradients, [inputs[0].grad, *(w.grad for w in inputs[3])], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
