@@ -17,15 +17,12 @@ PLAIN = {
     "llama": ONE_KIND,
     "llama_bias": ONE_KIND,
     "llama_rope_llama3": ONE_KIND,
-    "llama_rope_linear": ONE_KIND,
-    "llama_rope_yarn": ONE_KIND,
     "mistral": ONE_KIND,
     "qwen2": ONE_KIND,
     "qwen3": ONE_KIND,
     "phi3": ONE_KIND,
     "gemma": ONE_KIND,
     "gemma2": ALTERNATING,
-    "gemma2_sdpa": ALTERNATING,
     "gemma3": (6, "beginning a a b a a b end"),
     "mixtral": ONE_KIND,
     "smollm3": ALTERNATING,
@@ -63,7 +60,6 @@ _LOWERED = {
     "gemma3",
     "olmo2",
     "falcon",
-    "gpt_oss",
     "deepseek_v3",
 }
 # A layer's input is read by two norms and a sum. The first layer, run by the function of the others, adds the
