@@ -16,6 +16,7 @@ from rewriter.advice import advice
 from rewriter.deferred import split_deferred
 from rewriter.fusion import apply_all
 from rewriter.lower import lower, lower_beside, lower_program, records_cuda_graphs
+from rewriter.nested import count_operations
 from rewriter.options import Options
 from rewriter.passes import ordered_passes, pass_names
 from rewriter.progress import ProgressLine, progress_line, seconds_since_beginning
@@ -47,7 +48,9 @@ def rewriter(
         OptionError: for an unknown option, pass or mode, or a malformed value, before any work.
     """
     chosen = Options.parse(options, mode, pass_names())
-    record = GraphRecord(_graph_name(), nodes_before=_operations(module), graph_break=_graph_break(module))
+    record = GraphRecord(
+        _graph_name(), nodes_before=count_operations(module), graph_break=_graph_break(module)
+    )
     record.notes += advice(module)
     record.seconds["tracing"] = seconds_since_beginning()
     with progress_line() as line:
@@ -67,7 +70,7 @@ def _compile(
     with record.timed("rewriting"):
         stages = rewrite_graph(module, options, record)
     rewritten = stages[-1].module
-    record.nodes_after = _operations(rewritten)
+    record.nodes_after = count_operations(rewritten)
     line.finished(f"{sum(done.count for done in record.passes)} rewrites")
     _show("after", rewritten)
     body, finish = split_deferred(rewritten)
@@ -137,10 +140,6 @@ def _graph_break(module: GraphModule) -> str | None:
     frames = getattr(reason, "user_stack", None) or []
     where = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
     return f"{str(reason.reason).strip().splitlines()[0]}{where}"
-
-
-def _operations(module: GraphModule) -> int:
-    return sum(n.op in ("call_function", "call_method") for n in module.graph.nodes)
 
 
 def _show(when: str, module: GraphModule) -> None:

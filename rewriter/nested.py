@@ -1,4 +1,4 @@
-"""Graphs inside a graph: which there are, which of them passes rewrite, and copies.
+"""Graphs, and graphs inside them: which there are, which of them passes rewrite, sizes and copies.
 
 Dynamo nests a graph for each activation checkpoint and one or two for each custom autograd function. Passes
 rewrite the bodies of checkpoints alone; the rest, 640 graphs for 32 layers in 4 bits, are shared by all
@@ -27,6 +27,11 @@ def checkpoint_body(node: Node) -> GraphModule | None:
     if node.op != "call_function" or getattr(node.target, "__name__", "") != "tag_activation_checkpoint":
         return None
     return subgraph(node.args[0])
+
+
+def count_operations(module: GraphModule) -> int:
+    """How many there are in ``module`` itself; a nested graph counts as its one call."""
+    return sum(n.op in ("call_function", "call_method") for n in module.graph.nodes)
 
 
 def graphs_of(module: GraphModule) -> list[GraphModule]:

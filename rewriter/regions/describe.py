@@ -3,9 +3,10 @@
 import re
 
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from rewriter.canonical import value_of
+from rewriter.nested import count_operations
 from rewriter.regions.program import Program, RegionCall
 from rewriter.report import ProgramRecord, RegionRecord
 
@@ -26,7 +27,7 @@ def describe(program: Program) -> ProgramRecord:
             RegionRecord(
                 region.name,
                 times[region],
-                _operations(region.module),
+                count_operations(region.module),
                 len(weights),
                 size,
                 str(region.module.graph),
@@ -39,7 +40,8 @@ def _code(program: Program) -> str:
     lines = ["def program(inputs, weights):"]
     for call in program.calls:
         results = ", ".join(n.name for n in call.outputs if n.users)
-        lines.append(f"    {results} = {call.region.name}({', '.join(_arguments(call))})")
+        assigned = f"{results} = " if results else ""
+        lines.append(f"    {assigned}{call.region.name}({', '.join(_arguments(call))})")
     (output,) = program.source.graph.find_nodes(op="output")
     lines.append(f"    return {', '.join(n.name for n in output.all_input_nodes)}")
     return "\n".join(lines)
@@ -74,7 +76,3 @@ def _is_weight(node: Node) -> bool:
     return (
         node.op == "placeholder" and isinstance(value, Tensor) and ("parameters" in name or "buffers" in name)
     )
-
-
-def _operations(module: GraphModule) -> int:
-    return sum(n.op in ("call_function", "call_method") for n in module.graph.nodes)

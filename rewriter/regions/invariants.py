@@ -7,6 +7,7 @@ attentions read becomes the sum's mask that each would make of it, and would sav
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.fx import Graph, Node
 
 from rewriter.canonical import value_of
 from rewriter.effects import Effects, is_impure
+from rewriter.regions.signature import argument
 from rewriter.regions.waists import is_operation
 
 
@@ -60,7 +62,8 @@ def _merge_once(nodes: Sequence[Node], piece: Mapping[Node, int], effects: Effec
     """
     equal: dict[Any, list[Node]] = {}
     for node in nodes:
-        key = (node.op, node.target, effects.mode[node], _frozen(node.args), _frozen(node.kwargs))
+        operands = (argument(a, attrgetter("name")) for a in (node.args, node.kwargs))
+        key = (node.op, node.target, effects.mode[node], *operands)
         equal.setdefault(key, []).append(node)
     repeated = [group for group in equal.values() if len({piece[n] for n in group}) > 1]
     for first, *others in repeated:
@@ -93,19 +96,6 @@ _RANDOM = frozenset(
     | {"rand", "rand_like", "randint", "randint_like", "randn", "randn_like", "randperm"}
     | {"empty", "empty_like", "empty_strided", "new_empty"}
 )
-
-
-def _frozen(value: Any) -> Any:
-    """``value``, nested as a node's arguments are, as a key: equal keys for equal arguments only."""
-    if isinstance(value, (list, tuple)):
-        return type(value).__name__, tuple(_frozen(v) for v in value)
-    if isinstance(value, dict):
-        return "dict", tuple((k, _frozen(v)) for k, v in value.items())
-    if isinstance(value, slice):
-        return "slice", _frozen(value.start), _frozen(value.stop), _frozen(value.step)
-    return type(value).__name__, value if isinstance(value, (Node, torch.dtype, torch.device)) else repr(
-        value
-    )
 
 
 def share_masks(graph: Graph, moving: set[Node], effects: Effects) -> None:

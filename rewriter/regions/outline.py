@@ -14,7 +14,7 @@ needs.
 
 import operator
 import string
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,7 +130,7 @@ class _Outliner:
     def program(self, parts: Sequence[Block]) -> Program:
         results = _results_by_kind(parts)
         drafts = [self._draft(part, results[part.kind]) for part in parts]
-        names = _names([key for key, *_ in drafts])
+        names = _names([key for key, *_ in drafts], {n.name for n in self.source.graph.nodes})
         regions = {
             key: Region(names[key], region.module, region.inputs) for key, (region, _) in self.regions.items()
         }
@@ -146,7 +146,7 @@ class _Outliner:
         key = signature(module)
         if key not in self.regions:
             given = tuple(self.examples.get(n, self._fake(n)) for n in inputs)
-            self.regions[key] = Region("", module, given), self._results(module, map(self._fake, inputs))
+            self.regions[key] = Region("", module, given), self._predicted(module, map(self._fake, inputs))
         for node, value in zip(outputs, self.regions[key][1], strict=True):
             self.fakes[node] = value
         return key, inputs, outputs
@@ -211,7 +211,7 @@ class _Outliner:
         graph.lint()
         return GraphModule(bodies, graph)
 
-    def _results(self, module: GraphModule, given: Iterable[Any]) -> tuple[Any, ...]:
+    def _predicted(self, module: GraphModule, given: Iterable[Any]) -> tuple[Any, ...]:
         """What the region will return, as the compilation of the next regions sees it."""
         # Without the dispatcher, padding and the like read sizes in C++ and thereby fix them.
         with enable_python_dispatcher(), self.fake_mode:
@@ -257,8 +257,8 @@ def _symbols(value: Any) -> set[str]:
     return {str(s) for size in sizes if isinstance(size, SymInt) for s in size.node.expr.free_symbols}
 
 
-def _names(keys: Sequence[str]) -> dict[str, str]:
-    """Names by what repeats: layers by letters, and the parts in front of, between and after them."""
+def _names(keys: Sequence[str], taken: Set[str]) -> dict[str, str]:
+    """Names by what repeats, none of them ``taken``: layers by letters, and the parts around them."""
     count = {key: keys.count(key) for key in keys}
     letters = _letters()
     repeated = [i for i, key in enumerate(keys) if count[key] > 1]
@@ -268,12 +268,19 @@ def _names(keys: Sequence[str]) -> dict[str, str]:
         if key in names:
             continue
         if index == 0 and index < first:
-            names[key] = "beginning"
+            names[key] = _free("beginning", taken)
         elif index == len(keys) - 1 and index > last:
-            names[key] = "end"
+            names[key] = _free("end", taken)
         else:
-            names[key] = f"layer_{next(letters)}"
+            names[key] = _free(f"layer_{next(letters)}", taken)
     return names
+
+
+def _free(name: str, taken: Set[str]) -> str:
+    """``name``, lengthened where a node of the graph has it: both stand in one text."""
+    while name in taken:
+        name = f"{name}_region"
+    return name
 
 
 def _letters() -> Iterator[str]:

@@ -1,7 +1,7 @@
 """A program of regions: a short list of calls, most of the same few functions with other weights.
 
-``Program`` says what is called with what; ``source_of`` writes it as Python, the text that a report shows and
-that ``link`` runs once the regions are compiled.
+``Program`` says what is called with what. ``source_of`` writes it as Python, every argument told, and ``link``
+runs that once the regions are compiled; what a report shows is shorter (``describe.py``).
 """
 
 from collections import Counter
@@ -9,8 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
+from torch.fx import GraphModule, Node
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,7 +17,7 @@ class Region:
     """A part of a graph that is compiled once.
 
     Attributes:
-        name: in the program's text.
+        name: in the program's text, and no node's of the source graph.
         module: takes the region's inputs, sizes first, and returns a tuple.
         inputs: what its compilation goes by, one an input: fake tensors and sizes.
     """
@@ -60,7 +59,7 @@ class Program:
 def link(program: Program, compiled: Mapping[Region, Callable]) -> Callable:
     """The program as one function of the source graph's inputs; ``compiled`` runs its regions."""
     scope: dict[str, Any] = {region.name: function for region, function in compiled.items()}
-    scope |= {n.name: getattr(program.source, str(n.target)) for n in _attributes(program.source)}
+    scope |= {n.name: getattr(program.source, str(n.target)) for n in tensors_of(program.source)}
     exec(compile(source_of(program), "<rewriter program>", "exec"), scope)
     return scope["program"]
 
@@ -88,40 +87,7 @@ def source_of(program: Program) -> str:
     return "\n".join(lines) + "\n"
 
 
-def inline(program: Program) -> GraphModule:
-    """The program as one graph again, each region's operations in place of its calls."""
-    source = program.source
-    graph, env = Graph(), {}
-    bodies: dict[str, Any] = {}
-    for node in source.graph.nodes:
-        if node.op == "placeholder" or (node.op == "get_attr" and node in _attributes(source)):
-            env[node] = graph.node_copy(node)
-            if node.op == "get_attr":
-                bodies[node.target] = getattr(source, node.target)
-    for index, call in enumerate(program.calls):
-        inner = dict(
-            zip(
-                call.region.module.graph.find_nodes(op="placeholder"),
-                (env[n] for n in call.inputs),
-                strict=True,
-            )
-        )
-        for node in call.region.module.graph.nodes:
-            if node.op == "output":
-                results = [inner[n] for n in node.args[0]]
-                env.update(zip(call.outputs, results, strict=True))
-            elif node.op != "placeholder":
-                inner[node] = graph.node_copy(node, lambda n, inner=inner: inner[n])
-                if node.op == "get_attr":
-                    inner[node].target = f"{node.target}_{index}"
-                    bodies[inner[node].target] = getattr(call.region.module, node.target)
-    (output,) = source.graph.find_nodes(op="output")
-    graph.output(map_arg(output.args[0], env.__getitem__))
-    graph.lint()
-    return GraphModule(bodies, graph)
-
-
-def _attributes(module: GraphModule) -> list[Node]:
+def tensors_of(module: GraphModule) -> list[Node]:
     """The nodes that read the graph's own tensors."""
     return [
         n

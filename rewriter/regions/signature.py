@@ -5,7 +5,7 @@ read. Two parts with one hash may be run by one compiled function, each with its
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from types import EllipsisType
 from typing import Any
@@ -33,29 +33,34 @@ def _digest(lines: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _lines(nodes: Sequence[Node], outside: Any) -> Iterable[str]:
+def _lines(nodes: Sequence[Node], outside: Callable[[Any], str]) -> Iterable[str]:
     number: dict[Node, str] = {}
 
-    def text(value: Any) -> str:
-        if isinstance(value, Node):
-            if value not in number:
-                number[value] = f"in{len(number)}:{_attribute(value) or outside(value_of(value))}"
-            return number[value]
-        if isinstance(value, (list, tuple)):
-            return f"{type(value).__name__}({','.join(map(text, value))})"
-        if isinstance(value, dict):
-            return "{" + ",".join(f"{k}:{text(v)}" for k, v in value.items()) + "}"
-        if isinstance(value, slice):
-            return f"slice({text(value.start)},{text(value.stop)},{text(value.step)})"
-        return constant(value)
+    def label(node: Node) -> str:
+        if node not in number:
+            number[node] = f"in{len(number)}:{_attribute(node) or outside(value_of(node))}"
+        return number[node]
 
     for i, node in enumerate(nodes):
         if node.op in ("placeholder", "get_attr"):
-            yield text(node)
+            yield label(node)
             continue
-        call = f"{node.op} {target(node.target)} {text(node.args)} {text(node.kwargs)}"
-        yield f"{call} {described(value_of(node))}"
+        operands = f"{argument(node.args, label)} {argument(node.kwargs, label)}"
+        yield f"{node.op} {target(node.target)} {operands} {described(value_of(node))}"
         number[node] = f"%{i}"
+
+
+def argument(value: Any, label: Callable[[Node], str]) -> str:
+    """A node's argument with nodes by their ``label``: equal texts for equal arguments only."""
+    if isinstance(value, Node):
+        return label(value)
+    if isinstance(value, (list, tuple)):
+        return f"{type(value).__name__}({','.join(argument(v, label) for v in value)})"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{k!r}:{argument(v, label)}" for k, v in value.items()) + "}"
+    if isinstance(value, slice):
+        return f"slice{argument((value.start, value.stop, value.step), label)}"
+    return constant(value)
 
 
 def _attribute(node: Node) -> str | None:

@@ -157,6 +157,22 @@ class Chain:
         return (h.square().mean(), *hidden)
 
 
+def each_layer_writes(h: Tensor, memory: Tensor, weights: list[Tensor]) -> Tensor:
+    """Four layers, each of which writes in place into what the next one reads: no chain of regions."""
+    memory = memory + 1
+    h = torch.tanh(h)
+    for w in weights:
+        h = h + torch.sin(h @ w) * memory.exp()
+        memory.mul_(0.5)
+    return h.sum()
+
+
+def inputs_of_writers() -> tuple:
+    """The stream, what is written into, and the weights."""
+    weights = [torch.randn(WIDTH, WIDTH, requires_grad=True) for _ in range(4)]
+    return torch.randn(3, WIDTH, requires_grad=True), torch.rand(3, WIDTH), weights
+
+
 _names = st.sampled_from(sorted(BLOCKS))
 
 

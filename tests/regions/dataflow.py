@@ -1,7 +1,6 @@
 """What a graph computes, as hashes: equal for graphs that differ in names and in free order alone."""
 
 import hashlib
-from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -9,7 +8,7 @@ from torch.fx import Graph, Node
 from rewriter.effects import Effects, is_mode_switch, mutated_argument
 from rewriter.nested import subgraph
 from rewriter.regions.invariants import is_random
-from rewriter.regions.signature import constant, structure, target
+from rewriter.regions.signature import argument, structure, target
 
 
 def dataflow(graph: Graph) -> str:
@@ -20,17 +19,6 @@ def dataflow(graph: Graph) -> str:
     effects = Effects.of(graph, torch.is_grad_enabled())
     known: dict[Node, str] = {}
     ordered: list[str] = []
-
-    def text(value: Any) -> str:
-        if isinstance(value, Node):
-            return known[value]
-        if isinstance(value, (list, tuple)):
-            return f"{type(value).__name__}({','.join(map(text, value))})"
-        if isinstance(value, dict):
-            return "{" + ",".join(f"{k}:{text(v)}" for k, v in value.items()) + "}"
-        if isinstance(value, slice):
-            return f"slice({text(value.start)},{text(value.stop)},{text(value.step)})"
-        return constant(value)
 
     for node in graph.nodes:
         body = subgraph(node)
@@ -43,7 +31,11 @@ def dataflow(graph: Graph) -> str:
         elif is_mode_switch(node):
             known[node] = ""
         else:
-            parts = [node.op, target(node.target), text(node.args), text(node.kwargs)]
+            parts = [
+                node.op,
+                target(node.target),
+                *(argument(a, known.__getitem__) for a in (node.args, node.kwargs)),
+            ]
             if node.op != "output":
                 parts.append(str(effects.mode[node]))
             if is_random(node) or mutated_argument(node) is not None:

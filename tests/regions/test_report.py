@@ -7,7 +7,7 @@ import torch
 
 import rewriter
 from tests.families import batch, build
-from tests.regions.chains import Chain
+from tests.regions.chains import Chain, each_layer_writes, inputs_of_writers
 
 
 def _report(function, *args, lowering: str = "eager", **kwargs):
@@ -67,16 +67,7 @@ def test_a_report_with_a_program_is_json(llama):
 
 
 def test_a_refusal_is_noted_with_its_reason():
-    def function(h, memory, weights):
-        memory = memory + 1
-        h = torch.tanh(h)
-        for w in weights:
-            h = h + torch.sin(h @ w) * memory.exp()
-            memory.mul_(0.5)
-        return h.sum()
-
-    weights = [torch.randn(8, 8, requires_grad=True) for _ in range(4)]
-    report = _report(function, torch.randn(3, 8), torch.rand(3, 8), weights)
+    report = _report(each_layer_writes, *inputs_of_writers())
     (note,) = report.graphs[0].notes
     assert note.startswith("compiled as one region: `mul_") and "writes in place" in note
     assert report.program is None

@@ -4,9 +4,9 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from rewriter.regions.program import inline
-from tests.regions.chains import Chain, chains
+from tests.regions.chains import Chain, chains, each_layer_writes, inputs_of_writers
 from tests.regions.dataflow import dataflow
+from tests.regions.inlined import inline
 from tests.regions.outlined import Numbers, Outlined, assert_equal, numbers, outlined, run_program
 
 _few = {
@@ -94,16 +94,7 @@ def test_an_operation_before_and_after_a_write_is_not_shared():
 
 
 def test_a_tensor_that_several_layers_write_into_keeps_one_graph():
-    def function(h, memory, weights):
-        memory = memory + 1
-        h = torch.tanh(h)
-        for w in weights:
-            h = h + torch.sin(h @ w) * memory.exp()
-            memory.mul_(0.5)
-        return h.sum()
-
-    weights = [torch.randn(8, 8, requires_grad=True) for _ in range(4)]
-    case = outlined(function, torch.randn(3, 8, requires_grad=True), torch.rand(3, 8), weights)
+    case = outlined(each_layer_writes, *inputs_of_writers())
     assert case.program is None and "writes in place" in case.reason
 
 

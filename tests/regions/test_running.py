@@ -6,7 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from rewriter.regions.outline import outline
+from rewriter.regions.program import link
 from tests.families import batch, build
+from tests.golden import trace
 from tests.regions.chains import Chain
 from tests.regions.outlined import Numbers, assert_equal, numbers, outlined, run_program
 
@@ -145,3 +148,16 @@ def test_a_program_is_compiled_and_run_in_any_grad_mode(evaluate):
         ours, theirs = compiled(*inputs)[0], chain(*inputs)[0]
     assert ours.requires_grad == theirs.requires_grad
     torch.testing.assert_close(ours, theirs)
+
+
+def test_a_graph_may_use_the_names_of_regions():
+    chain = Chain((), ("residual",), 4, ("norm",))
+    module, examples = trace(chain, *chain.inputs())
+    for node, name in zip(module.graph.nodes, ("beginning", "end", "layer_a", "layer_b"), strict=False):
+        node._rename(name)
+    module.recompile()
+    program = outline(module, examples)
+    assert program is not None
+    assert [r.name for r in program.regions] == ["beginning_region", "layer_a_region", "end_region"]
+    linked = link(program, {region: region.module for region in program.regions})
+    assert_equal(numbers(linked, examples), numbers(module, examples))
