@@ -1,6 +1,6 @@
 """A program of regions: a short list of calls, most of the same few functions with other weights.
 
-``Program`` says what is called with what. ``source_of`` writes it as Python, every argument told, and ``link``
+``Program`` says what is called with what. ``source_of`` writes it as Python, all arguments told, and ``link``
 runs that once the regions are compiled; what a report shows is shorter (``describe.py``).
 """
 
