@@ -1,0 +1,172 @@
+"""One page-locked slab of host memory, sub-allocated: where offloaded activations wait for the backward.
+
+Locking host memory takes about as long as writing it once, so it is done once, for the plan's bytes, and
+blocks are handed out of it in microseconds. Blocks are 512-byte aligned and not rounded to powers of two.
+Where more is needed than was reserved, the arena grows by another slab, up to its limit.
+
+The arena orders nothing: whoever frees a block whose copy is under way must see to it that the next user's
+copy comes later (``transfer.py`` does). Not for several threads at once. Refuses, naming the way out: more
+than the limit, a block freed twice.
+"""
+
+import os
+from collections.abc import Mapping
+
+import torch
+
+from rewriter.memory.extents import Extents, aligned
+from rewriter.memory.pinned import HostSlab
+
+_GROWTH = 2 << 30
+# Of the machine's memory, what the arenas of all its processes may take together where nobody says: the rest
+# is for the processes themselves, the weights on their way to the device, and the data.
+_DEFAULT_SHARE = 0.8
+
+
+class HostMemoryError(MemoryError):
+    """Asked for more host memory than the arena may take."""
+
+
+class Block:
+    """A range of an arena; ``bytes`` is a tensor of just those bytes."""
+
+    __slots__ = ("bytes", "owner", "slab", "start")
+
+    def __init__(self, slab: "_Slab", start: int, nbytes: int, owner: object):
+        self.slab, self.start, self.owner = slab, start, owner
+        self.bytes = slab.memory.bytes[start : start + nbytes]
+
+
+class _Slab:
+    def __init__(self, nbytes: int, *, pin: bool):
+        self.memory, self.extents = HostSlab(nbytes, pin=pin), Extents(nbytes)
+        self.blocks: dict[int, Block] = {}
+
+
+class HostArena:
+    """At most ``limit`` bytes of host memory; by default ``default_limit()``.
+
+    ``pin``: page-lock it; by default where there is a CUDA device. ``growth``: the least bytes that a slab
+    has which was not reserved.
+    """
+
+    def __init__(self, limit: int | None = None, *, pin: bool | None = None, growth: int = _GROWTH):
+        self.limit = default_limit() if limit is None else limit
+        self.pin = torch.cuda.is_available() if pin is None else pin
+        self.growth = growth
+        self.in_use = self.peak = 0
+        self._slabs: list[_Slab] = []
+
+    @property
+    def capacity(self) -> int:
+        """Bytes of all slabs."""
+        return sum(slab.extents.capacity for slab in self._slabs)
+
+    @property
+    def pinned(self) -> bool:
+        """Whether every slab is page-locked."""
+        return all(slab.memory.pinned for slab in self._slabs)
+
+    def reserve(self, nbytes: int) -> None:
+        """Have at least ``nbytes``, in use and free together; raises HostMemoryError past the limit."""
+        missing = aligned(nbytes) - self.capacity
+        if missing <= 0:
+            return
+        if aligned(nbytes) > self.limit:
+            raise self._error("reserve", nbytes)
+        self._add(missing)
+
+    def allocate(self, nbytes: int, owner: object = None) -> Block:
+        """A block of ``nbytes``, its contents undefined; ``owner`` is who frees it, for ``free_owned``.
+
+        Raises HostMemoryError where it does not fit within the limit; nothing has changed then.
+        """
+        if nbytes < 0:
+            raise ValueError(f"HostArena: a block of {nbytes} bytes was asked for; sizes are 0 or more.")
+        block = self._place(nbytes, owner)
+        if block is None:
+            self._grow(nbytes)
+            block = self._place(nbytes, owner)
+            assert block is not None
+        return block
+
+    def free(self, block: Block) -> None:
+        """Give ``block`` back; raises ValueError where it is not in use."""
+        slab = block.slab
+        if slab.blocks.get(block.start) is not block:
+            raise ValueError(
+                f"HostArena: the block of {block.bytes.numel()} bytes at {block.start} is freed twice; free a "
+                "block once, when the copy that last reads it is ordered before any later one."
+            )
+        self.in_use -= slab.extents.taken[block.start]
+        del slab.blocks[block.start]
+        slab.extents.give_back(block.start)
+
+    def free_owned(self, owner: object) -> None:
+        """Free what ``owner`` has, also where an exception came in the middle of a call."""
+        for slab in self._slabs:
+            slab.blocks = {start: block for start, block in slab.blocks.items() if block.owner is not owner}
+            slab.extents.taken = {start: aligned(b.bytes.numel()) for start, b in slab.blocks.items()}
+            slab.extents.rebuild()
+        self.in_use = sum(sum(slab.extents.taken.values()) for slab in self._slabs)
+
+    def release(self) -> None:
+        """Unlock and drop all slabs; raises ValueError where blocks are in use."""
+        if self.in_use:
+            raise ValueError(f"HostArena: released with {_size(self.in_use)} in use; free its blocks first.")
+        self._drop_idle()
+
+    def _place(self, nbytes: int, owner: object) -> Block | None:
+        for slab in self._slabs:
+            start = slab.extents.take(nbytes)
+            if start is None:
+                continue
+            block = slab.blocks[start] = Block(slab, start, nbytes, owner)
+            self.in_use += aligned(nbytes)
+            self.peak = max(self.peak, self.in_use)
+            return block
+        return None
+
+    def _grow(self, nbytes: int) -> None:
+        needed = aligned(nbytes)
+        if self.capacity + needed > self.limit:
+            # Slabs that hold nothing may give way to one that is large enough.
+            idle = sum(slab.extents.capacity for slab in self._slabs if not slab.blocks)
+            if self.capacity - idle + needed > self.limit:
+                raise self._error("allocate", nbytes)
+            self._drop_idle()
+        self._add(max(needed, min(self.growth, self.limit - self.capacity)))
+
+    def _add(self, nbytes: int) -> None:
+        slab = _Slab(nbytes, pin=self.pin)
+        self.pin = slab.memory.pinned  # where locking failed once, it is not tried, nor warned of, again
+        self._slabs.append(slab)
+
+    def _drop_idle(self) -> None:
+        idle = [slab for slab in self._slabs if not slab.blocks]
+        self._slabs = [slab for slab in self._slabs if slab.blocks]
+        for slab in idle:
+            slab.memory.close()
+
+    def _error(self, verb: str, nbytes: int) -> HostMemoryError:
+        largest = max((slab.extents.largest_free for slab in self._slabs), default=0)
+        return HostMemoryError(
+            f"HostArena: {verb} {_size(nbytes)} with {_size(self.in_use)} in use and {_size(largest)} the "
+            f"largest free range passes the host budget of {_size(self.limit)}; give a larger host_budget, or a "
+            "larger memory_budget, so that less is offloaded."
+        )
+
+
+def default_limit(environment: Mapping[str, str] = os.environ) -> int:
+    """The host bytes for this process where no host_budget is given: its part of most of the machine's
+    memory.
+
+    LOCAL_WORLD_SIZE, which launchers of distributed training set, is the number of processes that share the
+    machine.
+    """
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(total * _DEFAULT_SHARE) // int(environment.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**28 else f"{nbytes / 2**20:.2f} MiB"

@@ -1,0 +1,70 @@
+"""The streams that copies run on: two beside the computing one, so that both directions of the bus work at
+once.
+
+On a device without streams everything runs in place, in order: ``InOrder`` has the same words, and they do
+nothing.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+
+class SideStreams:
+    """``out`` to the host and ``back`` from it, beside whichever stream computes."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.out: Any = torch.cuda.Stream(device)
+        self.back: Any = torch.cuda.Stream(device)
+        self._computed: torch.cuda.Stream | None = None
+
+    def compute(self) -> Any:
+        """The stream that computes now.
+
+        What was ordered on the one before holds on this one too: the caller may have changed streams in
+        between.
+        """
+        stream = torch.cuda.current_stream(self.device)
+        if self._computed is not None and stream != self._computed:
+            stream.wait_stream(self._computed)
+        self._computed = stream
+        return stream
+
+    def on(self, stream: Any) -> AbstractContextManager:
+        return torch.cuda.stream(stream)
+
+    def synchronize(self) -> None:
+        """Wait, on the host, until nothing is being copied."""
+        self.out.synchronize()
+        self.back.synchronize()
+
+
+class _Nothing:
+    def wait_event(self, event: Any) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def record_event(self) -> "_Nothing":
+        return self
+
+
+class InOrder:
+    """A device without streams: each copy has ended when its call returns."""
+
+    def __init__(self):
+        self.out: Any = _Nothing()
+        self.back: Any = self.out
+
+    def compute(self) -> Any:
+        return self.out
+
+    def on(self, stream: Any) -> AbstractContextManager:
+        return nullcontext()
+
+    def synchronize(self) -> None: ...
+
+
+def streams_of(device: torch.device) -> SideStreams | InOrder:
+    return SideStreams(device) if device.type == "cuda" else InOrder()
