@@ -1,0 +1,219 @@
+"""The fastest choices within the budgets, exactly: a search from the last part to the first.
+
+A *suffix* is a choice for each of the parts from one on. All that matters of it to the parts before is three
+numbers: what it needs (the device bytes that its worst moment takes beyond what earlier parts save), what it
+hosts, and its time. One that is no better than another in any of the three is dropped, and so is one that not
+even the lower bound of the parts before it (``bounds.py``) could lead to a plan better than the best known. That
+first plan comes from the same search with few suffixes kept. Nothing else is dropped, so what remains at the
+first part is the optimum, however the numbers look; the bounds decide how long it takes to find.
+
+Numbers are whole (time in units), so that equal plans are equal, and ties go to the fewer host bytes and then to
+the lower peak.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+
+from rewriter.memory.bounds import (
+    NOTHING,
+    Options,
+    Overlap,
+    Prices,
+    Whole,
+    best_prices,
+    cheapest_prefixes,
+    time_of,
+)
+
+# Suffixes kept for each overlap by the searches for a first plan: the second only where the first finds none.
+_NARROW = (32, 1024)
+_BLOCK = 256
+# Rounding of sums of prices times bytes, in time units, where one unit is 1e-10 of a step.
+_MARGIN = 0.01
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best choices: index into each part's own choices, with what they need, host and take."""
+
+    choices: tuple[int, ...]
+    need: int
+    hosted: int
+    time: int
+
+
+@dataclass(frozen=True)
+class _Suffixes:
+    """Suffixes as columns, and how to follow each: the choice of its first part, and the suffix after it."""
+
+    need: Whole
+    hosted: Whole
+    time: Whole
+    choice: Whole
+    group: Whole
+    rest: Whole
+
+    def rows(self, which) -> "_Suffixes":
+        return _Suffixes(*(getattr(self, name)[which] for name in self.__dataclass_fields__))
+
+    def __len__(self) -> int:
+        return len(self.need)
+
+
+def fastest(parts: Sequence[Options], device: int, host: int) -> Found | None:
+    """Least time within the budgets, then the fewest host bytes, then the lowest peak; None where none fits."""
+    return _Search(parts, device, host, best_prices(parts, device, host), by_peak=False).best()
+
+
+def smallest(parts: Sequence[Options], host: int) -> Found | None:
+    """The lowest peak within the host budget, then the fewest host bytes; None where the host holds none."""
+    still = [replace(o, forward=o.forward * 0, backward=o.backward * 0, overlaps=_timeless(o)) for o in parts]
+    anything = sum(int(o.saved.max() + o.hosted.max() + o.peak.max()) for o in parts)
+    prices = best_prices(still, 0, host, device_price=1.0)
+    return _Search(still, anything, host, prices, by_peak=True).best()
+
+
+def _timeless(options: Options) -> tuple[Overlap, ...]:
+    return tuple(Overlap(o.hosted, 0, 0) for o in options.overlaps)
+
+
+class _Search:
+    """One search: the parts, the budgets, and at which prices the parts before a suffix are bounded."""
+
+    def __init__(self, parts: Sequence[Options], device: int, host: int, best: Prices, *, by_peak: bool):
+        self.parts = parts
+        self.device, self.host = device, host
+        self.by_peak = by_peak
+        # Among equal times the bounds look at host bytes too, by a price that no sum makes worth a unit of time.
+        self.tie = 0.0 if by_peak else 0.5 / (1 + sum(int(o.hosted.max()) for o in parts))
+        self.prices = _around(best, vary_device=not by_peak)
+        tied = replace(self.prices, host=self.prices.host + self.tie)
+        self.before = cheapest_prefixes(parts, tied)
+        # Bytes that the parts before must at least save, and host: a suffix that leaves less is no plan.
+        least = Prices(np.array([1.0, 0.0]), np.array([0.0, 1.0]), np.array([-1, -1]))
+        timeless = [
+            replace(o, forward=o.forward * 0, backward=o.backward * 0, overlaps=_timeless(o)) for o in parts
+        ]
+        self.least = cheapest_prefixes(timeless, least)
+
+    def best(self) -> Found | None:
+        found = None
+        for kept in _NARROW:
+            found = found or self._run(None, kept)
+        if found is not None and self.by_peak:
+            self.device = found.need
+        return self._run(found, None)
+
+    def _run(self, known: Found | None, kept: int | None) -> Found | None:
+        """Search among plans no worse than ``known``, with at most ``kept`` suffixes for each overlap."""
+        if self.by_peak or known is None:
+            ceiling = np.inf if known is None else _MARGIN
+        else:
+            ceiling = known.time + self.tie * known.hosted + _MARGIN
+        zero = np.zeros(1, np.int64)
+        ends = [
+            _Suffixes(zero - 2**61, zero, zero + overlap.offload + overlap.reload, zero, zero, zero)
+            for overlap in self.parts[-1].overlaps
+        ]
+        stages = [ends]
+        for i in reversed(range(len(self.parts))):
+            before = self.parts[i - 1].overlaps if i else (NOTHING,)
+            time = time_of(self.parts[i], before)
+            stages.append(
+                [
+                    self._narrow(self._extend(i, stages[-1], overlap.hosted, time[g]), i, g, ceiling, kept)
+                    for g, overlap in enumerate(before)
+                ]
+            )
+        (whole,) = stages[-1]
+        if not len(whole):
+            return None
+        first = np.lexsort(
+            (whole.hosted, whole.need) if self.by_peak else (whole.need, whole.hosted, whole.time)
+        )
+        return self._follow(stages, int(first[0]))
+
+    def _extend(self, i: int, after: list[_Suffixes], flight: int, time: Whole) -> _Suffixes:
+        """Every choice of part i before every suffix that it can stand before, ``flight`` bytes under way."""
+        options = self.parts[i]
+        columns = []
+        for c in range(len(options)):
+            rest = after[options.group[c]]
+            need = np.maximum(options.peak[c] + flight, options.saved[c] + rest.need)
+            same = np.full(len(rest), 0)
+            columns.append(
+                _Suffixes(
+                    need,
+                    rest.hosted + options.hosted[c],
+                    rest.time + time[c],
+                    same + c,
+                    same + options.group[c],
+                    np.arange(len(rest)),
+                )
+            )
+        return _Suffixes(*(np.concatenate([getattr(x, f.name) for x in columns]) for f in fields(_Suffixes)))
+
+    def _narrow(self, all_: _Suffixes, i: int, g: int, ceiling: float, kept: int | None) -> _Suffixes:
+        save, hold = self.least[i][:, g]
+        fits = (all_.need + save <= self.device) & (all_.hosted + hold <= self.host)
+        some = all_.rows(fits)
+        value = some.time + self.tie * some.hosted
+        proven = np.full(len(some), -np.inf)
+        chances = np.ones(len(some), bool)
+        for block in np.array_split(np.arange(len(self.prices.device)), 4):
+            prices, cost = self.prices.rows(block), self.before[i][block, g]
+            need = np.where((prices.moment < 0) | (prices.moment >= i), 1.0, 0.0)
+            at = cost - prices.device * self.device - prices.host * self.host
+            here = np.flatnonzero(chances)
+            bound = (
+                at
+                + np.outer(some.need[here], prices.device * need)
+                + np.outer(some.hosted[here], prices.host)
+            )
+            proven[here] = np.maximum(proven[here], bound.max(axis=1) + value[here])
+            chances[here] = proven[here] <= ceiling
+        some, proven = some.rows(chances), proven[chances]
+        order = np.lexsort((some.need, some.hosted, some.time))
+        some, proven = some.rows(order), proven[order]
+        best = _undominated(some)
+        if kept is not None and len(best) > kept:
+            best = best[np.sort(np.argsort(proven[best], kind="stable")[:kept])]
+        return some.rows(best)
+
+    def _follow(self, stages: list[list[_Suffixes]], row: int) -> Found:
+        whole = stages[-1][0]
+        choices, group, at = [], 0, row
+        for options, stage in zip(self.parts, reversed(stages[1:]), strict=True):
+            suffixes = stage[group]
+            choices.append(int(options.index[suffixes.choice[at]]))
+            group, at = int(suffixes.group[at]), int(suffixes.rest[at])
+        return Found(tuple(choices), int(whole.need[row]), int(whole.hosted[row]), int(whole.time[row]))
+
+
+def _around(best: Prices, *, vary_device: bool) -> Prices:
+    """The best prices of a whole step, others near them, and none; the most promising first."""
+    factors = np.array([1.0, 0.98, 1.02, 0.93, 1.07, 0.8, 1.25, 0.5, 2.0, 0.0])
+    device = best.device[0] * (factors if vary_device else np.ones(1))
+    moments = np.unique([-1, best.moment[0]])
+    grid = np.meshgrid(device, best.host[0] * factors, moments, indexing="ij")
+    far = np.add.outer(np.arange(len(device)), np.arange(len(factors)))[:, :, None] + 0 * moments
+    order = np.argsort(far.ravel(), kind="stable")
+    return Prices(*(axis.ravel()[order] for axis in grid))
+
+
+def _undominated(sorted_: _Suffixes) -> Whole:
+    """Rows that no other row beats or equals in time, host bytes and need, of rows sorted in that order."""
+    host, need = sorted_.hosted, sorted_.need
+    kept = np.empty(0, np.int64)
+    for start in range(0, len(sorted_), _BLOCK):
+        rows = np.arange(start, min(start + _BLOCK, len(sorted_)))
+        for others in np.array_split(kept, 1 + len(kept) // 4096):
+            worse = (host[others] <= host[rows][:, None]) & (need[others] <= need[rows][:, None])
+            rows = rows[~worse.any(axis=1)]
+        worse = (host[rows] <= host[rows][:, None]) & (need[rows] <= need[rows][:, None])
+        # Only an earlier row counts: rows are sorted, so that no later one is faster.
+        rows = rows[~np.tril(worse, -1).any(axis=1)]
+        kept = np.concatenate([kept, rows])
+    return kept
