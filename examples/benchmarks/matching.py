@@ -41,8 +41,7 @@ REPEATS = 3
 
 def captured(kind: str, layers: int) -> tuple[list[GraphModule], list[dict[str, float]]]:
     """The graphs that Dynamo makes of one training step, and the first times of each."""
-    # In this folder's place, where bitsandbytes would take kernels.py for the package of that name.
-    sys.path[0] = str(ROOT)
+    sys.path.append(str(ROOT))
     from tests.families import batch, build
 
     model: Any = build("llama", layers=layers, **{"dtype": torch.bfloat16, **KINDS[kind]})

@@ -1,7 +1,7 @@
-"""The peers' models for ``end_to_end.py``: each as its own documentation sets it up, with the same shapes.
+"""Every system's model for ``end_to_end.py``, set up as its own documentation says, with the same weights.
 
-Unsloth loads a checkpoint, so that one with random weights and a tokenizer of one word is written first, by a
-process of its own (``python peers.py <folder> <layers>``), as Unsloth must be imported before transformers.
+Unsloth loads a checkpoint, so that one with random weights and a tokenizer of a few words is written first,
+by a process of its own (``python peers.py <folder> <case>``): Unsloth must be imported before transformers.
 """
 
 import os
@@ -11,57 +11,81 @@ import tempfile
 from pathlib import Path
 
 import torch
+from models import LINEARS, RANK, Case, base_model, model_of, with_random_adapters
 from torch import nn
 
+SYSTEMS = {
+    "rewriter": "`rewriter`",
+    "hf": "eager",
+    "inductor": "`torch.compile`",
+    "liger": "Liger-Kernel",
+    "liger_compiled": "Liger-Kernel and `torch.compile`",
+    "unsloth": "Unsloth",
+    "hf_gc": "eager, checkpointing",
+    "inductor_gc": "`torch.compile`, checkpointing",
+    "liger_gc": "Liger-Kernel, checkpointing",
+    "unsloth_gc": "Unsloth, its checkpointing",
+}
 
-def liger(build, compiled: bool) -> nn.Module:
-    """Liger-Kernel's modules, patched in before ``build`` makes the model."""
-    from liger_kernel.transformers import apply_liger_kernel_to_llama
 
-    apply_liger_kernel_to_llama()
-    model = build()
-    if compiled:
+def prepared(system: str, case: Case, device: str, tiny: bool, options: dict) -> nn.Module:
+    """The case's model as ``system`` runs it; ``options`` are the rewriter's."""
+    name, checkpointed = system.removesuffix("_gc"), system.endswith("_gc")
+    if name == "unsloth":
+        return unsloth(case, checkpointed)
+    if name.startswith("liger"):
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama()
+    model = model_of(case, device, tiny)
+    if checkpointed:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if name == "rewriter":
+        model.compile(backend="rewriter", options=options)
+    elif name in ("inductor", "liger_compiled"):
         model.compile()
     return model
 
 
-def unsloth(shape: dict, rank: int, targets: list[str], quantised: bool, checkpointing: bool) -> nn.Module:
+def unsloth(case: Case, checkpointing: bool) -> nn.Module:
     """``FastLanguageModel`` with adapters; ``checkpointing`` is its own offloading one."""
+    if case.weights == "full":
+        raise ValueError(f"unsloth is measured with adapters alone, not on the case {case.name}")
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", UNSLOTH_DISABLE_STATISTICS="1")
     from unsloth import FastLanguageModel
 
-    layers = shape["num_hidden_layers"]
-    folder = Path(tempfile.gettempdir()) / f"rewriter_peers_{layers}_{shape['hidden_size']}"
-    if not (folder / "done").exists():
-        subprocess.run([sys.executable, __file__, str(folder), str(layers)], check=True)
     model, _ = FastLanguageModel.from_pretrained(
-        model_name=str(folder),
-        max_seq_length=shape["max_position_embeddings"],
+        model_name=str(checkpoint(case)),
+        max_seq_length=131072,
         dtype=torch.bfloat16,
-        load_in_4bit=quantised,
+        load_in_4bit=case.weights == "nf4",
     )
-    return FastLanguageModel.get_peft_model(
+    model = FastLanguageModel.get_peft_model(
         model,
-        r=rank,
-        target_modules=targets,
-        lora_alpha=rank,
+        r=RANK,
+        target_modules=list(LINEARS),
+        lora_alpha=RANK,
         lora_dropout=0,
         bias="none",
         use_gradient_checkpointing="unsloth" if checkpointing else False,
     )
+    return with_random_adapters(model)
 
 
-def save(folder: Path, layers: int) -> None:
-    from end_to_end import configuration
+def checkpoint(case: Case) -> Path:
+    """The folder of the case's base model, written where it is not there yet."""
+    folder = Path(tempfile.gettempdir()) / f"rewriter_peers_{case.layers}_{case.shape}"
+    if not (folder / "done").exists():
+        subprocess.run([sys.executable, __file__, str(folder), case.name], check=True)
+    return folder
+
+
+def save(folder: Path, case: Case) -> None:
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    config = configuration(layers, tiny=False)
-    torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.device(device):
-        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    model = base_model(case, "cuda" if torch.cuda.is_available() else "cpu")
     model.save_pretrained(folder, max_shard_size="4GB")
     words = Tokenizer(WordLevel({"<s>": 0, "</s>": 1, "<pad>": 2, "<unk>": 3}, unk_token="<unk>"))
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
@@ -70,4 +94,4 @@ def save(folder: Path, layers: int) -> None:
 
 
 if __name__ == "__main__":
-    save(Path(sys.argv[1]), int(sys.argv[2]))
+    save(Path(sys.argv[1]), Case.parse(sys.argv[2]))

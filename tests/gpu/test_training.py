@@ -9,7 +9,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 
 def test_twenty_steps_have_eagers_losses_to_bf16_noise():
-    from examples.benchmarks.end_to_end import build
+    from examples.benchmarks.models import build
 
     model = build(layers=8, quantised=True, device="cuda", tiny=False)
     start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}

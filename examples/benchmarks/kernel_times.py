@@ -1,8 +1,8 @@
 """Each kernel beside its bound, and beside what else computes the same.
 
-    python examples/benchmarks/kernels.py                      # all of them, one to two minutes on an H200
-    python examples/benchmarks/kernels.py --kernel rms_norm rotary
-    python examples/benchmarks/kernels.py --tiny               # on the CPU, without Triton: a dry run
+    python examples/benchmarks/kernel_times.py     # all of them, one to two minutes on an H200
+    python examples/benchmarks/kernel_times.py --kernel rms_norm rotary
+    python examples/benchmarks/kernel_times.py --tiny  # on the CPU, without Triton: a dry run
 
 The bound is the fewest bytes at the bandwidth of a clone, or the operations at the rate of a large product,
 both measured in the same run; for LoRA it is the time of the product without an adapter. Times are medians on
