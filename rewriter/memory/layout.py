@@ -28,7 +28,7 @@ class Layout:
             )
         if tensor.is_conj() or tensor.is_neg():
             raise ValueError(
-                "offload: the tensor is lazily conjugated or negated; give resolve_conj() or resolve_neg() of it."
+                "offload: the tensor is lazily conjugated or negated: give it resolved, by resolve_conj()."
             )
         return Layout(tuple(tensor.shape), tensor.stride(), tensor.dtype, _span(tensor) * tensor.itemsize)
 

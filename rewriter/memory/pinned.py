@@ -49,9 +49,9 @@ def _lock(memory: torch.Tensor) -> bool:
         return True
     _forget_error()
     warnings.warn(
-        f"{memory.numel() / 2**30:.2f} GiB of host memory could not be page-locked (CUDA error {error}): it is "
-        "used unlocked, so copies run at about half the rate and nothing runs beside them. Raise the limit of "
-        "locked memory (ulimit -l, or the container's), or give a smaller host_budget.",
+        f"{memory.numel() / 2**30:.2f} GiB of host memory could not be page-locked (CUDA error {error}): it "
+        "is used unlocked, so copies run at about half the rate and nothing runs beside them. Raise the limit "
+        "of locked memory (ulimit -l, or the container's), or give a smaller host_budget.",
         stacklevel=2,
     )
     return False

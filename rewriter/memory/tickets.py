@@ -57,8 +57,9 @@ class Ticket:
 
     def __del__(self):
         # Python may collect garbage in the middle of any call, so that this only leaves a note for the next.
-        if self._copy.uses:
-            self._abandoned.append(self._copy)
+        copy = getattr(self, "_copy", None)  # none where an interrupt came before it was set
+        if copy is not None and copy.uses:
+            self._abandoned.append(copy)
 
 
 def version_of(tensor: torch.Tensor) -> int:

@@ -60,7 +60,7 @@ class TransferStats:
 
 
 class Group:
-    """Tensors that are offloaded, given up and reloaded together; as a context, offloads in it belong to it."""
+    """Tensors that are offloaded, given up and reloaded together; offloads in its context are its."""
 
     def __init__(self, transfers: "Transfers"):
         self._transfers = weakref.ref(transfers)
@@ -138,16 +138,16 @@ class Transfers:
         """The tensor of ``ticket``, equal in values, shape and strides; detached.
 
         With ``keep`` its bytes stay in host memory and the ticket can be reloaded again, as a backward with
-        ``retain_graph=True`` needs. Raises ValueError for a ticket that was reloaded, or dropped by ``reset``;
-        RuntimeError for a tensor written since its offload; torch.OutOfMemoryError where the device has no room,
-        and the ticket is still good then.
+        ``retain_graph=True`` needs. Raises ValueError for a ticket that was reloaded, or dropped by
+        ``reset``; RuntimeError for a tensor written since its offload; torch.OutOfMemoryError where the device
+        has no room, and the ticket is still good then.
         """
         self._drain()
         copy = ticket._copy
         if not self._is_good(copy):
             raise ValueError(
-                "reload: the ticket was reloaded already, or dropped by reset(); reload it with keep=True where "
-                "the backward runs twice, and run the forward again after reset()."
+                "reload: the ticket was reloaded already, or dropped by reset(); reload it with keep=True "
+                "where the backward runs twice, and run the forward again after reset()."
             )
         if copy.given:
             self._begin_again(copy.group)
@@ -155,7 +155,7 @@ class Transfers:
         self._look_ahead(copy.group)
         if copy.written:
             raise RuntimeError(
-                f"reload: the tensor of shape {copy.layout.shape} was written in place after it was offloaded; "
+                f"reload: the tensor of shape {copy.layout.shape} was written in place after its offload; "
                 "offload a clone, or write to one."
             )
         self._streams.compute().wait_event(copy.arrived)

@@ -1,0 +1,274 @@
+"""Offload and reload on a device without streams: layouts, groups, sharing, and what follows an exception."""
+
+import gc
+import sys
+from types import FrameType
+
+import pytest
+import torch
+
+from rewriter.memory.arena import HostArena, HostMemoryError
+from rewriter.memory.transfer import Group, Ticket, Transfers
+
+MiB = 1 << 20
+
+
+def _transfers(**options) -> Transfers:
+    return Transfers(HostArena(16 * MiB, pin=False, growth=MiB), "cpu", poison=True, **options)
+
+
+LAYOUTS = {
+    "dense": lambda: torch.randn(5, 7),
+    "transposed": lambda: torch.randn(4, 6).t(),
+    "channels last": lambda: torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    "expanded": lambda: torch.randn(3, 1).expand(3, 4),
+    "slice with gaps": lambda: torch.randn(8, 8)[1:, 2:5],
+    "empty": lambda: torch.empty(0, 3),
+    "scalar": lambda: torch.tensor(3.0),
+    "bfloat16": lambda: torch.randn(9).bfloat16(),
+    "float8": lambda: torch.randn(9).to(torch.float8_e4m3fn),
+    "bool": lambda: torch.tensor([True, False, True]),
+    "int64": lambda: torch.arange(11),
+    "complex": lambda: torch.randn(3, dtype=torch.complex64),
+    "inference": lambda: _made_in_inference(),
+}
+
+
+def _made_in_inference() -> torch.Tensor:
+    with torch.inference_mode():
+        return torch.randn(4)
+
+
+def _contents(tensor: torch.Tensor) -> list[int]:
+    return list(tensor.clone(memory_format=torch.contiguous_format).untyped_storage())
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_comes_back_with_its_values_and_strides(name):
+    transfers, tensor = _transfers(depth=0), LAYOUTS[name]()
+    expected, strides = tensor.clone(), tensor.stride()
+    ticket = transfers.offload(tensor)
+    del tensor
+    back = transfers.reload(ticket)
+    assert back.dtype == expected.dtype and back.stride() == strides
+    assert _contents(back) == _contents(expected)
+    assert transfers.arena.in_use == 0
+
+
+def test_a_tensor_that_needs_a_gradient_comes_back_without_its_graph():
+    transfers = _transfers()
+    made = torch.randn(3, requires_grad=True) * 2
+    assert not transfers.reload(transfers.offload(made)).requires_grad
+
+
+def _forward(transfers: Transfers, groups: int = 4) -> tuple[list[list[Ticket]], list[list[torch.Tensor]]]:
+    tickets, expected = [], []
+    for i in range(groups):
+        tensors = [torch.randn(100 + i, 10), torch.randn(33)]
+        expected.append([tensor.clone() for tensor in tensors])
+        with transfers.group():
+            tickets.append([transfers.offload(tensor) for tensor in tensors])
+    return tickets, expected
+
+
+def _step(transfers: Transfers) -> None:
+    tickets, expected = _forward(transfers)
+    for i in reversed(range(len(tickets))):
+        for ticket, tensor in zip(reversed(tickets[i]), reversed(expected[i]), strict=True):
+            assert torch.equal(transfers.reload(ticket), tensor)
+    assert transfers.arena.in_use == 0
+
+
+@pytest.mark.parametrize("depth", range(4))
+def test_what_the_last_groups_still_hold_needs_no_copy_back(depth):
+    transfers = _transfers(depth=depth)
+    _step(transfers)
+    held = sum(4 * (10 * (100 + i) + 33) for i in range(4)[4 - depth :])
+    assert transfers.stats.bytes_spared == held
+    assert transfers.stats.bytes_in == transfers.stats.bytes_out - held
+
+
+def test_settling_gives_up_all_that_is_complete():
+    transfers = _transfers(depth=2)
+    tickets, _ = _forward(transfers)
+    transfers.settle()
+    for ticket in [ticket for group in reversed(tickets) for ticket in group]:
+        transfers.reload(ticket)
+    assert transfers.stats.bytes_spared == 0
+
+
+def test_the_first_reload_of_a_group_brings_it_and_the_one_before():
+    transfers = _transfers(depth=0)
+    tickets, _ = _forward(transfers)
+    sizes = [sum(ticket.nbytes for ticket in group) for group in tickets]
+    transfers.reload(tickets[3][0])
+    assert transfers.stats.bytes_in == sizes[3] + sizes[2]
+    transfers.reload(tickets[3][1])
+    assert transfers.stats.bytes_in == sizes[3] + sizes[2]
+    transfers.reload(tickets[2][1])
+    assert transfers.stats.bytes_in == sizes[3] + sizes[2] + sizes[1]
+
+
+def test_a_prefetch_is_the_reload_begun_earlier():
+    transfers = _transfers(depth=0)
+    tickets, expected = _forward(transfers)
+    transfers.prefetch(tickets[0][0])
+    assert transfers.stats.bytes_in == tickets[0][0].nbytes
+    transfers.prefetch(tickets[0][0])
+    assert transfers.stats.bytes_in == tickets[0][0].nbytes
+    assert torch.equal(transfers.reload(tickets[0][0]), expected[0][0])
+    transfers.prefetch(tickets[0][0])
+
+
+def test_groups_can_be_made_by_hand_and_offloads_have_their_own_otherwise():
+    transfers = _transfers()
+    group: Group = transfers.group()
+    first, alone = transfers.offload(torch.ones(4), group), transfers.offload(torch.ones(5))
+    second = transfers.offload(torch.ones(6), group)
+    group.close()
+    assert [int(transfers.reload(t).sum()) for t in (second, first, alone)] == [6, 4, 5]
+    with pytest.raises(ValueError, match="group is closed"):
+        transfers.offload(torch.ones(3), group)
+
+
+def test_a_tensor_offloaded_twice_is_copied_once():
+    transfers, tensor = _transfers(), torch.randn(50)
+    with transfers.group():
+        first = transfers.offload(tensor)
+    with transfers.group():
+        second = transfers.offload(tensor)
+        assert transfers.offload(tensor[1:]) is not first
+    assert second is first and transfers.stats.bytes_out == 4 * 99
+    assert torch.equal(transfers.reload(second), tensor)
+    assert transfers.arena.in_use > 0
+    assert torch.equal(transfers.reload(first), tensor)
+    with pytest.raises(ValueError, match="reloaded already"):
+        transfers.reload(first)
+
+
+def test_another_tensor_at_the_same_address_is_not_taken_for_the_first():
+    transfers, storage = _transfers(depth=0), torch.zeros(10)
+    first = transfers.offload(storage)
+    storage.fill_(7)
+    second = transfers.offload(storage)
+    assert transfers.reload(second).sum() == 70
+    assert transfers.reload(first).sum() == 0
+
+
+def test_given_up_memory_is_poisoned_only_where_nobody_else_holds_it():
+    transfers, kept = _transfers(depth=0), torch.ones(10)
+    view = (base := torch.ones(20))[5:15]
+    transfers.offload(kept)
+    transfers.offload(view)
+    del view
+    assert not kept.isnan().any() and not base.isnan().any()
+
+
+def test_a_kept_ticket_is_reloaded_as_often_as_asked():
+    transfers = _transfers(depth=1)
+    tickets, expected = _forward(transfers)
+    once = sum(ticket.nbytes for group in tickets for ticket in group)
+    for _ in range(3):
+        for i in reversed(range(4)):
+            for ticket, tensor in zip(tickets[i], expected[i], strict=True):
+                back = transfers.reload(ticket, keep=True)
+                assert torch.equal(back, tensor)
+                back.zero_()
+    stats = transfers.stats
+    assert stats.bytes_in + stats.bytes_spared == 3 * once
+    del tickets, ticket
+    transfers.settle()
+    assert transfers.arena.in_use == 0
+
+
+def test_a_tensor_written_after_its_offload_is_not_handed_out():
+    transfers, tensor = _transfers(), torch.zeros(3)
+    ticket = transfers.offload(tensor)
+    tensor.add_(1)
+    with pytest.raises(RuntimeError, match=r"shape \(3,\) was written in place"):
+        transfers.reload(ticket)
+
+
+def test_a_forward_without_a_backward_gives_its_memory_back():
+    transfers = _transfers()
+    for _ in range(20):
+        _forward(transfers)
+    gc.collect()
+    transfers.settle()
+    assert transfers.arena.in_use == 0
+    _step(transfers)
+
+
+def test_past_the_limit_nothing_has_changed():
+    transfers = Transfers(HostArena(MiB, pin=False), "cpu")
+    ticket = transfers.offload(torch.ones(1000))
+    with pytest.raises(HostMemoryError, match="host_budget"):
+        transfers.offload(torch.ones(MiB))
+    assert transfers.reload(ticket).sum() == 1000
+    assert transfers.arena.in_use == 0
+
+
+@pytest.mark.parametrize(
+    "tensor, reason",
+    [
+        (torch.eye(3).to_sparse(), "has no strides"),
+        (torch.randn(3, dtype=torch.complex64).conj(), "lazily conjugated"),
+        (torch.empty(3, device="meta"), "is on meta"),
+    ],
+)
+def test_what_cannot_be_moved_is_refused(tensor, reason):
+    with pytest.raises(ValueError, match=reason):
+        _transfers().offload(tensor)
+
+
+def test_reset_voids_tickets_and_leaves_others_blocks_alone():
+    transfers = _transfers()
+    other = transfers.arena.allocate(100)
+    tickets, _ = _forward(transfers)
+    transfers.reload(tickets[3][0])
+    transfers.reset()
+    assert transfers.arena.in_use == 512
+    with pytest.raises(ValueError, match="dropped by reset"):
+        transfers.reload(tickets[0][0])
+    del tickets
+    transfers.arena.free(other)
+    _step(transfers)
+
+
+def test_after_an_interrupt_at_any_line_a_reset_makes_the_next_step_work():
+    transfers = _transfers()
+    for line in range(10_000):
+        if not _interrupted(transfers, line):
+            break
+        transfers.reset()
+        assert transfers.arena.in_use == 0
+        if line % 10 == 0:
+            _step(transfers)
+    assert 300 < line < 9_999
+    _step(transfers)
+
+
+def _interrupted(transfers: Transfers, line: int) -> bool:
+    """Whether a step reached its ``line``-th line within the package, where it was interrupted."""
+    left = line
+
+    def trace(frame: FrameType, event: str, _: object):
+        nonlocal left
+        if "/rewriter/memory/" not in frame.f_code.co_filename:
+            return None
+        if event == "line":
+            left -= 1
+            if left < 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    try:
+        sys.settrace(trace)
+        _step(transfers)
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
