@@ -152,8 +152,8 @@ class HostArena:
         largest = max((slab.extents.largest_free for slab in self._slabs), default=0)
         return HostMemoryError(
             f"HostArena: {verb} {_size(nbytes)} with {_size(self.in_use)} in use and {_size(largest)} the "
-            f"largest free range passes the host budget of {_size(self.limit)}; give a larger host_budget, or "
-            "a larger memory_budget, so that less is offloaded."
+            f"largest free range passes the host budget of {_size(self.limit)}; give a larger host_budget, "
+            "or a larger memory_budget, so that less is offloaded."
         )
 
 

@@ -44,14 +44,14 @@ class HostSlab:
 def _lock(memory: torch.Tensor) -> bool:
     torch.cuda.init()
     memory[::_PAGE].zero_()
-    error = int(register(memory.data_ptr(), memory.numel(), _PORTABLE))
+    error = register(memory.data_ptr(), memory.numel(), _PORTABLE)
     if not error:
         return True
     _forget_error()
     warnings.warn(
         f"{memory.numel() / 2**30:.2f} GiB of host memory could not be page-locked (CUDA error {error}): it "
-        "is used unlocked, so copies run at about half the rate and nothing runs beside them. Raise the limit "
-        "of locked memory (ulimit -l, or the container's), or give a smaller host_budget.",
+        "is used unlocked, so copies run at about half the rate and nothing runs beside them. Raise the "
+        "limit of locked memory (ulimit -l, or the container's), or give a smaller host_budget.",
         stacklevel=2,
     )
     return False
@@ -59,7 +59,7 @@ def _lock(memory: torch.Tensor) -> bool:
 
 def register(address: int, nbytes: int, flags: int) -> int:
     """CUDA's registration of host memory: an error's number, 0 for none."""
-    return _runtime().cudaHostRegister(address, nbytes, flags)
+    return int(_runtime().cudaHostRegister(address, nbytes, flags))
 
 
 def _unlock(address: int, _memory: mmap.mmap) -> None:

@@ -131,16 +131,21 @@ class Transfers:
                 return self.offload(tensor, alone)
         if target.closed:
             raise ValueError("offload: the group is closed; offload into a group that is not complete yet.")
+        if tensor.device != self.device:
+            raise ValueError(
+                f"offload: the tensor is on {tensor.device}, the transfers are of {self.device}."
+            )
+        layout = Layout.of(tensor)
         ticket = self._share(tensor, target)
-        return self._send(tensor, target) if ticket is None else ticket
+        return self._send(tensor, layout, target) if ticket is None else ticket
 
     def reload(self, ticket: Ticket, keep: bool = False) -> torch.Tensor:
         """The tensor of ``ticket``, equal in values, shape and strides; detached.
 
         With ``keep`` its bytes stay in host memory and the ticket can be reloaded again, as a backward with
         ``retain_graph=True`` needs. Raises ValueError for a ticket that was reloaded, or dropped by
-        ``reset``; RuntimeError for a tensor written since its offload; torch.OutOfMemoryError where the device
-        has no room, and the ticket is still good then.
+        ``reset``; RuntimeError for a tensor written since its offload; torch.OutOfMemoryError where the
+        device has no room, and the ticket is still good then.
         """
         self._drain()
         copy = ticket._copy
@@ -216,12 +221,8 @@ class Transfers:
         self._enter(copy, group)
         return ticket
 
-    def _send(self, tensor: torch.Tensor, group: Group) -> Ticket:
-        if tensor.device != self.device:
-            raise ValueError(
-                f"offload: the tensor is on {tensor.device}, the transfers are of {self.device}."
-            )
-        source, layout = tensor.detach(), Layout.of(tensor)
+    def _send(self, tensor: torch.Tensor, layout: Layout, group: Group) -> Ticket:
+        source = tensor.detach()
         block = self.arena.allocate(layout.nbytes, owner=self) if layout.nbytes else None
         copy = Copy(source, layout, block, version_of(tensor), group, self._epoch)
         self._enter(copy, group)

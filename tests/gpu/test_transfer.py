@@ -1,7 +1,7 @@
-"""Offload and reload on a GPU: no missing wait, bounded memory, no growth, and a host that never waits.
+"""Offload and reload on a GPU: no missing wait, bounded memory, no growth, a host that never waits.
 
-Freed memory is poisoned, and each test can hold back one of the three streams, so that a copy which did not wait
-for the others moves or leaves NaN.
+Freed memory is poisoned, and each test can hold back one of the three streams, so that a copy which did not
+wait for the others moves or leaves NaN.
 """
 
 import warnings
@@ -139,20 +139,20 @@ def test_device_memory_is_bounded_however_far_the_host_runs_ahead(depth):
         with transfers.group():
             tickets.append(transfers.offload(tensor))
         del tensor
-    assert torch.cuda.max_memory_allocated() - before <= (depth + 1) * size
+    assert torch.cuda.max_memory_allocated() - before <= (depth + 1) * size + MiB
     torch.cuda.reset_peak_memory_stats()
     sums = []
     while tickets:
         sums.append(transfers.reload(tickets.pop())[::4096].sum())
     # The group that is used and the one ahead of it, or the last ones that were never given up.
-    assert torch.cuda.max_memory_allocated() - before <= (max(depth, 1) + 1) * size + 20 * 512
+    assert torch.cuda.max_memory_allocated() - before <= (max(depth, 1) + 1) * size + MiB
     assert [int(s) for s in sums] == [i * size // 4096 for i in reversed(range(20))]
 
 
 def test_two_hundred_steps_grow_nothing():
     transfers, sizes = _transfers(poison=True), torch.randint(1, 4 * MiB, (200, 6)).tolist()
     transfers.arena.reserve(256 * MiB)
-    seen = []
+    exact, about = [], []
     for step, lengths in enumerate(sizes):
         tickets, expected = [], []
         for i, length in enumerate(lengths):
@@ -165,13 +165,12 @@ def test_two_hundred_steps_grow_nothing():
             assert transfers.reload(tickets.pop()).sum() == expected.pop()
         if step in (20, 199):
             torch.cuda.synchronize()
-            seen.append((torch.cuda.memory_allocated(), transfers.arena.capacity, transfers.arena.in_use))
-            resident = _resident()
-            seen[-1] += (
-                (resident // (8 * MiB),) if step == 20 else (min(resident // (8 * MiB), seen[0][3] + 1) - 1,)
-            )
-    assert seen[0][:3] == seen[1][:3]
-    assert seen[1][3] <= seen[0][3], "resident memory grew by more than 8 MiB"
+            reserved = torch.cuda.memory_reserved()
+            exact.append((torch.cuda.memory_allocated(), transfers.arena.capacity, transfers.arena.in_use))
+            about.append((reserved // (64 * MiB), _resident()))
+    assert exact[0] == exact[1]
+    assert about[1][0] <= about[0][0] + 1
+    assert about[1][1] <= about[0][1] + 16 * MiB
 
 
 def _resident() -> int:
