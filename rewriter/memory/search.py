@@ -22,10 +22,10 @@ from rewriter.memory.bounds import (
     Overlap,
     Prices,
     Whole,
-    best_prices,
     cheapest_prefixes,
     time_of,
 )
+from rewriter.memory.relaxation import best_prices
 
 # Suffixes kept for each overlap by the searches for a first plan: the second only where the first finds none.
 _NARROW = (32, 1024)
@@ -64,15 +64,16 @@ class _Suffixes:
 
 def fastest(parts: Sequence[Options], device: int, host: int) -> Found | None:
     """Least time within the budgets, then the fewest host bytes, then the lowest peak; None where none fits."""
-    return _Search(parts, device, host, best_prices(parts, device, host), by_peak=False).best()
+    prices = best_prices(parts, device, host)
+    return None if prices is None else _Search(parts, device, host, prices, by_peak=False).best()
 
 
 def smallest(parts: Sequence[Options], host: int) -> Found | None:
     """The lowest peak within the host budget, then the fewest host bytes; None where the host holds none."""
     still = [replace(o, forward=o.forward * 0, backward=o.backward * 0, overlaps=_timeless(o)) for o in parts]
     anything = sum(int(o.saved.max() + o.hosted.max() + o.peak.max()) for o in parts)
-    prices = best_prices(still, 0, host, device_price=1.0)
-    return _Search(still, anything, host, prices, by_peak=True).best()
+    prices = best_prices(still, 0, host, by_peak=True)
+    return None if prices is None else _Search(still, anything, host, prices, by_peak=True).best()
 
 
 def _timeless(options: Options) -> tuple[Overlap, ...]:
@@ -91,12 +92,15 @@ class _Search:
         self.prices = _around(best, vary_device=not by_peak)
         tied = replace(self.prices, host=self.prices.host + self.tie)
         self.before = cheapest_prefixes(parts, tied)
+        # Of each row of prices, what falls on the moments of a suffix: (parts, rows).
+        self.later = np.cumsum(self.prices.device[:, ::-1], axis=1)[:, ::-1].T
         # Bytes that the parts before must at least save, and host: a suffix that leaves less is no plan.
-        least = Prices(np.array([1.0, 0.0]), np.array([0.0, 1.0]), np.array([-1, -1]))
-        timeless = [
+        end = np.zeros((2, len(parts)))
+        end[0, -1] = 1.0
+        still = [
             replace(o, forward=o.forward * 0, backward=o.backward * 0, overlaps=_timeless(o)) for o in parts
         ]
-        self.least = cheapest_prefixes(timeless, least)
+        self.least = cheapest_prefixes(still, Prices(end, np.array([0.0, 1.0])))
 
     def best(self) -> Found | None:
         found = None
@@ -112,6 +116,9 @@ class _Search:
             ceiling = np.inf if known is None else _MARGIN
         else:
             ceiling = known.time + self.tie * known.hosted + _MARGIN
+        paid = self.prices.device.sum(axis=1) * self.device + self.prices.host * self.host
+        # Less what sums of such numbers may lose by rounding, so that a bound stays one.
+        self.paid = paid * (1 + 1e-12)
         zero = np.zeros(1, np.int64)
         ends = [
             _Suffixes(zero - 2**61, zero, zero + overlap.offload + overlap.reload, zero, zero, zero)
@@ -162,14 +169,13 @@ class _Search:
         value = some.time + self.tie * some.hosted
         proven = np.full(len(some), -np.inf)
         chances = np.ones(len(some), bool)
-        for block in np.array_split(np.arange(len(self.prices.device)), 4):
-            prices, cost = self.prices.rows(block), self.before[i][block, g]
-            need = np.where((prices.moment < 0) | (prices.moment >= i), 1.0, 0.0)
-            at = cost - prices.device * self.device - prices.host * self.host
+        for block in np.array_split(np.arange(len(self.prices.host)), 4):
+            prices = self.prices.rows(block)
+            at = self.before[i][block, g] - self.paid[block]
             here = np.flatnonzero(chances)
             bound = (
                 at
-                + np.outer(some.need[here], prices.device * need)
+                + np.outer(some.need[here], self.later[i][block])
                 + np.outer(some.hosted[here], prices.host)
             )
             proven[here] = np.maximum(proven[here], bound.max(axis=1) + value[here])
@@ -195,12 +201,11 @@ class _Search:
 def _around(best: Prices, *, vary_device: bool) -> Prices:
     """The best prices of a whole step, others near them, and none; the most promising first."""
     factors = np.array([1.0, 0.98, 1.02, 0.93, 1.07, 0.8, 1.25, 0.5, 2.0, 0.0])
-    device = best.device[0] * (factors if vary_device else np.ones(1))
-    moments = np.unique([-1, best.moment[0]])
-    grid = np.meshgrid(device, best.host[0] * factors, moments, indexing="ij")
-    far = np.add.outer(np.arange(len(device)), np.arange(len(factors)))[:, :, None] + 0 * moments
-    order = np.argsort(far.ravel(), kind="stable")
-    return Prices(*(axis.ravel()[order] for axis in grid))
+    on_device, on_host = np.meshgrid(factors if vary_device else np.ones(1), factors, indexing="ij")
+    far = np.add.outer(np.arange(len(on_device)), np.arange(len(factors))).ravel()
+    order = np.argsort(far, kind="stable")
+    device = on_device.ravel()[order, None] * best.device
+    return Prices(device, on_host.ravel()[order] * best.host)
 
 
 def _undominated(sorted_: _Suffixes) -> Whole:
