@@ -6,7 +6,7 @@ once a graph. What no pass matches goes to Inductor as it was.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch._guards import CompileContext
 from torch._logging._internal import trace_structured
@@ -15,7 +15,8 @@ from torch.fx import GraphModule
 from rewriter.advice import advice
 from rewriter.deferred import split_deferred
 from rewriter.fusion import apply_all
-from rewriter.lower import lower, lower_beside, lower_program, records_cuda_graphs
+from rewriter.lower import lower, lower_beside, lower_planned, lower_program, records_cuda_graphs
+from rewriter.memory.plan import Infeasible
 from rewriter.nested import count_operations
 from rewriter.options import Options
 from rewriter.passes import ordered_passes, pass_names
@@ -25,6 +26,9 @@ from rewriter.regions.outline import Unsplittable, outline
 from rewriter.regions.program import Program
 from rewriter.report import GraphRecord, forget, record_graph
 from rewriter.verify import Stage, verified
+
+if TYPE_CHECKING:
+    from rewriter.memory.planned import PlannedProgram
 
 log = logging.getLogger(__name__)
 
@@ -77,10 +81,15 @@ def _compile(
     line.now("outlining")
     with record.timed("outlining"):
         program = outline_regions(body, example_inputs, options, record)
+    line.now("planning")
+    with record.timed("planning"):
+        plan = plan_memory(program, example_inputs, options, record)
     with record.timed("lowering"):
         if program is None:
             line.now("compiling")
             compiled = finish(lower(body, example_inputs, options))
+        elif plan is not None:
+            compiled = finish(lower_planned(plan, options, line.now))
         else:
             compiled = finish(lower_program(program, options, line.now))
         if options.verify and rewritten is not module:
@@ -126,6 +135,36 @@ def outline_regions(
         return None
     record.program = None if program is None else describe(program)
     return program
+
+
+def plan_memory(
+    program: Program | None, example_inputs: Sequence[Any], options: Options, record: GraphRecord
+) -> "PlannedProgram | None":
+    """How the program runs within ``options.memory_budget``; None where it is not asked for or cannot be.
+
+    Raises:
+        Infeasible: the budget is too small for any plan.
+    """
+    if options.memory_budget is None:
+        return None
+    if program is None:
+        record.notes.append("memory_budget: nothing to plan with, no layer of this graph repeats")
+        return None
+    # Scheduling imports more of PyTorch than a run without a budget needs.
+    from rewriter.memory.under_budget import memory_record, under_budget
+
+    try:
+        plan = under_budget(program, example_inputs, options.memory_budget, options.host_budget)
+    except Infeasible:
+        raise
+    except Exception as error:
+        log.warning("planning memory failed, everything is kept: %s", error, exc_info=True)
+        record.notes.append(f"memory_budget: everything is kept, planning failed: {error}")
+        return None
+    record.notes += plan.notes
+    record.memory = memory_record(plan.plan)
+    record.program = describe(plan.program)
+    return plan
 
 
 def _graph_name() -> str:

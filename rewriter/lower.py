@@ -7,14 +7,20 @@ import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch._guards import TracingContext, tracing
 from torch.fx import GraphModule
 
 from rewriter.kernels.registration import operators
 from rewriter.options import Options
 from rewriter.regions.program import Program, Region, link
+
+if TYPE_CHECKING:
+    from rewriter.memory.layer import LayerStages
+    from rewriter.memory.layer_graphs import LayerGraphs
+    from rewriter.memory.planned import PlannedProgram
 
 
 @functools.cache
@@ -73,6 +79,35 @@ def lower_program(program: Program, options: Options, say: Callable[[str], None]
         say(f"compiling {region.name}, {number} of {len(regions)}")
         compiled[region] = lower_beside(region.module, region.inputs, options)
     return link(program, compiled)
+
+
+def lower_planned(planned: "PlannedProgram", options: Options, say: Callable[[str], None]) -> Callable:
+    """Compile what a planned program calls, each stage once for all the ways in which its layers run."""
+
+    def compile_graph(module: GraphModule, inputs: Sequence[Any], fake_mode: Any) -> Callable:
+        return lower_stage(module, inputs, fake_mode, options)
+
+    stages: dict["LayerGraphs", "LayerStages"] = {}
+    compiled: dict[Region, Callable] = {}
+    regions = planned.program.regions
+    for number, region in enumerate(regions, 1):
+        say(f"compiling {region.name}, {number} of {len(regions)}")
+        staged = planned.staged.get(region)
+        if staged is None:
+            compiled[region] = lower_beside(region.module, region.inputs, options)
+            continue
+        if staged.layer not in stages:
+            stages[staged.layer] = staged.layer.compiled(compile_graph)
+        compiled[region] = staged.scheduled(stages[staged.layer], planned.transfers)
+    return link(planned.program, compiled)
+
+
+def lower_stage(module: GraphModule, inputs: Sequence[Any], fake_mode: Any, options: Options) -> Callable:
+    """Compile a graph that has no gradients in it, of the fake ``inputs`` of its own ``fake_mode``."""
+    if options.lowering == "eager":
+        return module.forward
+    with tracing(TracingContext(fake_mode)), torch.no_grad():
+        return lower(module, inputs, options)
 
 
 @functools.cache

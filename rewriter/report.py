@@ -84,6 +84,41 @@ class ProgramRecord:
         raise KeyError(f"no region {name!r} in this program; there are {known}")
 
 
+@dataclass(frozen=True)
+class MemoryRecord:
+    """The memory plan of a graph: bytes, and seconds of forward and backward as they were predicted.
+
+    Attributes:
+        peak, where: the most that the device holds, and when; ``static`` of it all the time.
+        device_budget, host_budget: what the plan had to stay within.
+        hosted: what is offloaded to host memory.
+        ways: kind of layer, how it runs, and how many run so.
+        timeline: (moment, device bytes, host bytes) over a step.
+    """
+
+    peak: int
+    where: str
+    static: int
+    device_budget: int
+    hosted: int
+    host_budget: int
+    seconds: float
+    ways: tuple[tuple[str, str, int], ...]
+    timeline: tuple[tuple[str, int, int], ...]
+
+    def __str__(self) -> str:
+        lines = [
+            f"memory: {_gib(self.peak)} of {_gib(self.device_budget)} on the device, at the {self.where}; "
+            f"{_gib(self.static)} of it all the time; {_gib(self.hosted)} in host memory"
+        ]
+        lines += [f"  {kind} × {count}: {way}" for kind, way, count in self.ways]
+        return "\n".join(lines)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
 @dataclass
 class GraphRecord:
     """One graph that Dynamo handed over: its passes, its size before and after, and why Dynamo ended it."""
@@ -96,6 +131,7 @@ class GraphRecord:
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     program: ProgramRecord | None = None
+    memory: MemoryRecord | None = None
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -150,6 +186,8 @@ def _graph_lines(graph: GraphRecord) -> Iterator:
     if graph.program is not None:
         parts = ", ".join(f"{r.name} × {r.times}" if r.times > 1 else r.name for r in graph.program.regions)
         yield Text(f"  compiled once each: {parts}")
+    if graph.memory is not None:
+        yield Text("  " + str(graph.memory).replace("\n", "\n  "))
     for note in graph.notes:
         yield Text(f"  {note}")
     if graph.graph_break:

@@ -1,0 +1,67 @@
+"""What there is to plan with: bytes of the device and of the host, and what is taken already.
+
+A budget is the share of the device that the process may take, the driver's context included, as if the card were
+that large. Beside weights, gradients of what is trained and two tensors of its size for the optimizer, as AdamW
+has, are taken to be there all the time; where they are there already, they are not counted twice.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rewriter.canonical import value_of
+from rewriter.memory.arena import default_limit
+from rewriter.memory.costs import value_bytes
+from rewriter.regions.program import Program
+
+# Of the driver's context, cuBLAS's workspaces and what the allocator cannot use for being in pieces.
+_CONTEXT = 600 << 20
+_PIECES = 0.01
+# Gradient, and AdamW's two moments.
+_TENSORS_A_TRAINED_ONE = 3
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """Bytes: that plans may fill, that offloads may take, and that are there all the time."""
+
+    device: int
+    host: int
+    static: int
+
+
+def budgets(
+    program: Program, memory_budget: int | float, host_budget: int | float | None, device: torch.device
+) -> Budgets:
+    """What the options ask for, on the device that runs the program."""
+    total = device_bytes(device)
+    card = int(memory_budget * total) if isinstance(memory_budget, float) else min(memory_budget, total)
+    usable = int((card - (_CONTEXT if device.type == "cuda" else 0)) * (1 - _PIECES))
+    host = int(host_budget * host_bytes()) if isinstance(host_budget, float) else host_budget
+    host = default_limit() if host is None else host
+    return Budgets(max(usable, 0), host, static_bytes(program, device))
+
+
+def static_bytes(program: Program, device: torch.device) -> int:
+    """Weights, inputs, gradients and optimizer states, and whatever else is on the device."""
+    values = [value_of(n) for n in program.source.graph.find_nodes(op="placeholder")]
+    tensors = [x for x in values if isinstance(x, Tensor)]
+    given = sum(value_bytes(x) for x in tensors)
+    trained = sum(value_bytes(x) for x in tensors if x.requires_grad) * _TENSORS_A_TRAINED_ONE
+    if device.type != "cuda":
+        return given + trained
+    allocated = torch.cuda.memory_allocated(device)
+    # Beyond the weights there is less than half of it: gradients and states are yet to come.
+    coming = trained if allocated - given < trained / 2 else 0
+    return max(allocated + coming, given + trained)
+
+
+def device_bytes(device: torch.device) -> int:
+    """Of the device; of the host where it is the device."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else host_bytes()
+
+
+def host_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

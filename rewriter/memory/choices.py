@@ -1,0 +1,191 @@
+"""The ways to run one class of layers, and what each costs: what the planner chooses from.
+
+Every stage's results are kept, sent to host memory or computed again, the layer's own input is kept or sent; tiles are
+of a few lengths. A layer that keeps everything its backward reads, compiled as it is without a budget, is
+the fastest, and one of them.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from rewriter.memory.costs import Rates, graph_cost
+from rewriter.memory.layer_graphs import LayerGraphs, longest_tile
+from rewriter.memory.plan import Choice
+from rewriter.memory.schedule import Fate, Schedule, schedule
+
+_TILES = (None, 32768, 16384, 8192, 4096, 2048)
+
+
+class Link(Rates):
+    """Rates of a machine with those of its bus."""
+
+    to_host: float
+    to_device: float
+
+
+@dataclass(frozen=True, eq=False)
+class StagedChoice:
+    """A choice, and how it is run: by a schedule, in tiles of ``tile`` tokens; None: as without a plan."""
+
+    choice: Choice
+    schedule: Schedule | None
+    tile: int | None
+
+
+def staged_choices(layer: LayerGraphs, tokens: int, machine: Link, owns_gradient: bool) -> list[StagedChoice]:
+    """Every combination of fates and tile that is not the same as another.
+
+    Args:
+        tokens: of the sequence.
+        owns_gradient: as in ``ScheduledLayer``.
+    """
+    tiles = [t for t in _TILES if (t or tokens) <= longest_tile(tokens) and t != tokens]
+    found: dict[tuple, StagedChoice] = {}
+    for fates in _fates(layer):
+        plan = schedule(layer.values(), layer.own_inputs, layer.outputs, fates)
+        for tile in tiles:
+            made = _costed(layer, plan, fates, tile, tokens, machine, owns_gradient)
+            found.setdefault((plan, tile), made)
+    return list(found.values())
+
+
+def _fates(layer: LayerGraphs) -> Iterator[dict[str, Fate]]:
+    """One fate for the layer's inputs, one for the results of each stage that a later backward reads."""
+    groups: list[tuple[tuple[str, ...], tuple[Fate, ...]]] = []
+    if layer.own_inputs:
+        groups.append((layer.own_inputs, ("keep", "offload")))
+    read = {name for stage in layer.values() for name in stage.backward_reads}
+    for stage in layer.values():
+        if given := tuple(n for n in stage.gives if n in read):
+            groups.append((stage.gives, ("keep", "offload", "recompute")))
+            del given
+    for fates in itertools.product(*(choices for _, choices in groups)):
+        yield {name: fate for (names, _), fate in zip(groups, fates, strict=True) for name in names}
+
+
+def _costed(
+    layer: LayerGraphs,
+    plan: Schedule,
+    fates: Mapping[str, Fate],
+    tile: int | None,
+    tokens: int,
+    machine: Link,
+    owns_gradient: bool,
+) -> StagedChoice:
+    walk = _Walk(layer, tile, tokens, machine, owns_gradient)
+    size = walk.size
+    forward_peak, forward_seconds = walk.forward(plan)
+    backward_peak, backward_seconds = walk.backward(plan)
+    hosted = sum(size[v] for v in plan.offloaded)
+    choice = Choice(
+        _named(layer, plan, fates, tile),
+        sum(size[v] for v in plan.kept),
+        hosted,
+        forward_peak,
+        backward_peak,
+        forward_seconds,
+        backward_seconds,
+        hosted / machine.to_host,
+        hosted / machine.to_device,
+    )
+    return StagedChoice(choice, plan, tile)
+
+
+class _Walk:
+    """Walks a schedule's steps with the bytes that live at each."""
+
+    def __init__(self, layer: LayerGraphs, tile: int | None, tokens: int, machine: Link, owns_gradient: bool):
+        self.layer, self.tokens, self.machine = layer, tokens, machine
+        self.tile = None if tile is None or tile >= tokens else tile
+        self.owns_gradient = owns_gradient
+        self.values = layer.values()
+        self.size = layer.sizes()
+
+    def forward(self, plan: Schedule) -> tuple[int, float]:
+        live = {name: self.size[name] for name in self.layer.own_inputs}
+        worst, seconds = sum(live.values()), 0.0
+        for step in plan.forward:
+            if step.kind == "run":
+                peak, time = self._run(step.stage, live)
+                worst, seconds = max(worst, peak), seconds + time
+            # The caller holds the inputs until the layer is done, and a copy on its way its source.
+            elif step.kind == "free" and step.value not in (*self.layer.own_inputs, *plan.offloaded):
+                live.pop(step.value, None)
+        return worst, seconds
+
+    def backward(self, plan: Schedule) -> tuple[int, float]:
+        live = {name: self.size[name] for name in plan.kept}
+        above = {n for n in self.layer.outputs if n in self.layer.differentiable}
+        gradients = {name: self.size[name] for name in above}
+        worst, seconds = sum(live.values()) + sum(gradients.values()), 0.0
+        for step in plan.backward:
+            here = sum(gradients.values())
+            if step.kind == "reload":
+                live[step.value] = self.size[step.value]
+                worst = max(worst, sum(live.values()) + here)
+            elif step.kind == "run":
+                peak, time = self._run(step.stage, live)
+                worst, seconds = max(worst, peak + here), seconds + time
+            elif step.kind == "backward":
+                peak, time = self._backward(step.stage, live, gradients, above)
+                worst, seconds = max(worst, peak), seconds + time
+            elif step.kind == "free":
+                live.pop(step.value, None)
+        return worst, seconds
+
+    def _run(self, index: int, live: dict[str, int]) -> tuple[int, float]:
+        graphs = self.layer.graphs[index]
+        tile, count = self._tiles(index)
+        cost = graph_cost(graphs.forward, graphs.fakes, tile, self.machine)
+        gives = {name: self.size[name] for name in self.layer.gives[index]}
+        whole = sum(size for name, size in gives.items() if name not in live) if count > 1 else 0
+        peak = sum(live.values()) + whole + cost.peak_bytes
+        live.update(gives)
+        return peak, cost.seconds * count
+
+    def _backward(
+        self, index: int, live: dict[str, int], gradients: dict[str, int], above: set[str]
+    ) -> tuple[int, float]:
+        graphs, stage = self.layer.graphs[index], self.values[index]
+        if graphs.backward is None:
+            return 0, 0.0
+        tile, count = self._tiles(index)
+        cost = graph_cost(graphs.backward, graphs.fakes, tile, self.machine)
+        before = sum(live.values()) + sum(gradients.values())
+        made = {name: self.size[name] for name in stage.gradients if name not in gradients}
+        spare = [n for n in stage.gives if n in gradients and (self.owns_gradient or n not in above)]
+        taken = set()
+        for name in made if count > 1 else ():
+            free = next((n for n in spare if n not in taken and self.size[n] == self.size[name]), None)
+            if free is not None:
+                taken.add(free)
+        reused = sum(self.size[n] for n in taken)
+        room = sum(made.values()) - reused if count > 1 else 0
+        for name in stage.gives:
+            # The engine holds what it has given until the layer is done.
+            if name in gradients and (name not in above or name in taken):
+                del gradients[name]
+        gradients.update(made)
+        return before + room + cost.peak_bytes, cost.seconds * count
+
+    def _tiles(self, index: int) -> tuple[int, int]:
+        """Length of a tile and their number, of a stage."""
+        row_wise = self.layer.graphs[index].stage.row_wise
+        if self.tile is None or not row_wise:
+            return self.tokens, 1
+        return self.tile, -(-self.tokens // self.tile)
+
+
+def _named(layer: LayerGraphs, plan: Schedule, fates: Mapping[str, Fate], tile: int | None) -> str:
+    words = {"keep": plan.kept, "offload": plan.offloaded}
+    parts = [f"{word} {_list(layer, names)}" for word, names in words.items() if names]
+    again = [n for n, fate in fates.items() if fate == "recompute"]
+    if again:
+        parts.append(f"recompute {_list(layer, again)}")
+    parts.append("whole" if tile is None else f"tiles of {tile:,}")
+    return " · ".join(parts)
+
+
+def _list(layer: LayerGraphs, names) -> str:
+    return ", ".join(dict.fromkeys(layer.label(name) for name in names))

@@ -1,0 +1,182 @@
+"""What a stage's graphs cost: seconds, and device memory beside their inputs, from shapes alone.
+
+Seconds are bounds, operations over rate or bytes over bandwidth, whichever is longer, summed over nodes; views cost
+nothing. Of chains of pointwise operations, which a compiler fuses, only what enters and leaves is counted.
+Memory is what lives at the worst moment when nodes run in order and values die after their last use. What a
+kernel needs beside its arguments and results is added where it is known to be large: attention's backward
+sums the gradient of the queries in fp32.
+"""
+
+import operator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch import SymInt, Tensor
+from torch.fx import GraphModule, Node
+from torch.utils.flop_counter import flop_registry
+
+from rewriter.memory.fakes import StageFakes
+
+
+class Rates(Protocol):
+    """Of a machine: operations and bytes a second."""
+
+    matrix_flops: float
+    attention_forward_flops: float
+    attention_backward_flops: float
+    bandwidth: float
+
+
+@dataclass(frozen=True)
+class GraphCost:
+    """Of one run of a graph over ``tokens`` tokens: seconds, bytes of results, bytes at the worst moment."""
+
+    seconds: float
+    result_bytes: int
+    peak_bytes: int
+
+
+def graph_cost(module: GraphModule, fakes: StageFakes, tokens: int, rates: Rates) -> GraphCost:
+    """Cost of ``module`` with ``tokens`` for the length of a tile."""
+    symbol = fakes.tokens.node.expr
+    hint = fakes.tokens.node.hint
+    (output,) = module.graph.find_nodes(op="output")
+    sizes = {n: _bytes(n, symbol, tokens) for n in module.graph.nodes if n.op == "call_function"}
+    results = set(output.all_input_nodes)
+    seconds = sum(_seconds(n, sizes, tokens / hint, symbol, tokens, rates) for n in sizes)
+    result_bytes = sum(sizes.get(n, 0) for n in results)
+    return GraphCost(seconds, result_bytes, _peak(module, sizes, results))
+
+
+def value_bytes(value: Any) -> int:
+    """Of a tensor, as large as it is expected to be where its size varies."""
+    if not isinstance(value, Tensor):
+        return 0
+    return int_hint(value.numel()) * value.element_size()
+
+
+_VIEWS = frozenset(
+    {"view", "_unsafe_view", "transpose", "t", "permute", "expand", "unsqueeze", "squeeze", "slice", "split",
+     "split_with_sizes", "select", "alias", "detach", "as_strided", "unbind", "reshape"}
+)  # fmt: skip
+
+
+def _name(node: Node) -> str:
+    packet = getattr(node.target, "overloadpacket", None)
+    return packet.__name__ if packet is not None else getattr(node.target, "__name__", "")
+
+
+def _is_view(node: Node) -> bool:
+    return node.target is operator.getitem or _name(node) in _VIEWS
+
+
+def _bytes(node: Node, symbol: Any, tokens: int) -> int:
+    """What the node allocates: nothing for views and for parts of a tuple, which its maker has counted."""
+    if _is_view(node):
+        return 0
+    values = node.meta.get("val")
+    tensors = values if isinstance(values, (tuple, list)) else (values,)
+    return sum(_numel(t, symbol, tokens) * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+
+def _numel(value: Tensor, symbol: Any, tokens: int) -> int:
+    count = value.numel()
+    if not isinstance(count, SymInt):
+        return count
+    expression = count.node.expr
+    if symbol in expression.free_symbols:
+        expression = expression.subs(symbol, tokens)
+        return int(expression) if expression.is_number else int_hint(count)
+    return int_hint(count)
+
+
+def int_hint(size: Any) -> int:
+    """A size as a number; where it varies, the one that tracing saw."""
+    return size.node.hint if isinstance(size, SymInt) else size
+
+
+def _peak(module: GraphModule, sizes: dict[Node, int], results: set[Node]) -> int:
+    """Bytes at the worst moment, inputs left out; a view keeps what it views alive."""
+    owner: dict[Node, Node] = {}
+    for node in sizes:
+        source = node.all_input_nodes[0] if _is_view(node) and node.all_input_nodes else node
+        owner[node] = owner.get(source, source) if source is not node else node
+    last: dict[Node, Node] = {}
+    for node in sizes:
+        for read in node.all_input_nodes:
+            last[owner.get(read, read)] = node
+    stays = {owner.get(n, n) for n in results}
+    live = worst = 0
+    dying: dict[Node, list[Node]] = {}
+    for value, node in last.items():
+        if value not in stays and sizes.get(value):
+            dying.setdefault(node, []).append(value)
+    for node in sizes:
+        live += sizes[node]
+        worst = max(worst, live + _workspace(node))
+        live -= sum(sizes[value] for value in dying.get(node, ()))
+        if node not in last and node not in stays:
+            live -= sizes[node]
+    return worst
+
+
+def _workspace(node: Node) -> int:
+    """Attention's backward: gradients of the queries are summed in fp32, one number each."""
+    name = _name(node)
+    if "attention" not in name or "backward" not in name:
+        return 0
+    query = next((a for a in node.args[1:] if isinstance(a, Node)), None)
+    value = query.meta.get("val") if query is not None else None
+    return 4 * int_hint(value.numel()) if isinstance(value, Tensor) and value.is_cuda else 0
+
+
+def _seconds(
+    node: Node, sizes: dict[Node, int], scale: float, symbol: Any, tokens: int, rates: Rates
+) -> float:
+    if _is_view(node):
+        return 0.0
+    count = _flops(node)
+    if count:
+        rate = rates.matrix_flops
+        if "attention" in _name(node):
+            backward = "backward" in _name(node)
+            rate = rates.attention_backward_flops if backward else rates.attention_forward_flops
+        return count * (scale if _has(node, symbol) else 1.0) / rate
+    if not _moves(node):
+        return 0.0
+    return (sizes[node] + sum(_bytes_read(n, symbol, tokens) for n in node.all_input_nodes)) / rates.bandwidth
+
+
+def _moves(node: Node) -> bool:
+    """Whether it is a kernel of its own: ops that a compiler does not fuse."""
+    namespace = getattr(node.target, "namespace", "")
+    return namespace not in ("aten", "prims", "")
+
+
+def _bytes_read(node: Node, symbol: Any, tokens: int) -> int:
+    value = node.meta.get("val")
+    return _numel(value, symbol, tokens) * value.element_size() if isinstance(value, Tensor) else 0
+
+
+def _has(node: Node, symbol: Any) -> bool:
+    values = [n.meta.get("val") for n in (node, *node.all_input_nodes)]
+    flat = [t for v in values for t in (v if isinstance(v, (tuple, list)) else (v,))]
+    return any(
+        isinstance(s, SymInt) and symbol in s.node.expr.free_symbols
+        for t in flat
+        if isinstance(t, Tensor)
+        for s in t.shape
+    )
+
+
+@lru_cache(maxsize=4096)
+def _flops(node: Node) -> float:
+    """Operations at the sizes that tracing expected, by PyTorch's own formulas."""
+    packet = getattr(node.target, "overloadpacket", None)
+    formula = flop_registry.get(packet)
+    if formula is None:
+        return 0.0
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    return float(int_hint(formula(*args, **kwargs, out_val=node.meta["val"])))

@@ -1,0 +1,195 @@
+"""A stage's forward and backward as graphs of plain functions: no autograd is left in them.
+
+    forward(inputs) -> results                                       of a stage that runs again in its backward
+    backward(inputs, gradients of results) -> gradients of inputs    what it reads of the forward is in it
+
+    forward(inputs) -> results, saved                                of a stage that saves what its backward reads
+    backward(inputs, results, saved, gradients of results) -> gradients of inputs
+
+In the first form the backward computes again what it reads, and nothing else: a product whose result only the
+next stage reads, as an MLP's down projection, is not among it. The second form is for stages as attention, whose
+forward is dear and whose result is small; PyTorch's min-cut partitioner says what to save.
+
+Traced with fake tensors by ``make_fx``, after autograd and before Inductor's decompositions.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a stage takes and gives, as fake tensors, and which of it has a gradient.
+
+    Attributes:
+        inputs: fake tensors without history, and sizes.
+        needs: of each input, whether its gradient is wanted.
+        results: fake tensors without history.
+        differentiable: of each result, whether it depends on an input that needs a gradient.
+    """
+
+    inputs: tuple[Any, ...]
+    needs: tuple[bool, ...]
+    results: tuple[Any, ...]
+    differentiable: tuple[bool, ...]
+
+    @property
+    def tangents(self) -> tuple[Any, ...]:
+        """Like the gradients that the backward is given."""
+        return tuple(r for r, has in zip(self.results, self.differentiable, strict=True) if has)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a backward graph takes beside gradients: places among the inputs, the results and the extras."""
+
+    inputs: tuple[int, ...]
+    results: tuple[int, ...]
+    extras: int
+
+
+def signature_of(module: Callable, inputs: Sequence[Any], needs: Sequence[bool]) -> Signature:
+    """Run ``module`` on fake ``inputs`` and see what it gives. Call inside the inputs' fake mode."""
+    with torch.enable_grad():
+        results = module(*_leaves(inputs, needs))
+    flags = tuple(isinstance(r, Tensor) and r.requires_grad for r in results)
+    plain = tuple(r.detach() if isinstance(r, Tensor) else r for r in results)
+    return Signature(tuple(inputs), tuple(needs), plain, flags)
+
+
+def forward_graph(module: Callable, signature: Signature) -> GraphModule:
+    """The stage as a graph of ATen's and our own ops, without gradients."""
+
+    def forward(*inputs: Any) -> Any:
+        with torch.no_grad():
+            return module(*inputs)
+
+    return _without_detach(make_fx(forward)(*signature.inputs))
+
+
+def backward_graph(module: Callable, signature: Signature) -> GraphModule:
+    """Gradients of the inputs that need one, from the inputs and the gradients of the results."""
+    count = len(signature.inputs)
+
+    def backward(*values: Any) -> Any:
+        return _both(module, signature, values[:count], values[count:])[1]
+
+    return _without_detach(make_fx(backward)(*signature.inputs, *signature.tangents))
+
+
+def partitioned_graphs(module: Callable, signature: Signature) -> tuple[GraphModule, GraphModule, Saved]:
+    """Forward and backward of the second form; results come first, then what is saved of the inside.
+
+    Raises:
+        Inseparable: the stage writes in place.
+    """
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    def joint(primals: Sequence[Any], tangents: Sequence[Any]) -> Any:
+        results, gradients = _both(module, signature, primals, tangents)
+        return (*results, *gradients)
+
+    traced = _without_detach(make_fx(joint)(list(signature.inputs), list(signature.tangents)))
+    _add_out_of_place(traced)
+    if writer := _writes(traced):
+        raise Inseparable(f"`{writer}` writes in place")
+    # The partitioner goes by names that AOTAutograd gives.
+    forward, backward = min_cut_rematerialization_partition(
+        traced, [*signature.inputs, *signature.tangents], num_fwd_outputs=len(signature.results)
+    )
+    return _in_order(forward, backward, len(signature.inputs), len(signature.results))
+
+
+class Inseparable(Exception):
+    """Why forward and backward cannot be parted so that the backward reads what the forward saved."""
+
+
+def _leaves(inputs: Sequence[Any], needs: Sequence[bool]) -> list[Any]:
+    return [x.detach().requires_grad_(True) if need else x for x, need in zip(inputs, needs, strict=True)]
+
+
+def _both(
+    module: Callable, signature: Signature, inputs: Sequence[Any], tangents: Sequence[Any]
+) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]:
+    with torch.enable_grad():
+        leaves = _leaves(inputs, signature.needs)
+        results = tuple(module(*leaves))
+        wanted = [x for x, need in zip(leaves, signature.needs, strict=True) if need]
+        roots = [r for r, has in zip(results, signature.differentiable, strict=True) if has]
+        return results, torch.autograd.grad(roots, wanted, list(tangents), allow_unused=True)
+
+
+def _without_detach(module: GraphModule) -> GraphModule:
+    """Autograd is done with, and each detached value would be one more to save."""
+    for node in list(module.graph.nodes):
+        if node.target is torch.ops.aten.detach.default:
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+    module.recompile()
+    return module
+
+
+def _add_out_of_place(module: GraphModule) -> None:
+    """``add_product_`` to the product that it stands for: the partitioner copies nodes, and must not write twice."""
+    renamed: dict[Node, Node] = {}
+    for node in list(module.graph.nodes):
+        node.args = map_arg(node.args, lambda n: renamed.get(n, n))
+        node.kwargs = map_arg(node.kwargs, lambda n: renamed.get(n, n))
+        if node.target is not torch.ops.rewriter.add_product_.default:
+            continue
+        total, left, right, alpha = node.args
+        with module.graph.inserting_before(node):
+            added = module.graph.call_function(
+                torch.ops.aten.addmm.default, (total, left, right), {"alpha": alpha}
+            )
+        added.meta["val"] = total.meta["val"]
+        renamed[total] = added
+        module.graph.erase_node(node)
+    module.recompile()
+
+
+def _writes(graph: GraphModule) -> str | None:
+    for node in graph.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            return node.name
+    return None
+
+
+def _in_order(
+    forward: GraphModule, backward: GraphModule, inputs: int, results: int
+) -> tuple[GraphModule, GraphModule, Saved]:
+    """``backward``'s arguments in the order that ``Saved`` says, ``forward`` without what is given anyway."""
+    (output,) = forward.graph.find_nodes(op="output")
+    values = list(output.args[0])
+    primals = {f"primals_{i + 1}": i for i in range(inputs)}
+    made = {v.name: i for i, v in reversed(list(enumerate(values[:results]))) if isinstance(v, Node)}
+    extras = [v for v in values[results:] if v.name not in primals and v.name not in made]
+    taken = {n.name: n for n in backward.graph.find_nodes(op="placeholder")}
+    from_inputs = [name for name in taken if name in primals]
+    from_results = [name for name in taken if name in made and name not in primals]
+    tangents = [name for name in taken if name.startswith("tangents")]
+    given = {*from_inputs, *from_results, *tangents}
+    extras = [v for v in extras if v.name in taken and v.name not in given]
+    forward.graph.erase_node(output)
+    forward.graph.output((*values[:results], *extras))
+    forward.recompile()
+    order = [*from_inputs, *from_results, *(v.name for v in extras), *tangents]
+    saved = Saved(tuple(primals[n] for n in from_inputs), tuple(made[n] for n in from_results), len(extras))
+    return forward, _with_arguments(backward, [taken[name] for name in order]), saved
+
+
+def _with_arguments(module: GraphModule, arguments: Sequence[Node]) -> GraphModule:
+    graph = Graph()
+    env = {node: graph.node_copy(node) for node in arguments}
+    for node in module.graph.nodes:
+        if node not in env:
+            env[node] = graph.node_copy(node, env.__getitem__)
+    return GraphModule(module, graph)

@@ -1,0 +1,176 @@
+"""A layer that runs by a schedule: one autograd function around its stages.
+
+What its backward reads is kept, sent to host memory or computed again, as ``schedule.py`` lists it. Gradients are
+those of the layer run as one: stages are cut where values are made, and nothing is approximated.
+
+A kept activation is given up as soon as the backward has read it, so that there is one backward a forward:
+``retain_graph=True`` and second derivatives are refused.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rewriter.memory.schedule import Schedule, StageValues
+from rewriter.memory.stage_run import StageRun
+from rewriter.memory.transfer import Transfers
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStages:
+    """What a layer consists of, however it is scheduled.
+
+    Attributes:
+        runs: the stages.
+        values: what each reads and gives, by name.
+        takes: of each stage, the names of all its inputs in order, weights included.
+        gives: of each stage, the names of all its results in order, and of what it saves beside them.
+        reads_back: of each stage, the names of what its backward takes before the gradients.
+        inputs: the layer's, in order.
+        outputs: the layer's, in order.
+    """
+
+    runs: tuple[StageRun, ...]
+    values: tuple[StageValues, ...]
+    takes: tuple[tuple[str, ...], ...]
+    gives: tuple[tuple[str, ...], ...]
+    reads_back: tuple[tuple[str, ...], ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    differentiable: frozenset[str]
+
+    def run(self, index: int, here: dict[str, Any], tile: int | None) -> None:
+        """Run stage ``index`` on the values that are ``here``, and put its results there."""
+        results = self.runs[index].run([here[name] for name in self.takes[index]], tile)
+        here.update(zip(self.gives[index], results, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class ScheduledLayer:
+    """A layer under one choice; called as the region that it stands for.
+
+    Attributes:
+        stages: compiled, shared by all choices of a class.
+        schedule: what happens to each value.
+        tile: tokens a tile; None for the whole sequence at once.
+        shared: names of inputs that live anyway: weights, and what all layers read.
+        transfers: to host memory and back.
+        owns_gradient: whether nobody else reads the gradients that the layer is given.
+    """
+
+    stages: LayerStages
+    schedule: Schedule
+    tile: int | None
+    shared: frozenset[str]
+    transfers: Callable[[], Transfers]
+    owns_gradient: bool
+
+    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+            return _Layer.apply(self, *inputs)
+        return self.forward(inputs, transfers=None)[0]
+
+    def forward(
+        self, inputs: Sequence[Any], transfers: Transfers | None
+    ) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
+        """The results; what is left on the device; tickets of what is not. Without ``transfers`` nothing is kept."""
+        here = dict(zip(self.stages.inputs, inputs, strict=True))
+        tickets: dict[str, Any] = {}
+        for step in self.schedule.forward:
+            if step.kind == "run":
+                self.stages.run(step.stage, here, self.tile)
+            elif step.kind == "offload" and transfers is not None:
+                tickets[step.value] = transfers.offload(here[step.value])
+            elif step.kind == "free":
+                del here[step.value]
+        results = tuple(here[name] for name in self.stages.outputs)
+        return results, {name: here[name] for name in self.schedule.kept if name in here}, tickets
+
+    def backward(
+        self,
+        here: dict[str, Any],
+        tickets: dict[str, Any],
+        gradients: dict[str, Tensor],
+        transfers: Transfers,
+    ) -> dict[str, Tensor | None]:
+        """Gradients of the layer's inputs by name; ``here``, ``tickets`` and ``gradients`` are used up."""
+        given = set(gradients) if not self.owns_gradient else set()
+        for step in self.schedule.backward:
+            if step.kind == "run":
+                self.stages.run(step.stage, here, self.tile)
+            elif step.kind == "reload":
+                here[step.value] = transfers.reload(tickets.pop(step.value))
+            elif step.kind == "backward":
+                self._backward_of(step.stage, here, gradients, given)
+            elif step.kind == "free":
+                del here[step.value]
+        return {name: gradients.get(name) for name in self.stages.inputs}
+
+    def _backward_of(
+        self, index: int, here: dict[str, Any], gradients: dict[str, Tensor], given: set[str]
+    ) -> None:
+        run, takes = self.stages.runs[index], self.stages.takes[index]
+        signature = run.graphs.signature
+        if run.backward is None:
+            return
+        roots = [n for n, has in zip(self.stages.gives[index], signature.differentiable, strict=False) if has]
+        leaves = [n for n, need in zip(takes, signature.needs, strict=True) if need]
+        found = run.run_backward(
+            [here[name] for name in self.stages.reads_back[index]],
+            [gradients.pop(name) for name in roots],
+            self.tile,
+            [gradients.get(name) for name in leaves],
+            [name not in given for name in roots],
+        )
+        gradients.update((n, g) for n, g in zip(leaves, found, strict=True) if g is not None)
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, layer: ScheduledLayer, *inputs: Any) -> tuple[Any, ...]:
+        transfers = layer.transfers()
+        with transfers.group():
+            results, kept, ctx.tickets = layer.forward(inputs, transfers)
+        names = layer.stages.inputs
+        shared = [x if n in layer.shared else None for n, x in zip(names, inputs, strict=True)]
+        ctx.numbers = {
+            n: x for n, x in zip(names, shared, strict=True) if x is not None and not isinstance(x, Tensor)
+        }
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in shared))
+        ctx.layer, ctx.kept = layer, kept
+        flags = [name in layer.stages.differentiable for name in layer.stages.outputs]
+        ctx.mark_non_differentiable(
+            *(r for r, has in zip(results, flags, strict=True) if not has and isinstance(r, Tensor))
+        )
+        ctx.dtypes = [x.dtype if isinstance(x, Tensor) else None for x in inputs]
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *above: Tensor) -> tuple[Any, ...]:
+        layer: ScheduledLayer = ctx.layer
+        if ctx.kept is None:
+            raise RuntimeError(
+                "rewriter: a second backward through a layer whose activations were given up in the first; "
+                "retain_graph=True needs a run without memory_budget"
+            )
+        here, ctx.kept = ctx.kept, None
+        here |= {n: x for n, x in zip(layer.stages.inputs, ctx.saved_tensors, strict=True) if x is not None}
+        here |= ctx.numbers
+        names = zip(layer.stages.outputs, above, strict=True)
+        gradients = {n: g for n, g in names if n in layer.stages.differentiable}
+        found = layer.backward(here, ctx.tickets, gradients, layer.transfers())
+        wanted = zip(layer.stages.inputs, ctx.needs_input_grad[1:], ctx.dtypes, strict=True)
+        return None, *(_as(found[name], dtype) if need else None for name, need, dtype in wanted)
+
+
+def _as(gradient: Tensor | None, dtype: Any) -> Tensor | None:
+    return gradient if gradient is None else gradient.to(dtype)
+
+
+def names_of(nodes: Iterable[Any]) -> tuple[str, ...]:
+    return tuple(node.name for node in nodes)

@@ -1,0 +1,174 @@
+"""A region as traced stages: what a layer consists of, before it is known how it will run."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+from rewriter.canonical import value_of
+from rewriter.memory.costs import int_hint, value_bytes
+from rewriter.memory.layer import LayerStages
+from rewriter.memory.schedule import StageValues
+from rewriter.memory.stage_graphs import StageGraphs, Unstaged, stage_graphs
+from rewriter.memory.stage_run import StageRun
+from rewriter.memory.stages import Stage, stages
+from rewriter.regions.program import Region
+
+
+@dataclass(frozen=True, eq=False)
+class LayerGraphs:
+    """The stages of one region, traced, and the names of the values between them.
+
+    Attributes:
+        region: what they compute together.
+        tokens: the length of the sequence, as expected where it varies.
+        graphs: the stages.
+        takes, gives, reads_back, inputs, outputs, differentiable: as in ``LayerStages``.
+        fakes: of every value, by name: a fake tensor as the region was outlined with.
+        shared: inputs that live anyway.
+    """
+
+    region: Region
+    tokens: int
+    graphs: tuple[StageGraphs, ...]
+    takes: tuple[tuple[str, ...], ...]
+    gives: tuple[tuple[str, ...], ...]
+    reads_back: tuple[tuple[str, ...], ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    differentiable: frozenset[str]
+    shared: frozenset[str]
+
+    @property
+    def own_inputs(self) -> tuple[str, ...]:
+        """Inputs that nobody reads after the layer: made by the one before."""
+        return tuple(name for name in self.inputs if name not in self.shared)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every value, as long as the sequence was when it was traced."""
+        nodes = {n.name: n for n in self.region.module.graph.nodes}
+        found = {n: value_bytes(x) for n, x in zip(self.inputs, self.region.inputs, strict=True)}
+        for graphs, given in zip(self.graphs, self.gives, strict=True):
+            saved = dict(zip(given, graphs.results, strict=True))
+            found |= {n: value_bytes(value_of(nodes[n]) if n in nodes else saved[n]) for n in given}
+        return found
+
+    def label(self, name: str) -> str:
+        """What a value is, for people."""
+        if name in self.inputs:
+            return "its input"
+        return next(f"results of stage {i + 1}" for i, given in enumerate(self.gives) if name in given)
+
+    def values(self) -> tuple[StageValues, ...]:
+        """What each stage reads and gives, without what is shared."""
+        found = []
+        for index, graphs in enumerate(self.graphs):
+            needs = graphs.signature.needs
+            reads = tuple(dict.fromkeys(n for n in self.takes[index] if n not in self.shared))
+            back = tuple(dict.fromkeys(n for n in self.reads_back[index] if n not in self.shared))
+            wanted = dict(zip(self.takes[index], needs, strict=True))
+            gradients = tuple(n for n in reads if wanted[n])
+            found.append(StageValues(f"stage {index + 1}", reads, self.gives[index], back, gradients))
+        return tuple(found)
+
+    def compiled(self, compile_graph: Callable[[GraphModule, list[Any], Any], Callable]) -> LayerStages:
+        """Compile every stage; ``compile_graph`` takes a graph, its fake inputs and their fake mode."""
+        runs = []
+        for graphs in self.graphs:
+            forward = compile_graph(graphs.forward, graphs.forward_inputs(), graphs.fakes.mode)
+            backward = None
+            if graphs.backward is not None:
+                backward = compile_graph(graphs.backward, graphs.backward_inputs(), graphs.fakes.mode)
+            runs.append(StageRun(graphs, forward, backward))
+        return LayerStages(
+            tuple(runs),
+            self.values(),
+            self.takes,
+            self.gives,
+            self.reads_back,
+            self.inputs,
+            self.outputs,
+            self.differentiable,
+        )
+
+
+# Longer tiles do not run faster, and kernels that index what is past 2^31 elements in 64 bits run slower.
+LONGEST_TILE = 32768
+
+
+def layer_graphs(region: Region, shared: frozenset[int]) -> LayerGraphs:
+    """Part ``region`` into stages and trace each.
+
+    Args:
+        shared: places of the inputs that live anyway.
+
+    Raises:
+        Unstaged: it cannot run in stages.
+    """
+    placeholders = region.module.graph.find_nodes(op="placeholder")
+    (output,) = region.module.graph.find_nodes(op="output")
+    needs = {
+        node.name: isinstance(x, Tensor) and x.requires_grad
+        for node, x in zip(placeholders, region.inputs, strict=True)
+    }
+    fakes = dict(zip((n.name for n in placeholders), region.inputs, strict=True))
+    found, takes, gives, reads_back = [], [], [], []
+    parts = stages(region)
+    tokens = _tokens(parts)
+    for index, stage in enumerate(parts):
+        names = [n.name for n in stage.inputs]
+        values, wanted = [fakes[n] for n in names], [needs[n] for n in names]
+        graphs = stage_graphs(stage, values, wanted, longest_tile(tokens))
+        results = [n.name for n in stage.outputs]
+        if aliased := [n for n in results if n in fakes]:
+            raise Unstaged(f"`{aliased[0]}` is handed through")
+        # As the whole region has them: a stage's own fakes have a tile's length.
+        for node, has in zip(stage.outputs, graphs.signature.differentiable, strict=True):
+            fakes[node.name] = node.meta["example_value"]
+            needs[node.name] = has
+        extras = [f"saved_{index + 1}_{i}" for i in range(graphs.saved.extras if graphs.saved else 0)]
+        found.append(graphs)
+        takes.append(tuple(names))
+        gives.append((*results, *extras))
+        reads_back.append(_reads_back(graphs, names, results, extras))
+    outputs = [n.name for n in output.args[0]]
+    if given := [n for n in outputs if n in {p.name for p in placeholders}]:
+        raise Unstaged(f"its input `{given[0]}` is also its result")
+    return LayerGraphs(
+        region,
+        tokens,
+        tuple(found),
+        tuple(takes),
+        tuple(gives),
+        tuple(reads_back),
+        tuple(n.name for n in placeholders),
+        tuple(outputs),
+        frozenset(n for n in outputs if needs[n]),
+        frozenset(n.name for i, n in enumerate(placeholders) if i in shared),
+    )
+
+
+def longest_tile(tokens: int) -> int:
+    """Of a sequence of ``tokens``: all of it, unless it is very long."""
+    return tokens if tokens <= 2 * LONGEST_TILE else LONGEST_TILE
+
+
+def _tokens(parts: Sequence[Stage]) -> int:
+    for stage in parts:
+        for node, rows in zip(stage.inputs, stage.rows_in, strict=True):
+            if rows is not None:
+                return int_hint(value_of(node).shape[rows])
+    raise Unstaged("none of it works token by token")
+
+
+def _reads_back(
+    graphs: StageGraphs, names: list[str], results: list[str], extras: list[str]
+) -> tuple[str, ...]:
+    if graphs.backward is None:
+        return ()
+    if graphs.saved is None:
+        return tuple(names)
+    saved = graphs.saved
+    return (*(names[i] for i in saved.inputs), *(results[i] for i in saved.results), *extras)

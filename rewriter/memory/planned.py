@@ -1,0 +1,159 @@
+"""A program under a memory budget: which of its layers run how, and the program that says so.
+
+The layers of a program are parted into stages, each way to run them is costed, and the planner chooses for every
+call. Calls of one region that run differently become regions of their own, so that the program's text shows
+what the plan does.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewriter.memory.arena import HostArena
+from rewriter.memory.budgets import Budgets
+from rewriter.memory.choices import Link, StagedChoice, staged_choices
+from rewriter.memory.kept import kept_choice
+from rewriter.memory.layer import LayerStages, ScheduledLayer
+from rewriter.memory.layer_graphs import LayerGraphs, layer_graphs
+from rewriter.memory.plan import MemoryPlan, Part, Problem
+from rewriter.memory.planner import plan
+from rewriter.memory.stage_graphs import Unstaged
+from rewriter.memory.transfer import Transfers
+from rewriter.regions.program import Program, Region, RegionCall
+
+
+@dataclass(frozen=True, eq=False)
+class StagedRegion:
+    """How a region of a planned program runs in stages."""
+
+    layer: LayerGraphs
+    way: StagedChoice
+    owns_gradient: bool
+
+    def scheduled(self, stages: LayerStages, transfers: Callable[[], Transfers]) -> ScheduledLayer:
+        """What stands for the region, once its stages are compiled."""
+        assert self.way.schedule is not None
+        shared, tile = self.layer.shared, self.way.tile
+        return ScheduledLayer(stages, self.way.schedule, tile, shared, transfers, self.owns_gradient)
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedProgram:
+    """A program whose regions are those of ``program`` under a plan.
+
+    Attributes:
+        program: each region once for every way in which it runs.
+        staged: those that run in stages; the others are compiled as they are.
+        plan: what was chosen, and what it comes to.
+        notes: why layers could not be run in stages.
+        transfers: to host memory and back, made when they are first asked for.
+    """
+
+    program: Program
+    staged: Mapping[Region, StagedRegion]
+    plan: MemoryPlan
+    notes: tuple[str, ...]
+    transfers: Callable[[], Transfers]
+
+
+def planned(program: Program, given: Budgets, machine: Link, device: torch.device) -> PlannedProgram:
+    """Choose for every call of ``program`` how it runs.
+
+    Raises:
+        Infeasible: no plan stays within the budgets.
+    """
+    layers, notes = _layers(program)
+    ways: dict[Region, list[StagedChoice]] = {}
+    for region in program.regions:
+        ways[region] = [StagedChoice(kept_choice(region, _shared(program, region), machine), None, None)]
+        if region in layers:
+            layer = layers[region]
+            owns = _owns_gradient(program, region)
+            ways[region] += staged_choices(layer, layer.tokens, machine, owns)
+    parts = [
+        Part(f"{call.region.name} {i}", call.region.name, tuple(w.choice for w in ways[call.region]))
+        for i, call in enumerate(program.calls)
+    ]
+    found = plan(Problem(tuple(parts), given.static, given.device, given.host))
+    transfers = functools.partial(transfers_of, str(device), given.host)
+    staged_program, staged = _apply(program, layers, ways, found)
+    return PlannedProgram(staged_program, staged, found, tuple(notes), transfers)
+
+
+def _layers(program: Program) -> tuple[dict[Region, LayerGraphs], list[str]]:
+    """The regions between the first and the last call, or that repeat, as stages; and why others are not."""
+    found: dict[Region, LayerGraphs] = {}
+    notes: list[str] = []
+    times = program.times()
+    ends = {program.calls[0].region, program.calls[-1].region}
+    for region in program.regions:
+        if times[region] == 1 and region in ends:
+            continue
+        try:
+            found[region] = layer_graphs(region, _shared(program, region))
+        except Unstaged as reason:
+            notes.append(f"{region.name} keeps what its backward reads: {reason}")
+    return found, notes
+
+
+def _shared(program: Program, region: Region) -> frozenset[int]:
+    """Inputs that live anyway: all but those that one call makes and this one alone reads."""
+    readers: dict[Any, int] = {}
+    for call in program.calls:
+        for node in call.inputs:
+            readers[node] = readers.get(node, 0) + 1
+    (output,) = program.source.graph.find_nodes(op="output")
+    made = {n for call in program.calls for n in call.outputs} - set(output.all_input_nodes)
+    calls = [call for call in program.calls if call.region is region]
+    return frozenset(
+        i
+        for i, value in enumerate(region.inputs)
+        if not isinstance(value, Tensor)
+        or any(call.inputs[i] not in made or readers[call.inputs[i]] > 1 for call in calls)
+    )
+
+
+def _owns_gradient(program: Program, region: Region) -> bool:
+    """Whether each result has one reader, whose backward makes its gradient for this region alone."""
+    (output,) = program.source.graph.find_nodes(op="output")
+    returned = set(output.all_input_nodes)
+    read = [node for call in program.calls for node in call.inputs]
+    results = [n for call in program.calls if call.region is region for n in call.outputs]
+    return all(read.count(n) == 1 and n not in returned for n in results)
+
+
+def _apply(
+    program: Program,
+    layers: Mapping[Region, LayerGraphs],
+    ways: Mapping[Region, list[StagedChoice]],
+    found: MemoryPlan,
+) -> tuple[Program, dict[Region, StagedRegion]]:
+    taken = {n.name for n in program.source.graph.nodes} | {r.name for r in program.regions}
+    made: dict[tuple[Region, str], Region] = {}
+    staged: dict[Region, StagedRegion] = {}
+    calls: list[RegionCall] = []
+    for call, choice in zip(program.calls, found.choices, strict=True):
+        region, key = call.region, (call.region, choice.name)
+        if key not in made:
+            name = region.name
+            if any(r is region for r, _ in made):
+                numbers = (f"{region.name}_{i}" for i in itertools.count(2))
+                name = next(n for n in numbers if n not in taken)
+                taken.add(name)
+            made[key] = Region(name, region.module, region.inputs)
+            way = next(w for w in ways[region] if w.choice.name == choice.name)
+            if way.schedule is not None:
+                staged[made[key]] = StagedRegion(layers[region], way, _owns_gradient(program, region))
+        calls.append(RegionCall(made[key], call.inputs, call.outputs))
+    return replace(program, calls=tuple(calls)), staged
+
+
+@functools.cache
+def transfers_of(device: str, host_budget: int) -> Transfers:
+    """The process's own to and from ``device``: all graphs share its host memory."""
+    return Transfers(HostArena(host_budget), device)

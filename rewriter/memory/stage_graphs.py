@@ -1,0 +1,131 @@
+"""The graphs of a stage, before they are compiled: enough to know what it costs.
+
+A row-wise stage runs in tiles of the sequence, and its backward computes again what it reads of its forward. A
+whole stage runs once, and saves what its backward reads; where the two cannot be parted, it computes again too.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._guards import TracingContext, tracing
+from torch.fx import GraphModule
+
+from rewriter.memory.fakes import StageFakes, memory_order
+from rewriter.memory.joint import (
+    Inseparable,
+    Saved,
+    Signature,
+    backward_graph,
+    forward_graph,
+    partitioned_graphs,
+    signature_of,
+)
+from rewriter.memory.stages import Stage, at_tile
+
+
+class Unstaged(Exception):
+    """Why a layer cannot be run in stages: a reason for the report, not a failure."""
+
+
+@dataclass(frozen=True, eq=False)
+class StageGraphs:
+    """One stage traced.
+
+    Attributes:
+        stage: what was traced.
+        fakes: the mode and the symbols of the tensors in the graphs.
+        signature: what it takes and gives.
+        forward, backward: without autograd; ``backward`` is None where no input needs a gradient.
+        saved: what ``backward`` reads beside gradients; None where it reads the stage's inputs alone.
+        orders: memory order of each input, to which it is brought; None where it is no tensor.
+    """
+
+    stage: Stage
+    fakes: StageFakes
+    signature: Signature
+    forward: GraphModule
+    backward: GraphModule | None
+    saved: Saved | None
+
+    @cached_property
+    def orders(self) -> tuple[tuple[int, ...] | None, ...]:
+        return tuple(memory_order(x) if isinstance(x, Tensor) else None for x in self.signature.inputs)
+
+    def forward_inputs(self) -> list[Any]:
+        """Fake inputs of ``forward``."""
+        return list(self.signature.inputs)
+
+    def backward_inputs(self) -> list[Any]:
+        """Fake inputs of ``backward``."""
+        tangents = self.signature.tangents
+        if self.saved is None:
+            return [*self.signature.inputs, *tangents]
+        inputs = [self.signature.inputs[i] for i in self.saved.inputs]
+        results = [self.signature.results[i] for i in self.saved.results]
+        return [*inputs, *results, *self.results[len(self.signature.results) :], *tangents]
+
+    @property
+    def results(self) -> Sequence[Any]:
+        """Fake results, and after them fakes of what is saved of the inside."""
+        (output,) = self.forward.graph.find_nodes(op="output")
+        return [n.meta["val"] if hasattr(n, "meta") else n for n in output.args[0]]
+
+
+def stage_graphs(
+    stage: Stage, inputs: Sequence[Any], needs: Sequence[bool], longest_tile: int
+) -> StageGraphs:
+    """Trace ``stage``.
+
+    Args:
+        inputs: another mode's fake tensors and sizes, one an input of the stage.
+        needs: of each, whether its gradient is wanted.
+
+    Raises:
+        Unstaged: it draws random numbers, which a second run would have to draw again.
+    """
+    fakes = StageFakes(longest_tile)
+    module = at_tile(stage) if stage.row_wise else stage.module
+    with tracing(TracingContext(fakes.mode)), torch.no_grad():
+        values = [fakes.like(x, rows) for x, rows in zip(inputs, stage.rows_in, strict=True)]
+        with fakes.mode:
+            signature = signature_of(module, values, needs)
+            graphs = _traced(module, signature, stage.row_wise)
+    if name := _random(graphs[0]):
+        raise Unstaged(f"`{name}` draws random numbers, which its recomputation would have to draw again")
+    return StageGraphs(stage, fakes, signature, *graphs)
+
+
+def _traced(
+    module: GraphModule, signature: Signature, row_wise: bool
+) -> tuple[GraphModule, GraphModule | None, Saved | None]:
+    if not any(signature.needs) or not any(signature.differentiable):
+        return forward_graph(module, signature), None, None
+    if not row_wise:
+        try:
+            return partitioned_graphs(module, signature)
+        except Inseparable:
+            pass
+    return forward_graph(module, signature), backward_graph(module, signature), None
+
+
+def _random(module: GraphModule) -> str | None:
+    for node in module.graph.nodes:
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not _is_certain(node):
+            return node.name
+    return None
+
+
+def _is_certain(node: Any) -> bool:
+    """Attention ops are tagged as random for a dropout that they may not have."""
+    if "attention" not in str(node.target):
+        return False
+    rates = [
+        node.args[i] if i < len(node.args) else argument.default_value
+        for i, argument in enumerate(node.target._schema.arguments)
+        if argument.name == "dropout_p"
+    ]
+    return all(not rate for rate in rates)
