@@ -70,11 +70,11 @@ class StageRun:
         """
         assert self.backward is not None
         if self.graphs.saved is not None:
-            return self._add(self.backward(*read, *self._tangents(tangents)), into)
+            return _add(self.backward(*read, *self._tangents(tangents)), tangents, into)
         values, tangents = self._laid_out(read), self._tangents(tangents)
         tokens = self._tokens(values)
         if tile is None or tokens is None or tokens <= tile:
-            return self._add(self.backward(*values, *tangents), into)
+            return _add(self.backward(*values, *tangents), tangents, into)
         spare = [t for t, own in zip(tangents, ours, strict=True) if own]
         return self._tiled_backward(values, tangents, tile, tokens, into, spare)
 
@@ -109,10 +109,6 @@ class StageRun:
                     total.narrow(rows, start, length).copy_(gradient)
         return totals
 
-    def _add(self, gradients: Sequence[Tensor | None], into: Sequence[Tensor | None]) -> list[Tensor | None]:
-        pairs = zip(gradients, into, strict=True)
-        return [g if total is None or g is None else total.add_(g) for g, total in pairs]
-
     def _laid_out(self, inputs: Sequence[Any]) -> list[Any]:
         rows = self.graphs.stage.rows_in
         return [
@@ -140,6 +136,22 @@ class StageRun:
             x if row is None else densely(x.narrow(row, start, length), memory_order(x))
             for x, row in zip(values, rows, strict=True)
         ]
+
+
+def _add(
+    gradients: Sequence[Tensor | None], tangents: Sequence[Tensor], into: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Each gradient, added to where one is there already, in memory that no other of them lies in."""
+    taken = {t.untyped_storage().data_ptr() for t in tangents}
+    found: list[Tensor | None] = []
+    for gradient, total in zip(gradients, into, strict=True):
+        if gradient is None or total is not None:
+            found.append(total if gradient is None else total.add_(gradient))
+            continue
+        place = gradient.untyped_storage().data_ptr()
+        found.append(gradient.clone() if place in taken else gradient)
+        taken.add(place)
+    return found
 
 
 def _room(like: Tensor, rows: int, tokens: int) -> Tensor:

@@ -1,0 +1,122 @@
+"""The longest context on a card: whole training steps of a long sequence within a memory budget.
+
+    python examples/benchmarks/context.py --case 32x1x200000 --card 24
+    python examples/benchmarks/context.py --case 32x1x50000 --card 24 --system unsloth_gc
+
+``--card`` is the size of the card in GiB: the allocator may take that less 0.6 GiB for the driver's context
+(``set_per_process_memory_fraction``), and the rewriter gets it as ``memory_budget``. A step is that of
+``end_to_end.py``. Writes ``results/context_<case>_<card>_<system>.json``: seconds of a step, tokens a second,
+the device memory that was allocated and reserved, what the plan predicted, and the plan.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import peers
+import torch
+from end_to_end import machine, synchronise, training_step, versions
+from models import Case
+
+RESULTS = Path(__file__).parent / "results"
+CONTEXT_GIB = 0.6
+GIB = 2**30
+
+
+def measure(arguments: argparse.Namespace) -> dict:
+    case = Case.parse(arguments.case)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = {"memory_budget": int(arguments.card * GIB)} if arguments.card else {}
+    if arguments.host:
+        options["host_budget"] = int(arguments.host * GIB)
+    model = peers.prepared(
+        arguments.system, case, device, arguments.tiny, options if arguments.system == "rewriter" else {}
+    )
+    if device == "cuda" and arguments.card:
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction((arguments.card - CONTEXT_GIB) * GIB / total)
+    step = training_step(model, case, device, arguments.steps)
+    first, losses = timed(step, 0, device)
+    plan = planned(arguments.system)
+    print(f"first step {first:.1f} s, loss {losses.item():.4f}", flush=True)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    runs = [timed(step, i, device) for i in range(1, 1 + arguments.steps)]
+    seconds = min(s for s, _ in runs)
+    tokens = case.rows * case.tokens[1]
+    return {
+        "system": arguments.system,
+        "case": case.name,
+        "card_gib": arguments.card,
+        **machine(device),
+        "versions": versions(),
+        "first_step_s": first,
+        "seconds": [s for s, _ in runs],
+        "tokens_per_s": tokens / seconds,
+        "peak_gib": memory("max_memory_allocated"),
+        "reserved_gib": memory("max_memory_reserved"),
+        "losses": [losses.item(), *(loss.item() for _, loss in runs)],
+        "plan": plan,
+    }
+
+
+def timed(step, index: int, device: str) -> tuple[float, torch.Tensor]:
+    synchronise(device)
+    start = time.perf_counter()
+    loss = step(index)
+    synchronise(device)
+    return time.perf_counter() - start, loss
+
+
+def memory(what: str) -> float | None:
+    return getattr(torch.cuda, what)() / GIB if torch.cuda.is_available() else None
+
+
+def planned(system: str) -> dict | None:
+    """What the rewriter foresaw."""
+    if system != "rewriter":
+        return None
+    import rewriter
+
+    found = [graph.memory for graph in rewriter.report().graphs if graph.memory is not None]
+    print(rewriter.report())
+    if not found:
+        return None
+    plan = found[-1]
+    return {
+        "peak_gib": plan.peak / GIB,
+        "where": plan.where,
+        "static_gib": plan.static / GIB,
+        "host_gib": plan.hosted / GIB,
+        "seconds": plan.seconds,
+        "ways": plan.ways,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--case", default="32x1x65536")
+    parser.add_argument("--card", type=float, default=24.0, help="GiB; 0: no limit")
+    parser.add_argument("--host", type=float, default=0.0, help="GiB for offloads; 0: the default")
+    parser.add_argument("--system", default="rewriter", choices=peers.SYSTEMS)
+    parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--tiny", action="store_true", help="a dry run on a CPU")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    result = measure(arguments)
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    name = f"context_{result['case']}_{arguments.card:g}_{arguments.system}.json"
+    (arguments.results / name).write_text(json.dumps(result, indent=1) + "\n")
+    print(
+        f"{arguments.system} {result['case']} on {arguments.card:g} GiB: {min(result['seconds']):.2f} s, "
+        f"{result['tokens_per_s']:.0f} tokens/s, peak {result['peak_gib']} GiB, "
+        f"reserved {result['reserved_gib']} GiB"
+    )
+
+
+if __name__ == "__main__":
+    main()
