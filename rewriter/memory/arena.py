@@ -11,6 +11,7 @@ than the limit, a block freed twice.
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -21,6 +22,8 @@ _GROWTH = 2 << 30
 # Of the machine's memory, what the arenas of all its processes may take together where nobody says: the rest
 # is for the processes themselves, the weights on their way to the device, and the data.
 _DEFAULT_SHARE = 0.8
+# Past this the kernel ends the process, whatever the machine has.
+_CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 class HostMemoryError(MemoryError):
@@ -164,8 +167,13 @@ def default_limit(environment: Mapping[str, str] = os.environ) -> int:
     LOCAL_WORLD_SIZE, which launchers of distributed training set, is the number of processes that share the
     machine.
     """
+    return int(_machine_memory() * _DEFAULT_SHARE) // int(environment.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _machine_memory() -> int:
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(total * _DEFAULT_SHARE) // int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    container = _CONTAINER_LIMIT.read_text().strip() if _CONTAINER_LIMIT.exists() else "max"
+    return min(total, int(container)) if container.isdigit() else total
 
 
 def _size(nbytes: int) -> str:

@@ -289,8 +289,8 @@ class Transfers:
         device = copy.layout.empty(self.device)
         if self.poison:
             bytes_of(device).fill_(_POISON)
+        # It has waited for the copy out, too, before the source was given up.
         back.wait_stream(compute)
-        back.wait_event(copy.left)
         if copy.block is not None:
             with self._streams.on(back):
                 bytes_of(device).copy_(copy.block.bytes, non_blocking=True)
@@ -320,8 +320,9 @@ class Transfers:
         with self._streams.on(back):
             poison = torch.full((block.bytes.numel(),), _POISON, dtype=torch.uint8, device=self.device)
             block.bytes.copy_(poison, non_blocking=True)
-        # Whoever has the block next comes after the computing stream.
-        self._streams.compute().wait_event(back.record_event())
+        # The block's next use is a copy out. The computing stream does not wait here: it would hide that it
+        # did not wait where it must.
+        self._streams.out.wait_event(back.record_event())
 
     def _forget_empty(self, group: Group) -> None:
         if not group.copies:
