@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from rewriter.quantised import packed_linear, packed_linear_inside
+from rewriter.quantised import PRODUCTS, packed_linear, packed_linear_inside
 from rewriter.signatures import positional, target_name
 
 
@@ -88,7 +88,7 @@ def canonical(node: Node) -> Call | None:
     if name == "getitem":
         return _getitem(node)
     args = positional(name, node)
-    if name == "gemm_4bit":
+    if name in PRODUCTS:
         return Call("linear", packed_linear(args))
     if name == "matmul" and (weight := _transposed(args[1])) is not None:
         return Call("linear", (args[0], weight, None))

@@ -14,6 +14,9 @@ One costs it its gradients: on CPUs with bfloat16 instructions, bitsandbytes pac
 when they are first used in evaluation, for a product that has no backward. An evaluation before training, or
 between steps, would then stop the gradient at every such layer; so packing is turned off.
 
+And one costs it time at the first step: Dynamo traces into the product of every 4-bit layer, over and over
+(``opaque_linear.py``).
+
 A model is known by its structure alone, so that neither transformers nor PEFT is imported here.
 """
 
@@ -25,6 +28,8 @@ from types import FunctionType
 from typing import Any
 
 from torch import nn
+
+from rewriter.opaque_linear import make_opaque, make_transparent
 
 _STATE = "_rewriter_preparation"
 _SWITCH = "enable_input_require_grads"
@@ -40,6 +45,7 @@ class Preparation:
     hooks: tuple[tuple[nn.Module, tuple[tuple[int, Callable], ...]], ...] = field(repr=False)
     switches: tuple[nn.Module, ...] = field(repr=False)
     packing: tuple[nn.Module, ...] = field(repr=False)
+    opaque: tuple[nn.Module, ...] = field(repr=False)
 
     def __str__(self) -> str:
         if not self.changes:
@@ -94,7 +100,10 @@ def prepare(model: nn.Module) -> Preparation:
         setattr(module, _PACKS, False)
     if packing:
         changes.append(f"evaluation leaves the 4-bit weights of {len(packing)} layers as training needs them")
-    preparation = Preparation(tuple(changes), configs, hooks, switches, packing)
+    opaque = tuple(make_opaque(model))
+    if opaque:
+        changes.append(f"the products of {len(opaque)} 4-bit layers are not traced into: a faster first step")
+    preparation = Preparation(tuple(changes), configs, hooks, switches, packing, opaque)
     setattr(model, _STATE, preparation)
     return preparation
 
@@ -116,6 +125,8 @@ def restore(model: nn.Module) -> None:
         delattr(module, _SWITCH)
     for module in preparation.packing:
         setattr(module, _PACKS, True)
+    for layer in preparation.opaque:
+        make_transparent(layer)
     delattr(model, _STATE)
 
 

@@ -1,4 +1,4 @@
-"""bitsandbytes' quantised linear, bare or inside an ``autograd_function_apply``, as a linear.
+"""bitsandbytes' quantised linear, bare, opaque or inside an ``autograd_function_apply``, as a linear.
 
 Its operands are those of ``linear(x, weight, bias)``, with packed data and quantisation state in the weight's
 place.
@@ -11,6 +11,9 @@ from torch.fx import Node
 
 from rewriter.nested import subgraph
 from rewriter.signatures import positional, target_name
+
+# What takes the operands themselves: bitsandbytes' own op, and ``opaque_linear``'s, which takes a dtype too.
+PRODUCTS = frozenset({"gemm_4bit", "rewriter.opaque_linear.linear_4bit"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +36,8 @@ class PackedWeight:
 
 
 def packed_linear(args: tuple) -> tuple[Any, PackedWeight, Any]:
-    """Input, weight and bias, from the arguments of ``gemm_4bit``."""
-    x, data, shape, absmax, blocksize, quant_type, bias, absmax_8bit, code, offset = args
+    """Input, weight and bias, from the arguments of one of ``PRODUCTS``."""
+    x, data, shape, absmax, blocksize, quant_type, bias, absmax_8bit, code, offset, *_ = args
     weight = PackedWeight(data, tuple(shape), absmax, blocksize, quant_type, absmax_8bit, code, offset)
     return x, weight, bias
 

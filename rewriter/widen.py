@@ -19,6 +19,7 @@ from torch.fx.node import map_aggregate
 from rewriter.canonical import dtype_of
 from rewriter.kernels.dequantize import Packed4bit, dequantize_4bit_reference
 from rewriter.nested import duplicate
+from rewriter.opaque_linear import linear_4bit
 
 WIDENED = torch.float64
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
@@ -76,6 +77,8 @@ def _replacement(node: Node) -> Any:
     if target is F.dropout:
         node.kwargs = {**node.kwargs, "dtype": dtype_of(node) or torch.float32}
         return _dropout
+    if target is linear_4bit:
+        return _gemm_4bit
     namespace = getattr(target, "namespace", "") or str(target).partition(".")[0]
     if namespace != "bitsandbytes":
         return None
@@ -95,7 +98,7 @@ def _dropout(x, p=0.5, training=True, inplace=False, *, dtype: torch.dtype) -> T
 
 
 def _gemm_4bit(A, B, shapeB, absmax, blocksize, quant_type, bias=None, absmax_8bit=None, absmax_code=None,
-               absmax_offset=None):  # fmt: skip
+               absmax_offset=None, dtype=None):  # fmt: skip
     scales = _fp32(absmax), blocksize, quant_type, absmax_8bit, _fp32(absmax_code), _fp32(absmax_offset)
     weight = dequantize_4bit_reference(Packed4bit(B, tuple(shapeB), *scales), torch.float32)
     return F.linear(A, weight.to(WIDENED), bias)

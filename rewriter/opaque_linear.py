@@ -1,0 +1,113 @@
+"""bitsandbytes' quantised linear as one call of a graph, which Dynamo does not trace into.
+
+Dynamo traces the product's autograd function anew for each layer, forward and backward: a third to a half of
+its time for a model in 4 bits, and two nested graphs a layer, over all of which torch 2.11 walks once a node.
+Here a prepared layer's ``forward`` becomes
+
+    x.to(compute_dtype) -> linear_4bit(x, the weight's parts) -> .to(the input's dtype)
+
+where ``linear_4bit`` stands in the graph as it is. Where no pass replaces it, AOTAutograd looks into it: it
+calls bitsandbytes' own ``matmul_4bit``, so that results and gradients are what they were. Outside of Dynamo
+the layer runs its class's ``forward``; so it does under Dynamo where that does more than the above: a
+weight that lost its state or was quantised transposed, a bias to be cast, a compute dtype that the first
+input decides.
+
+bitsandbytes is not imported here: where a layer of it is, it is loaded.
+"""
+
+import sys
+from collections.abc import Iterator
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Of the second level of double quantisation, as bitsandbytes quantises and as ``gemm_4bit`` takes it.
+_SECOND_BLOCKSIZE = 256
+_SECOND_DTYPE = torch.float32
+
+
+def linear_4bit(
+    x: Tensor,
+    data: Tensor,
+    shape: tuple[int, int],
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    bias: Tensor | None,
+    absmax_8bit: Tensor | None,
+    absmax_code: Tensor | None,
+    absmax_offset: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``x`` (..., K) times the 4-bit weight (N, K): the arguments of ``gemm_4bit``, and the weight's dtype.
+
+    Returns:
+        (..., N) in the dtype of ``x``; differentiable in ``x``. Autograd saves the packed weight alone.
+    """
+    library = sys.modules["bitsandbytes"]
+    parts: dict[str, Any] = {"absmax": absmax}
+    if absmax_8bit is not None:
+        second = library.functional.QuantState(
+            absmax=absmax, code=absmax_code, blocksize=_SECOND_BLOCKSIZE, dtype=_SECOND_DTYPE
+        )
+        parts = {"absmax": absmax_8bit, "offset": absmax_offset, "state2": second}
+    state = library.functional.QuantState(
+        shape=torch.Size(shape), blocksize=blocksize, quant_type=quant_type, dtype=dtype, **parts
+    )
+    return library.matmul_4bit(x, data, bias=bias, quant_state=state)
+
+
+def forward(self: Any, x: Tensor) -> Tensor:
+    """The ``forward`` of a layer that ``make_opaque`` changed. A copy by pickle has its class's again."""
+    if not torch.compiler.is_dynamo_compiling() or not _is_plain(self, x):
+        return type(self).forward(self, x)
+    state, given = self.weight.quant_state, x.dtype
+    if self.compute_dtype is not None:
+        x = x.to(self.compute_dtype)
+    first, first_8bit, code = state.absmax, None, None
+    if state.nested:
+        first, first_8bit, code = state.state2.absmax, state.absmax, state.state2.code
+    return linear_4bit(
+        x, self.weight, state.shape, first, state.blocksize, state.quant_type, self.bias,
+        first_8bit, code, state.offset, state.dtype,
+    ).to(given)  # fmt: skip
+
+
+def _is_plain(layer: Any, x: Tensor) -> bool:
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None or not layer.compute_type_is_set or layer.support_avx512bf16_for_cpu:
+        return False
+    if len(state.shape) != 2 or x.shape[-1] != state.shape[1]:
+        return False
+    second = state.state2
+    if second is not None and (second.blocksize, second.dtype) != (_SECOND_BLOCKSIZE, _SECOND_DTYPE):
+        return False
+    return layer.bias is None or layer.bias.dtype == (layer.compute_dtype or x.dtype)
+
+
+def make_opaque(model: nn.Module) -> Iterator[nn.Module]:
+    """Give every 4-bit linear of ``model`` the ``forward`` above, unless its own was replaced before.
+
+    Returns:
+        The layers that it changed.
+    """
+    library = sys.modules.get("bitsandbytes")
+    if library is None or not hasattr(torch.ops.bitsandbytes, "gemm_4bit"):
+        return
+    torch.compiler.allow_in_graph(linear_4bit)
+    for layer in model.modules():
+        if isinstance(layer, library.nn.Linear4bit) and _has_the_forward_of(layer, library.nn.Linear4bit):
+            vars(layer)["forward"] = MethodType(forward, layer)
+            yield layer
+
+
+def make_transparent(layer: nn.Module) -> None:
+    """Undo ``make_opaque``; a ``forward`` that somebody put over it stays."""
+    if getattr(vars(layer).get("forward"), "__func__", None) is forward:
+        del vars(layer)["forward"]
+
+
+def _has_the_forward_of(layer: nn.Module, known: type[nn.Module]) -> bool:
+    return "forward" not in vars(layer) and type(layer).forward is known.forward
