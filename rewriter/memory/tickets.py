@@ -20,7 +20,7 @@ class Copy:
         device: the tensor on the device again, until it is handed out.
         left, arrived: the events after the copies out and back.
         uses: how often it will be reloaded yet; 0 once it is over.
-        given: whether the current backward has had it; only a ticket that is kept is asked for again.
+        given: how often the current backward has had it while it is kept.
         written: whether somebody wrote to the source after it was offloaded.
         epoch: how many resets came before it.
     """
@@ -35,7 +35,7 @@ class Copy:
     left: Any = None
     arrived: Any = None
     uses: int = 1
-    given: bool = False
+    given: int = 0
     written: bool = False
 
     def take_source(self) -> torch.Tensor:

@@ -91,11 +91,12 @@ class Group:
 class Transfers:
     """Copies between ``device`` and the blocks of ``arena``.
 
-    Args: arena: where offloaded tensors wait. device: the one that computes. Without streams, as the CPU,
-        every copy is made at once. depth: how many complete groups may be in device memory and in flight. 0:
-        none, the computation waits for each group's copies; 1: they run beside the next group's computation.
-        poison: fill memory with NaN as soon as it may be used by others, to show a wait that is missing.
-        Slow.
+    Args:
+        arena: where offloaded tensors wait.
+        device: the one that computes. Without streams, as the CPU, every copy is made at once.
+        depth: how many complete groups may be in device memory and in flight. 0: none, the computation waits
+            for each group's copies; 1: they run beside the next group's computation.
+        poison: fill memory with NaN as soon as others may use it, to show a wait that is missing. Slow.
     """
 
     def __init__(self, arena: HostArena, device: torch.device | str, *, depth: int = 1, poison: bool = False):
@@ -116,8 +117,9 @@ class Transfers:
         return Group(self)
 
     def offload(self, tensor: torch.Tensor, group: Group | None = None) -> Ticket:
-        """Copy ``tensor`` (any shape and strides) to the arena; in ``group``, the one around the call, or its
-        own.
+        """Copy ``tensor`` (any shape and strides) to the arena.
+
+        It belongs to ``group``, else to the group around the call, else to one of its own.
 
         A tensor that is on its way already gets the same ticket, which is then reloaded once for each
         offload. Strides are kept; the bytes between the first element and the last are copied, so a slice of
@@ -154,7 +156,7 @@ class Transfers:
                 "reload: the ticket was reloaded already, or dropped by reset(); reload it with keep=True "
                 "where the backward runs twice, and run the forward again after reset()."
             )
-        if copy.given:
+        if copy.given >= copy.uses:
             self._begin_again(copy.group)
         self._fetch(copy)
         self._look_ahead(copy.group)
@@ -168,7 +170,8 @@ class Transfers:
         assert tensor is not None
         if keep:
             # The caller may write to what it is given: the next reload is another copy.
-            copy.device, copy.given = None, True
+            copy.device = None
+            copy.given += 1
             return tensor
         copy.uses -= 1
         if not copy.uses:
@@ -301,7 +304,7 @@ class Transfers:
     def _begin_again(self, group: Group) -> None:
         group.returning = False
         for copy in group.copies:
-            copy.given = False
+            copy.given = 0
 
     def _finish(self, copy: Copy) -> None:
         copy.uses = 0

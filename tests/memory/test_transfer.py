@@ -181,6 +181,19 @@ def test_a_kept_ticket_is_reloaded_as_often_as_asked():
     assert transfers.arena.in_use == 0
 
 
+def test_a_shared_ticket_can_be_kept_without_another_copy_of_its_group():
+    transfers, tensor = _transfers(depth=0), torch.randn(50)
+    with transfers.group():
+        shared, other = transfers.offload(tensor), transfers.offload(torch.zeros(7))
+        assert transfers.offload(tensor) is shared
+    for _ in range(2):
+        before = transfers.stats.bytes_in
+        transfers.reload(other, keep=True)
+        for _ in range(2):
+            assert torch.equal(transfers.reload(shared, keep=True), tensor)
+        assert transfers.stats.bytes_in - before == 2 * shared.nbytes + other.nbytes
+
+
 def test_a_tensor_written_after_its_offload_is_not_handed_out():
     transfers, tensor = _transfers(), torch.zeros(3)
     ticket = transfers.offload(tensor)
