@@ -41,6 +41,9 @@ def prepared(system: str, case: Case, device: str, tiny: bool, options: dict) ->
     if checkpointed:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if name == "rewriter":
+        import rewriter
+
+        rewriter.prepare(model)
         model.compile(backend="rewriter", options=options)
     elif name in ("inductor", "liger_compiled"):
         model.compile()
