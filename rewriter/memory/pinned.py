@@ -10,6 +10,7 @@ Refuses nothing: where memory cannot be locked, it is ordinary memory, and a war
 import mmap
 import warnings
 import weakref
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ class HostSlab:
     def __init__(self, nbytes: int, *, pin: bool):
         memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):  # a forked data loader must not copy locked pages
-            if hasattr(mmap, advice):
+            # A kernel that knows neither works as well, slower.
+            with suppress(AttributeError, OSError):
                 memory.madvise(getattr(mmap, advice))
         self.bytes = torch.frombuffer(memory, dtype=torch.uint8)
         self.pinned = pin and _lock(self.bytes)

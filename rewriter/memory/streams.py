@@ -1,5 +1,4 @@
-"""The streams that copies run on: two beside the computing one, so that both directions of the bus work at
-once.
+"""The streams that copies run on: two beside the computing one, so that both directions of the bus are used.
 
 On a device without streams everything runs in place, in order: ``InOrder`` has the same words, and they do
 nothing.
