@@ -4,8 +4,8 @@
 
 The step's own time is measured first, without a profiler, several steps in a row. ``torch.profiler`` then
 says what the device did in them. The bound of an op is the longer of its bytes at the bandwidth of a large
-copy and its operations at the rate of a large bf16 product, both measured beside it. Where there is no GPU, the
-table is of the host's own calls, each without those within it, and has no bounds.
+copy and its operations at the rate of a large bf16 product, both measured beside it. Where there is no GPU,
+the table is of the host's own calls, each without those within it, and has no bounds.
 """
 
 import io
