@@ -11,8 +11,11 @@ Numbers are whole (time in units), so that equal plans are equal, and ties go to
 the lower peak.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
+from math import ceil
 
 import numpy as np
 
@@ -27,21 +30,26 @@ from rewriter.memory.bounds import (
 )
 from rewriter.memory.relaxation import best_prices
 
-# Suffixes kept for each overlap by the searches for a first plan: the second only where the first finds none.
-_NARROW = (32, 1024)
-_BLOCK = 256
+# Suffixes kept for each overlap by the search for a first plan.
+_NARROW = 32
+# Suffixes that the search for the best may make in all: about a second's work. Beyond it, those with the lowest
+# bounds are kept, and the plan is the best found, within a known distance of the best.
+_WORK = 4_000_000
+# The first price alone rules out most; the others are tried on what it leaves.
+_BLOCKS = (slice(0, 1), slice(1, 6), slice(6, None))
 # Rounding of sums of prices times bytes, in time units, where one unit is 1e-10 of a step.
 _MARGIN = 0.01
 
 
 @dataclass(frozen=True)
 class Found:
-    """The best choices: index into each part's own choices, with what they need, host and take."""
+    """Index into each part's own choices, with what they need, host and take, and what none can take less than."""
 
     choices: tuple[int, ...]
     need: int
     hosted: int
     time: int
+    bound: int
 
 
 @dataclass(frozen=True)
@@ -103,15 +111,31 @@ class _Search:
         self.least = cheapest_prefixes(still, Prices(end, np.array([0.0, 1.0])))
 
     def best(self) -> Found | None:
-        found = None
-        for kept in _NARROW:
-            found = found or self._run(None, kept)
-        if found is not None and self.by_peak:
+        found = self._run(None, _NARROW)
+        if self.by_peak and found is not None:
             self.device = found.need
-        return self._run(found, None)
+        if found is None:
+            # Narrow searches may miss what just fits. The plan with the lowest peak does not.
+            found = self._lowest()
+        if found is None:
+            return None
+        widths = [len(o) * len(b.overlaps) for b, o in pairwise([*self.parts, self.parts[-1]])]
+        return self._run(found, max(_NARROW, _WORK // sum(widths)))
 
-    def _run(self, known: Found | None, kept: int | None) -> Found | None:
+    def _lowest(self) -> Found | None:
+        lowest = None if self.by_peak else smallest(self.parts, self.host)
+        if lowest is None or lowest.need > self.device:
+            return None
+        time, before = 0, NOTHING
+        for options, choice in zip(self.parts, lowest.choices, strict=True):
+            c = int(np.flatnonzero(options.index == choice)[0])
+            time += int(time_of(options, (before,))[0, c])
+            before = options.overlaps[options.group[c]]
+        return replace(lowest, time=time + before.offload + before.reload)
+
+    def _run(self, known: Found | None, kept: int) -> Found | None:
         """Search among plans no worse than ``known``, with at most ``kept`` suffixes for each overlap."""
+        self.cut = False
         if self.by_peak or known is None:
             ceiling = np.inf if known is None else _MARGIN
         else:
@@ -128,63 +152,76 @@ class _Search:
         for i in reversed(range(len(self.parts))):
             before = self.parts[i - 1].overlaps if i else (NOTHING,)
             time = time_of(self.parts[i], before)
-            stages.append(
-                [
-                    self._narrow(self._extend(i, stages[-1], overlap.hosted, time[g]), i, g, ceiling, kept)
-                    for g, overlap in enumerate(before)
-                ]
-            )
+            stage = []
+            for g, overlap in enumerate(before):
+                some = self._extend(i, g, stages[-1], overlap.hosted, time[g], ceiling)
+                stage.append(self._narrow(some, i, g, ceiling, kept))
+            stages.append(stage)
         (whole,) = stages[-1]
         if not len(whole):
             return None
         first = np.lexsort(
             (whole.hosted, whole.need) if self.by_peak else (whole.need, whole.hosted, whole.time)
         )
-        return self._follow(stages, int(first[0]))
+        found = self._follow(stages, int(first[0]))
+        lowest = (self.before[-1][:, [*range(len(ends))]] + [int(end.time[0]) for end in ends]).min(axis=1)
+        bound = max(0, ceil((lowest - self.paid).max() - self.tie * found.hosted - _MARGIN))
+        return replace(found, bound=min(bound, found.time) if self.cut else found.time)
 
-    def _extend(self, i: int, after: list[_Suffixes], flight: int, time: Whole) -> _Suffixes:
-        """Every choice of part i before every suffix that it can stand before, ``flight`` bytes under way."""
+    def _extend(
+        self, i: int, g: int, after: list[_Suffixes], flight: int, time: Whole, ceiling: float
+    ) -> _Suffixes:
+        """Every choice of part i before every suffix that it can stand before, ``flight`` bytes under way.
+
+        Those that the first price rules out are never made.
+        """
         options = self.parts[i]
+        on_device, on_host = self.later[i][0], self.prices.host[0] + self.tie
+        spare = ceiling - self.before[i][0, g] + self.paid[0]
+        own = time + on_device * options.saved + on_host * options.hosted
+        worth = [rest.time + on_device * rest.need + on_host * rest.hosted for rest in after]
         columns = []
         for c in range(len(options)):
-            rest = after[options.group[c]]
-            need = np.maximum(options.peak[c] + flight, options.saved[c] + rest.need)
-            same = np.full(len(rest), 0)
+            group = options.group[c]
+            rows = np.flatnonzero(worth[group] <= spare - own[c])
+            rest = after[group]
+            need = np.maximum(options.peak[c] + flight, options.saved[c] + rest.need[rows])
+            same = np.full(len(rows), 0)
             columns.append(
                 _Suffixes(
                     need,
-                    rest.hosted + options.hosted[c],
-                    rest.time + time[c],
+                    rest.hosted[rows] + options.hosted[c],
+                    rest.time[rows] + time[c],
                     same + c,
-                    same + options.group[c],
-                    np.arange(len(rest)),
+                    same + group,
+                    rows,
                 )
             )
         return _Suffixes(*(np.concatenate([getattr(x, f.name) for x in columns]) for f in fields(_Suffixes)))
 
-    def _narrow(self, all_: _Suffixes, i: int, g: int, ceiling: float, kept: int | None) -> _Suffixes:
+    def _narrow(self, all_: _Suffixes, i: int, g: int, ceiling: float, kept: int) -> _Suffixes:
+        """Those that may lead to the best plan, sorted by time; the ``kept`` most promising of them."""
         save, hold = self.least[i][:, g]
         fits = (all_.need + save <= self.device) & (all_.hosted + hold <= self.host)
         some = all_.rows(fits)
         value = some.time + self.tie * some.hosted
         proven = np.full(len(some), -np.inf)
         chances = np.ones(len(some), bool)
-        for block in np.array_split(np.arange(len(self.prices.host)), 4):
-            prices = self.prices.rows(block)
+        for block in _BLOCKS:
+            on_host = self.prices.host[block]
             at = self.before[i][block, g] - self.paid[block]
             here = np.flatnonzero(chances)
             bound = (
-                at
-                + np.outer(some.need[here], self.later[i][block])
-                + np.outer(some.hosted[here], prices.host)
+                at + np.outer(some.need[here], self.later[i][block]) + np.outer(some.hosted[here], on_host)
             )
             proven[here] = np.maximum(proven[here], bound.max(axis=1) + value[here])
             chances[here] = proven[here] <= ceiling
         some, proven = some.rows(chances), proven[chances]
         order = np.lexsort((some.need, some.hosted, some.time))
         some, proven = some.rows(order), proven[order]
-        best = _undominated(some)
-        if kept is not None and len(best) > kept:
+        best = np.array(_undominated(some), np.int64)
+        if len(best) > kept:
+            self.cut = True
             best = best[np.sort(np.argsort(proven[best], kind="stable")[:kept])]
         return some.rows(best)
 
@@ -195,7 +232,7 @@ class _Search:
             suffixes = stage[group]
             choices.append(int(options.index[suffixes.choice[at]]))
             group, at = int(suffixes.group[at]), int(suffixes.rest[at])
-        return Found(tuple(choices), int(whole.need[row]), int(whole.hosted[row]), int(whole.time[row]))
+        return Found(tuple(choices), int(whole.need[row]), int(whole.hosted[row]), int(whole.time[row]), 0)
 
 
 def _around(best: Prices, *, vary_device: bool) -> Prices:
@@ -208,17 +245,22 @@ def _around(best: Prices, *, vary_device: bool) -> Prices:
     return Prices(device, on_host.ravel()[order] * best.host)
 
 
-def _undominated(sorted_: _Suffixes) -> Whole:
+def _undominated(sorted_: _Suffixes) -> list[int]:
     """Rows that no other row beats or equals in time, host bytes and need, of rows sorted in that order."""
-    host, need = sorted_.hosted, sorted_.need
-    kept = np.empty(0, np.int64)
-    for start in range(0, len(sorted_), _BLOCK):
-        rows = np.arange(start, min(start + _BLOCK, len(sorted_)))
-        for others in np.array_split(kept, 1 + len(kept) // 4096):
-            worse = (host[others] <= host[rows][:, None]) & (need[others] <= need[rows][:, None])
-            rows = rows[~worse.any(axis=1)]
-        worse = (host[rows] <= host[rows][:, None]) & (need[rows] <= need[rows][:, None])
-        # Only an earlier row counts: rows are sorted, so that no later one is faster.
-        rows = rows[~np.tril(worse, -1).any(axis=1)]
-        kept = np.concatenate([kept, rows])
+    kept = []
+    # The rows so far that no other beats in host bytes and need: ascending in one, descending in the other.
+    hosts: list[int] = []
+    needs: list[int] = []
+    for row, (host, need) in enumerate(zip(sorted_.hosted.tolist(), sorted_.need.tolist(), strict=True)):
+        at = bisect_right(hosts, host)
+        if at and needs[at - 1] <= need:
+            continue
+        kept.append(row)
+        end = at
+        while end < len(needs) and needs[end] >= need:
+            end += 1
+        # One with as many host bytes needs more than this one.
+        start = at - 1 if at and hosts[at - 1] == host else at
+        hosts[start:end] = [host]
+        needs[start:end] = [need]
     return kept
