@@ -8,67 +8,56 @@ Ratios are to the rewriter of the same case: above 1 is slower, or larger.
 
 import json
 from collections.abc import Iterable
-from itertools import groupby
 from pathlib import Path
 
-HERE = Path(__file__).parent
-README = HERE.parents[1] / "README.md"
-LABELS = {
-    "hf": "eager",
-    "inductor": "`torch.compile`",
-    "rewriter": "`rewriter`",
-    "liger": "Liger-Kernel",
-    "liger_compiled": "Liger-Kernel and `torch.compile`",
-    "unsloth": "Unsloth",
-    "unsloth_gc": "Unsloth, its checkpointing",
-}
-HEAD = ("layers × rows × tokens", "system", "ms a step", "ratio", "peak GiB", "ratio", "first step s", "loss")
+from models import Case
+from results import FOLDER, apart, load, name, ours, setup, words
+
+README = Path(__file__).parents[2] / "README.md"
+HEAD = ("case", "system", "ms a step", "ratio", "peak GiB", "ratio", "first step s", "off eager's loss")
+DAGGER = "†"
 
 
-def load(folder: Path) -> list[dict]:
-    """The runs in ``folder``, those of one case together, the rewriter's last."""
-    runs = [json.loads(path.read_text()) for path in folder.glob("end_to_end_*.json")]
-    return sorted(runs, key=lambda r: (shape(r), r["system"] == "rewriter", r["system"]))
-
-
-def shape(run: dict) -> tuple[int, int, str]:
-    """(layers, rows, tokens) of ``8x2x2048``; tokens may be a range."""
-    layers, rows, tokens = run["case"].split("x")
-    return int(layers), int(rows), tokens
-
-
-def markdown(runs: Iterable[dict]) -> str:
+def markdown(cases: dict[Case, list[dict]]) -> str:
     """The table, and under it what the runs ran on."""
-    runs = list(runs)
     lines = [row(HEAD), row("---" for _ in HEAD)]
-    for size, group in groupby(runs, key=shape):
-        case = list(group)
-        ours = next((r for r in case if r["system"] == "rewriter"), None)
-        lines += [row(cells(run, size, ours)) for run in case]
-    return "\n".join([*lines, "", *sorted({f"Measured on {setup(run)}." for run in runs})])
+    for case, runs in cases.items():
+        base = ours(runs)
+        lines += [row(cells(run, base, words(case) if run is runs[0] else "")) for run in runs]
+    if any(apart(run, ours(runs)) for runs in cases.values() for run in runs):
+        lines += [
+            "",
+            f"{DAGGER} measured in another run than the rewriter's row of that case, on another host.",
+        ]
+    return "\n".join([*lines, "", *machines(run for runs in cases.values() for run in runs)])
 
 
-def cells(run: dict, size: tuple[int, int, str], ours: dict | None) -> tuple[str, ...]:
+def machines(runs: Iterable[dict]) -> list[str]:
+    """A sentence for each device, with every version that ran there."""
+    found: dict[str, set[str]] = {}
+    for run in runs:
+        versions = {f"{package} {v}" for package, v in run["versions"].items() if v != "absent"}
+        found.setdefault(run["device"], set()).update(versions)
+    return [f"Measured on {device}; {', '.join(sorted(versions))}." for device, versions in found.items()]
+
+
+def cells(run: dict, base: dict | None, case: str) -> tuple[str, ...]:
     peak = run["peak_gib"]
+    eager = run.get("eager")
     return (
-        " × ".join(map(str, size)),
-        LABELS.get(run["system"], run["system"]),
+        case,
+        name(run) + (f" {DAGGER}" if apart(run, base) else ""),
         f"{run['median_ms']:.1f}",
-        ratio(run["median_ms"], ours and ours["median_ms"]),
+        ratio(run["median_ms"], base and base["median_ms"]),
         "–" if peak is None else f"{peak:.2f}",
-        ratio(peak, ours and ours["peak_gib"]),
+        ratio(peak, base and base["peak_gib"]),
         f"{run['first_step_s']:.1f}",
-        f"{run['losses'][0]:.4f} → {run['losses'][-1]:.4f}",
+        "–" if eager is None else f"{eager['largest']:.4f}",
     )
 
 
 def ratio(value: float | None, to: float | None) -> str:
     return "–" if value is None or not to else f"{value / to:.2f}"
-
-
-def setup(run: dict) -> str:
-    versions = ", ".join(f"{name} {v}" for name, v in run["versions"].items() if v != "absent")
-    return f"{run['device']}; {versions}"
 
 
 def row(columns: Iterable[str]) -> str:
@@ -88,9 +77,9 @@ def regions(result: dict) -> str:
         "kernels and run",
     )
     lines = [row(names), row("---" for _ in names)]
-    for name, run in result.items():
-        if name.startswith("rewriter"):
-            lines.append(row((name.removeprefix("rewriter, "), *(f"{run[part]:.1f}" for part in parts))))
+    for title, run in result.items():
+        if title.startswith("rewriter"):
+            lines.append(row((title.removeprefix("rewriter, "), *(f"{run[part]:.1f}" for part in parts))))
     cost = result["overhead"]
     lines += ["", f"A call of a region costs the host {cost['forward_us']:.0f} µs, "]
     lines[-1] += f"{cost['forward_backward_us']:.0f} µs with its backward. Measured on {setup(result)}."
@@ -112,17 +101,16 @@ def insert(document: str, name: str, table: str) -> str:
 
 
 def main() -> None:
-    results = HERE / "results"
-    runs = load(results)
-    if not runs:
-        raise SystemExit(f"table: no end_to_end_*.json in {results}; run end_to_end.py first.")
-    tables = {"end-to-end": markdown(runs)}
-    if (found := results / "regions.json").exists():
+    cases = load(FOLDER)
+    if not cases:
+        raise SystemExit(f"table: no end_to_end_*.json in {FOLDER}; run end_to_end.py first.")
+    tables = {"end-to-end": markdown(cases)}
+    if (found := FOLDER / "regions.json").exists():
         tables["regions"] = regions(json.loads(found.read_text()))
     document = README.read_text()
-    for name, table in tables.items():
+    for place, table in tables.items():
         print(table)
-        document = insert(document, name, table)
+        document = insert(document, place, table)
     README.write_text(document)
 
 
