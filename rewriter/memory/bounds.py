@@ -29,7 +29,7 @@ class Overlap(NamedTuple):
 class Options:
     """The choices of one kind of part as arrays, the dominated left out, in whole bytes and time units.
 
-    ``group`` says which of ``overlaps`` each choice has: choices that copy alike are alike to their neighbours.
+    ``group`` says which of ``overlaps`` each choice has: those that copy alike are alike to their neighbours.
     """
 
     index: Whole
@@ -57,9 +57,9 @@ def time_of(options: Options, before: Sequence[Overlap]) -> Whole:
 
 @dataclass(frozen=True)
 class Prices:
-    """Prices in time units per byte, one row each: of device bytes at each part's moment, and of host bytes.
+    """Prices in time units per byte, one row each.
 
-    ``device`` is (rows, parts): what a byte costs that is there at a part's worst moment; ``host`` is (rows,).
+    ``device`` is (rows, parts): of a byte that is there at a part's worst moment. ``host`` is (rows,).
     """
 
     device: Floats

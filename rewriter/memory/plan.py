@@ -15,7 +15,8 @@ still be on the device, and while part i runs backward, the reload for part i-1 
 
 Time, as the same two overlaps give it, and as the planner minimises it::
 
-    sum over i of max(forward i, offload (i-1)) + max(backward i, reload (i-1)), and offload and reload of the last
+    sum over i of max(forward i, offload (i-1)) + max(backward i, reload (i-1))
+    + offload and reload of the last part
 
 A copy hides behind the computation of the one part that runs meanwhile, and what does not hide is waited for.
 The copies of the last part have nothing to hide behind: its backward begins when its forward ends.
@@ -132,8 +133,8 @@ class Problem:
 class Moment:
     """Bytes in use at the worst moment of one part's forward or backward.
 
-    ``static``, ``earlier`` (saved by the parts before), ``flight`` (the copy of the part before, under way) and
-    ``own`` sum up to ``device``.
+    ``static``, ``earlier`` (saved by the parts before), ``flight`` (the copy of the part before, under way)
+    and ``own`` sum up to ``device``.
     """
 
     part: int
@@ -152,10 +153,16 @@ class Moment:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """One choice for each part, and what it comes to."""
+    """One choice for each part, and what it comes to.
+
+    Attributes:
+        slack: seconds by which another plan within the budgets might at most be faster; 0 where this one is
+            proven to be the fastest.
+    """
 
     problem: Problem
     choices: tuple[Choice, ...]
+    slack: float = 0.0
 
     @cached_property
     def seconds(self) -> float:
@@ -190,7 +197,9 @@ class MemoryPlan:
     @cached_property
     def counts(self) -> dict[tuple[str, str], int]:
         """How many parts of each kind take each choice: (kind, name of the choice) to number, in order."""
-        names = ((part.kind, choice.name) for part, choice in zip(self.problem.parts, self.choices, strict=True))
+        names = (
+            (part.kind, choice.name) for part, choice in zip(self.problem.parts, self.choices, strict=True)
+        )
         return dict(Counter(names))
 
     def timeline(self) -> list[tuple[str, int, int]]:

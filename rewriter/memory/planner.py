@@ -1,9 +1,10 @@
-"""From a ``Problem`` to the fastest ``MemoryPlan`` within its budgets: exact, and quick enough to ask often.
+"""From a ``Problem`` to the fastest ``MemoryPlan`` within its budgets, quick enough to be asked often.
 
-A choice that another of the same kind beats or equals in every number is left out first. What is left is searched
-by ``search.py``. Seconds are counted in whole units of 1e-10 of the slowest step, so that plans that take equally
-long are known to: among those, the one with the fewest host bytes is taken, then the one with the lowest peak.
-A larger budget allows every plan of a smaller one, and is therefore never slower.
+A choice that another of the same kind beats or equals in every number is left out first. What is left is
+searched by ``search.py``, exactly up to a bound on its work; ``MemoryPlan.slack`` is what that bound may have
+cost, 0 as a rule. Seconds are counted in whole units of about 1e-10 of the slowest step, so that plans that
+take equally long are known to: of those, the one with the fewest host bytes is taken, then the one with the
+lowest peak. A larger budget allows every plan of a smaller one, and is never slower where the slack is 0.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,18 +20,18 @@ _UNITS = 1e10
 
 
 def plan(problem: Problem) -> MemoryPlan:
-    """The choices that take the least time with every moment within the device budget, and all offloads in the host's.
+    """The choices that take the least time, with every moment and all offloads within their budgets.
 
     Raises:
         Infeasible: where nothing fits; names the least device budget that would do, what of it is the largest
             part, and the host memory that it takes.
     """
-    options = _options(problem.parts)
+    options, unit = _options(problem.parts)
     device = problem.device_budget - problem.static
     found = fastest(options, device, problem.host_budget) if device >= 0 else None
     if found is None:
-        raise _infeasible(problem, options)
-    return _as_plan(problem, found.choices)
+        raise _infeasible(problem)
+    return _as_plan(problem, found.choices, (found.time - found.bound) * unit)
 
 
 def least(problem: Problem) -> MemoryPlan:
@@ -39,12 +40,12 @@ def least(problem: Problem) -> MemoryPlan:
     Raises:
         Infeasible: where the host budget is too small for any.
     """
-    found = smallest(_options(problem.parts), problem.host_budget)
+    found = smallest(_options(problem.parts)[0], problem.host_budget)
     if found is None:
         needed = sum(min(choice.hosted for choice in part.choices) for part in problem.parts)
         raise Infeasible(
-            f"rewriter: {_size(problem.host_budget)} of host memory cannot hold {problem.name}: what has to be "
-            f"offloaded takes at least {_size(needed)}. Raise host_budget.",
+            f"rewriter: {_size(problem.host_budget)} of host memory cannot hold {problem.name}: what has to go "
+            f"there takes at least {_size(needed)}. Raise host_budget.",
             None,
             needed,
         )
@@ -75,17 +76,17 @@ def fits(problem: Problem) -> bool:
         return False
 
 
-def _infeasible(problem: Problem, options: Sequence[Options]) -> Infeasible:
-    smallest_plan = least(problem)
-    worst = smallest_plan.worst
+def _infeasible(problem: Problem) -> Infeasible:
+    lowest = least(problem)
+    worst = lowest.worst
     amount, largest_part = max(_pieces(problem, worst))
     return Infeasible(
-        f"rewriter: {_size(problem.device_budget)} cannot hold {problem.name}: at least {_size(smallest_plan.peak)} "
-        f"are needed, of which {_size(amount)} are {largest_part}, at the {worst.name}; "
-        f"{_size(smallest_plan.hosted)} of host memory are taken (host_budget: {_size(problem.host_budget)}). "
+        f"rewriter: {_size(problem.device_budget)} cannot hold {problem.name}: "
+        f"at least {_size(lowest.peak)} are needed, of which {_size(amount)} are {largest_part}, at the {worst.name}; they take "
+        f"{_size(lowest.hosted)} of {_size(problem.host_budget)} of host memory. "
         "Raise memory_budget or host_budget, or train on fewer tokens at once.",
-        smallest_plan.peak,
-        smallest_plan.hosted,
+        lowest.peak,
+        lowest.hosted,
     )
 
 
@@ -98,17 +99,17 @@ def _pieces(problem: Problem, worst: Moment) -> list[tuple[int, str]]:
     ]
 
 
-def _as_plan(problem: Problem, choices: Sequence[int]) -> MemoryPlan:
+def _as_plan(problem: Problem, choices: Sequence[int], slack: float = 0.0) -> MemoryPlan:
     chosen = tuple(part.choices[c] for part, c in zip(problem.parts, choices, strict=True))
-    return MemoryPlan(problem, chosen)
+    return MemoryPlan(problem, chosen, slack)
 
 
 def _size(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 / 10 else f"{count:,} bytes"
 
 
-def _options(parts: Sequence[Part]) -> list[Options]:
-    """One ``Options`` for each part, the same object for equal choices."""
+def _options(parts: Sequence[Part]) -> tuple[list[Options], float]:
+    """One ``Options`` for each part, the same object for equal choices, and the seconds of a time unit."""
     slowest = sum(max(sum(_seconds(choice)) for choice in part.choices) for part in parts)
     # A power of two, so that seconds that are round stay so.
     unit = 2.0 ** ceil(log2(slowest / _UNITS)) if slowest else 1.0
@@ -116,7 +117,7 @@ def _options(parts: Sequence[Part]) -> list[Options]:
     for part in parts:
         if part.choices not in made:
             made[part.choices] = _kind(part.choices, unit)
-    return [made[part.choices] for part in parts]
+    return [made[part.choices] for part in parts], unit
 
 
 def _seconds(choice: Choice) -> tuple[float, float, float, float]:
@@ -127,11 +128,11 @@ def _kind(choices: Sequence[Choice], unit: float) -> Options:
     memory = [(choice.saved, choice.hosted, choice.peak) for choice in choices]
     times = [tuple(round(seconds / unit) for seconds in _seconds(choice)) for choice in choices]
     rows = np.array([m + t for m, t in zip(memory, times, strict=True)], np.int64)
-    worse = (rows[None] <= rows[:, None]).all(axis=2)
-    equal = worse & worse.T
+    no_worse = (rows[:, None] <= rows[None]).all(axis=2)
+    equal = no_worse & no_worse.T
     # Of equal choices the first stays.
-    beaten = (worse & ~equal).any(axis=1) | np.tril(equal, -1).any(axis=1)
-    index = np.flatnonzero(~beaten)
+    beaten = (no_worse & ~equal) | np.triu(equal, 1)
+    index = np.flatnonzero(beaten.sum(axis=0) == 0)
     saved, hosted, peak, forward, backward, offload, reload = rows[index].T
     copies = list(zip(hosted.tolist(), offload.tolist(), reload.tolist(), strict=True))
     overlaps = sorted(set(copies))

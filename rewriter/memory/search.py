@@ -1,14 +1,14 @@
-"""The fastest choices within the budgets, exactly: a search from the last part to the first.
+"""The fastest choices within the budgets: a search from the last part to the first.
 
 A *suffix* is a choice for each of the parts from one on. All that matters of it to the parts before is three
 numbers: what it needs (the device bytes that its worst moment takes beyond what earlier parts save), what it
-hosts, and its time. One that is no better than another in any of the three is dropped, and so is one that not
-even the lower bound of the parts before it (``bounds.py``) could lead to a plan better than the best known. That
-first plan comes from the same search with few suffixes kept. Nothing else is dropped, so what remains at the
-first part is the optimum, however the numbers look; the bounds decide how long it takes to find.
+hosts, and its time. One that is no better than another in any of the three is dropped, and so is one that the
+lower bound of the parts before it (``bounds.py``) rules out: not even they could make it better than the best
+plan known. That plan comes from the same search with few suffixes kept. Nothing else is dropped, unless
+there are more than a second's work allows; what remains at the first part is then the optimum.
 
-Numbers are whole (time in units), so that equal plans are equal, and ties go to the fewer host bytes and then to
-the lower peak.
+Numbers are whole (time in units), so that equal plans are equal, and ties go to the fewer host bytes and then
+to the lower peak.
 """
 
 from bisect import bisect_right
@@ -32,9 +32,9 @@ from rewriter.memory.relaxation import best_prices
 
 # Suffixes kept for each overlap by the search for a first plan.
 _NARROW = 32
-# Suffixes that the search for the best may make in all: about a second's work. Beyond it, those with the lowest
-# bounds are kept, and the plan is the best found, within a known distance of the best.
-_WORK = 4_000_000
+# Suffixes that the search for the best may make in all: about a second's work. Beyond it, those with the
+# lowest bounds are kept, and the plan is the best found, within a known distance of the best.
+_WORK = 1_500_000
 # The first price alone rules out most; the others are tried on what it leaves.
 _BLOCKS = (slice(0, 1), slice(1, 6), slice(6, None))
 # Rounding of sums of prices times bytes, in time units, where one unit is 1e-10 of a step.
@@ -43,7 +43,7 @@ _MARGIN = 0.01
 
 @dataclass(frozen=True)
 class Found:
-    """Index into each part's own choices, with what they need, host and take, and what none can take less than."""
+    """Index into each part's own choices, what they need, host and take, and the least that any may take."""
 
     choices: tuple[int, ...]
     need: int
@@ -71,17 +71,15 @@ class _Suffixes:
 
 
 def fastest(parts: Sequence[Options], device: int, host: int) -> Found | None:
-    """Least time within the budgets, then the fewest host bytes, then the lowest peak; None where none fits."""
-    prices = best_prices(parts, device, host)
-    return None if prices is None else _Search(parts, device, host, prices, by_peak=False).best()
+    """Least time within the budgets, then fewest host bytes, then lowest peak; None where nothing fits."""
+    return _Search(parts, device, host, best_prices(parts, device, host), by_peak=False).best()
 
 
 def smallest(parts: Sequence[Options], host: int) -> Found | None:
     """The lowest peak within the host budget, then the fewest host bytes; None where the host holds none."""
     still = [replace(o, forward=o.forward * 0, backward=o.backward * 0, overlaps=_timeless(o)) for o in parts]
     anything = sum(int(o.saved.max() + o.hosted.max() + o.peak.max()) for o in parts)
-    prices = best_prices(still, 0, host, by_peak=True)
-    return None if prices is None else _Search(still, anything, host, prices, by_peak=True).best()
+    return _Search(still, anything, host, best_prices(still, 0, host, by_peak=True), by_peak=True).best()
 
 
 def _timeless(options: Options) -> tuple[Overlap, ...]:
@@ -95,7 +93,7 @@ class _Search:
         self.parts = parts
         self.device, self.host = device, host
         self.by_peak = by_peak
-        # Among equal times the bounds look at host bytes too, by a price that no sum makes worth a unit of time.
+        # Among equal times the bounds look at host bytes too, by a price that no sum makes worth a unit.
         self.tie = 0.0 if by_peak else 0.5 / (1 + sum(int(o.hosted.max()) for o in parts))
         self.prices = _around(best, vary_device=not by_peak)
         tied = replace(self.prices, host=self.prices.host + self.tie)
