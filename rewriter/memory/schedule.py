@@ -57,6 +57,8 @@ def schedule(
 ) -> Schedule:
     """Steps of a layer whose values have ``fates``; a value without one is kept if it must be.
 
+    A stage of which one value is recomputed runs again, and neither keeps nor offloads the others.
+
     Args:
         inputs: the values that the layer is given and that nobody reads after it.
         outputs: what it returns, alive while it runs.
@@ -71,8 +73,11 @@ def schedule(
             )
     maker = {value: i for i, stage in enumerate(stages) for value in stage.gives}
     needed = _needed(stages, maker, fates)
-    kept = tuple(v for v in (*inputs, *maker) if v in needed and fates.get(v, "keep") == "keep")
-    offloaded = tuple(v for v in (*inputs, *maker) if v in needed and fates.get(v) == "offload")
+    again = {maker[v] for v in needed if fates.get(v) == "recompute"}
+    # A stage that runs again makes all of its values.
+    waits = [v for v in (*inputs, *maker) if v in needed and maker.get(v) not in again]
+    kept = tuple(v for v in waits if fates.get(v) != "offload")
+    offloaded = tuple(v for v in waits if fates.get(v) == "offload")
     forward: list[Step] = [Step("offload", value=v) for v in inputs if v in offloaded]
     for index, stage in enumerate(stages):
         forward.append(Step("run", index))
