@@ -24,6 +24,7 @@ from rewriter.progress import ProgressLine, progress_line, seconds_since_beginni
 from rewriter.regions.describe import describe
 from rewriter.regions.outline import Unsplittable, outline
 from rewriter.regions.program import Program
+from rewriter.replay.plan import Plan, plan_recordings
 from rewriter.report import GraphRecord, forget, record_graph
 from rewriter.verify import Stage, verified
 
@@ -78,20 +79,22 @@ def _compile(
     line.finished(f"{sum(done.count for done in record.passes)} rewrites")
     _show("after", rewritten)
     body, finish = split_deferred(rewritten)
+    recorded = plan_replay(body, example_inputs, options, record)
     line.now("outlining")
     with record.timed("outlining"):
-        program = outline_regions(body, example_inputs, options, record)
+        program = outline_regions(recorded.module, recorded.example_inputs, options, record)
     line.now("planning")
     with record.timed("planning"):
-        plan = plan_memory(program, example_inputs, options, record)
+        plan = plan_memory(program, recorded.example_inputs, options, record)
     with record.timed("lowering"):
         if program is None:
             line.now("compiling")
-            compiled = finish(lower(body, example_inputs, options))
+            compiled = lower(recorded.module, recorded.example_inputs, options)
         elif plan is not None:
-            compiled = finish(lower_planned(plan, options, line.now))
+            compiled = lower_planned(plan, options, line.now)
         else:
-            compiled = finish(lower_program(program, options, line.now))
+            compiled = lower_program(program, options, line.now)
+        compiled = finish(recorded.replayed(compiled, record.notes))
         if options.verify and rewritten is not module:
             compiled = verified(compiled, lower_beside(module, example_inputs, options), stages, record)
     record_graph(record)
@@ -165,6 +168,15 @@ def plan_memory(
     record.memory = memory_record(plan.plan)
     record.program = describe(plan.program)
     return plan
+
+
+def plan_replay(
+    module: GraphModule, example_inputs: Sequence[Any], options: Options, record: GraphRecord
+) -> Plan:
+    """What of the program is recorded as CUDA graphs, and why not, on record."""
+    if not options.cuda_graphs or options.memory_budget is not None or records_cuda_graphs(options):
+        return Plan(module, example_inputs)
+    return plan_recordings(module, example_inputs, record.notes)
 
 
 def _graph_name() -> str:

@@ -39,6 +39,7 @@ class Options:
         verify: compare loss and gradients with the unrewritten graph on each graph's first call.
         lowering: "inductor", or "eager" for AOTAutograd without Inductor.
         regions: outline repeated layers, and compile each kind once.
+        cuda_graphs: record steps on few tokens as CUDA graphs; not with a memory budget.
         mode: Inductor's mode, as ``torch.compile(mode=...)`` takes it.
     """
 
@@ -48,6 +49,7 @@ class Options:
     verify: bool = False
     lowering: str = "inductor"
     regions: bool = True
+    cuda_graphs: bool = True
     mode: str | None = None
 
     @classmethod
@@ -78,6 +80,7 @@ class Options:
             verify=_parse_switch("verify", given.get("verify", False)),
             lowering=lowering,
             regions=_parse_switch("regions", given.get("regions", True)),
+            cuda_graphs=_parse_switch("cuda_graphs", given.get("cuda_graphs", True)),
             mode=mode,
         )
 

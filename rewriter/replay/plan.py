@@ -1,0 +1,119 @@
+"""Whether a graph's program is worth recording as CUDA graphs, and may be: the backend's one call.
+
+Recording pays where the host is the slower: where the products of a step take less time than their launches.
+Both are estimated from the graph. Products: 4 operations a token and weight at 690 TFLOP/s (an H200,
+measured). Launches: 100 µs an operation of the graph, forward and backward, of the 154 ms that 32 layers in
+4 bits with adapters were seen to take on some 900. On a graphics card that is slower the limit is generous.
+
+Refused: graphs with an operation that no rule knows, since it could draw random numbers or wait for the
+device; inputs that need a gradient and are no parameters; tensors off the one device; several processes,
+whose gradients are sent while the backward runs.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor, nn
+from torch.fx import GraphModule
+
+from rewriter.canonical import value_of
+from rewriter.nested import count_operations
+from rewriter.replay.capture import CudaRecorder
+from rewriter.replay.padding import Reading, read, separate_labels
+from rewriter.replay.program import Limits, Recorder, Replayed, is_batch
+
+_OPERATIONS_PER_SECOND = 690e12
+_SECONDS_PER_LAUNCH = 100e-6
+_SHARE_OF_DEVICE = 0.1
+
+
+@dataclass
+class Plan:
+    """How a graph's program will be run; ``reading`` is None where it is run as it is.
+
+    ``module`` is what to compile, for ``example_inputs``.
+    """
+
+    module: GraphModule
+    example_inputs: Sequence[Any]
+    reading: Reading | None = None
+    limits: Limits | None = None
+    device: torch.device | None = None
+
+    def replayed(self, program: Callable, notes: list[str], recorder: Recorder | None = None) -> Callable:
+        """``program``, recorded where the plan says so."""
+        if self.reading is None or self.limits is None or self.device is None:
+            return program
+        replayed = Replayed(program, self.reading, self.limits, recorder or CudaRecorder(self.device), notes)
+        return lambda *inputs: replayed(*inputs)
+
+
+def plan_recordings(module: GraphModule, example_inputs: Sequence[Any], notes: list[str]) -> Plan:
+    """Decide for ``module``, which is left as it was.
+
+    Args:
+        notes: told why a graph on a GPU is not recorded, or what of it is.
+    """
+    devices = {value.device for value in example_inputs if isinstance(value, Tensor)}
+    if not any(device.type == "cuda" for device in devices) or not torch.is_grad_enabled():
+        return Plan(module, example_inputs)
+    return _planned(module, example_inputs, notes)
+
+
+def _planned(module: GraphModule, example_inputs: Sequence[Any], notes: list[str]) -> Plan:
+    if (reason := refusal(module, example_inputs)) is not None:
+        notes.append(f"CUDA graphs: none, {reason}")
+        return Plan(module, example_inputs)
+    separated, examples, doubled = separate_labels(module, example_inputs)
+    reading = read(separated, doubled)
+    if reading.unknown is not None:
+        notes.append(f"CUDA graphs: none, {reading.unknown}")
+        return Plan(module, example_inputs)
+    device = next(value.device for value in example_inputs if isinstance(value, Tensor))
+    limits = Limits(most_tokens(module, example_inputs), int(_SHARE_OF_DEVICE * _memory(device)))
+    varying = "" if reading.padding is None else ", lengths padded to buckets"
+    if reading.unpaddable is not None:
+        varying = f", sizes that come back alone: {reading.unpaddable}"
+    notes.append(f"CUDA graphs: steps of up to {limits.tokens} tokens{varying}")
+    return Plan(separated, examples, reading, limits, device)
+
+
+def _memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 2**34
+
+
+def refusal(module: GraphModule, example_inputs: Sequence[Any]) -> str | None:
+    """Why a program may not be recorded, as far as its inputs say."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return "several processes share a step"
+    if any(not isinstance(e, (Tensor, SymInt, int)) for e in example_inputs):
+        return "an input is neither a tensor nor a size"
+    tensors = [e for e in example_inputs if isinstance(e, Tensor)]
+    values = [value_of(n) for n in module.graph.nodes]
+    devices = {t.device for t in [*tensors, *(v for v in values if isinstance(v, Tensor))]}
+    if len(devices) != 1:
+        return f"its tensors are on {len(devices)} devices"
+    trained = [t for t in tensors if t.requires_grad]
+    if not any(is_batch(t) and t.dim() == 2 for t in tensors):
+        return "no input is a batch of ids"
+    if not trained:
+        return "nothing is trained"
+    if not all(isinstance(t, nn.Parameter) and t.is_contiguous() for t in trained):
+        return "an input that is no dense parameter needs a gradient"
+    return None
+
+
+def most_tokens(module: GraphModule, example_inputs: Sequence[Any]) -> int:
+    """The number of tokens up to which a step's launches take longer than its products."""
+    weights = sum(
+        _weights(e) for e in example_inputs if isinstance(e, Tensor) and e.dim() > 1 and not is_batch(e)
+    )
+    seconds = count_operations(module) * _SECONDS_PER_LAUNCH
+    return int(seconds * _OPERATIONS_PER_SECOND / (4 * max(weights, 1)))
+
+
+def _weights(tensor: Tensor) -> int:
+    """How many a tensor holds: packed in 4 bits, two a byte."""
+    return tensor.numel() * (2 if tensor.dtype == torch.uint8 else 1)
