@@ -44,8 +44,8 @@ def least(problem: Problem) -> MemoryPlan:
     if found is None:
         needed = sum(min(choice.hosted for choice in part.choices) for part in problem.parts)
         raise Infeasible(
-            f"rewriter: {_size(problem.host_budget)} of host memory cannot hold {problem.name}: what has to go "
-            f"there takes at least {_size(needed)}. Raise host_budget.",
+            f"rewriter: {_size(problem.host_budget)} of host memory cannot hold {problem.name}: "
+            f"what has to go there takes at least {_size(needed)}. Raise host_budget.",
             None,
             needed,
         )
@@ -82,8 +82,8 @@ def _infeasible(problem: Problem) -> Infeasible:
     amount, largest_part = max(_pieces(problem, worst))
     return Infeasible(
         f"rewriter: {_size(problem.device_budget)} cannot hold {problem.name}: "
-        f"at least {_size(lowest.peak)} are needed, of which {_size(amount)} are {largest_part}, at the {worst.name}; they take "
-        f"{_size(lowest.hosted)} of {_size(problem.host_budget)} of host memory. "
+        f"at least {_size(lowest.peak)} are needed, of which {_size(amount)} are {largest_part}, "
+        f"at the {worst.name}, with {_size(lowest.hosted)} of {_size(problem.host_budget)} of host memory in use. "
         "Raise memory_budget or host_budget, or train on fewer tokens at once.",
         lowest.peak,
         lowest.hosted,

@@ -1,9 +1,9 @@
 """The prices of memory at which the bounds of a step are tightest: the duals of its linear relaxation.
 
-A step is a path through (part, choice), each arc of which knows the overlap that it comes with. Letting a path
-split into fractions makes the search a linear program: one flow, a bound for each moment, one for the host.
-Its duals are the prices that no other prices beat. ``bounds.py`` turns any prices into a bound, so that nothing
-rests on the solver's tolerance. SciPy's HiGHS solves it: about 0.1 s for 80 parts with 12 choices.
+A step is a path through (part, choice), each arc of which knows the overlap that it comes with. Letting a
+path split into fractions makes the search a linear program: one flow, a bound for each moment, one for the
+host. Its duals are the prices that no other prices beat. ``bounds.py`` turns any prices into a bound, so that
+nothing rests on the solver's tolerance. SciPy's HiGHS solves it: 0.1 s for 80 parts with 12 choices.
 """
 
 from collections.abc import Iterable, Sequence

@@ -1,0 +1,316 @@
+"""What a machine does in a second, in the few numbers that plans are made of, measured once or given.
+
+``machine_for(device)`` measures a device in about a second and keeps the result under ``~/.cache/rewriter``
+(or ``$XDG_CACHE_HOME/rewriter``). ``REWRITER_MACHINE``, a JSON file of a ``Machine`` or the name of a known
+card, takes its place, so that any card can be planned on any machine.
+
+Known cards other than the H200, which is measured, are the dense bf16 rate, memory bandwidth and PCIe rate that
+NVIDIA publishes (data sheets of the H100, A100, L40S and L4; the Ada whitepaper for the RTX 4090), times the share
+of its own that the H200 reached: 690 of 989 TFLOP/s in products, 593 and 532 in attention forward and backward,
+3.9 of 4.8 TB/s, 55 of 64 GB/s. They are estimates: measure where you can.
+"""
+
+import json
+import os
+import re
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+_GIB = 2**30
+_OVERRIDE = "REWRITER_MACHINE"
+
+
+class MachineError(ValueError):
+    """A machine file that cannot be used; names the file, the field and what is expected."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates that were reached, not peaks.
+
+    Attributes:
+        name: of the device.
+        device_bytes: its memory, as its driver reports it.
+        matrix_flops: bf16 matrix products, FLOP/s.
+        attention_forward_flops: causal attention forward, FLOP/s, where only the lower half counts.
+        attention_backward_flops: the same for its backward, at 2.5 times the operations.
+        bandwidth: bytes read and written a second by a copy on the device.
+        to_host: bytes a second from the device to pinned host memory.
+        to_device: bytes a second the other way.
+        launch_seconds: from one small kernel to the next.
+    """
+
+    name: str
+    device_bytes: int
+    matrix_flops: float
+    attention_forward_flops: float
+    attention_backward_flops: float
+    bandwidth: float
+    to_host: float
+    to_device: float
+    launch_seconds: float
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Machine":
+        """Read a file that ``save`` wrote, or somebody by hand.
+
+        Raises:
+            MachineError: for a file that is missing, is no JSON object, lacks a field or has one that is
+                unknown or not a positive number.
+        """
+        try:
+            given = json.loads(Path(path).read_text())
+        except OSError as error:
+            raise MachineError(f"rewriter: machine file {path}: {error.strerror}.") from error
+        except ValueError as error:
+            raise MachineError(f"rewriter: machine file {path} is not JSON: {error}.") from error
+        if not isinstance(given, dict):
+            raise MachineError(f"rewriter: machine file {path} holds {given!r}, not an object of numbers.")
+        return cls(**_checked(given, path))
+
+    def save(self, path: str | Path) -> None:
+        """Write a JSON file, in one piece: another process sees the old file or the new one."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+            file.write(json.dumps(asdict(self), indent=2) + "\n")
+        os.replace(file.name, path)
+
+
+def _checked(given: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    known = {field.name: field.type for field in fields(Machine)}
+    if missing := [name for name in known if name not in given]:
+        raise MachineError(f"rewriter: machine file {path} lacks {', '.join(map(repr, missing))}.")
+    if unknown := [name for name in given if name not in known]:
+        raise MachineError(
+            f"rewriter: machine file {path} has {unknown[0]!r}, which is none of {', '.join(known)}."
+        )
+    for name, kind in known.items():
+        value = given[name]
+        if kind is str:
+            if not isinstance(value, str):
+                raise MachineError(f"rewriter: machine file {path}: {name!r} is {value!r}, not a text.")
+            continue
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not isfinite(value) or value <= 0:
+            raise MachineError(f"rewriter: machine file {path}: {name!r} is {value!r}, not a number above 0.")
+    return {**given, "device_bytes": int(given["device_bytes"])}
+
+
+H200 = Machine("H200", int(139.8 * _GIB), 690e12, 593e12, 532e12, 3.9e12, 55e9, 55e9, 4e-6)
+
+
+def _published(name: str, gib: float, flops: float, bandwidth: float, pcie: float) -> Machine:
+    """A card by its data sheet, at the share of it that the H200 reaches."""
+    share = flops / 989e12
+    copies = pcie * 55 / 64
+    return Machine(
+        name,
+        int(gib * _GIB),
+        share * H200.matrix_flops,
+        share * H200.attention_forward_flops,
+        share * H200.attention_backward_flops,
+        bandwidth * 3.9 / 4.8,
+        copies,
+        copies,
+        H200.launch_seconds,
+    )
+
+
+KNOWN = {
+    machine.name: machine
+    for machine in (
+        H200,
+        _published("H100 80GB", 79.1, 989e12, 3.35e12, 64e9),
+        _published("A100 80GB", 79.1, 312e12, 2.04e12, 32e9),
+        _published("A100 40GB", 39.4, 312e12, 1.56e12, 32e9),
+        _published("L40S", 44.4, 362e12, 0.864e12, 32e9),
+        _published("RTX 4090", 23.5, 165e12, 1.008e12, 32e9),
+        _published("L4", 22.0, 121e12, 0.3e12, 32e9),
+    )
+}
+
+
+def machine_for(device: "str | torch.device") -> Machine:
+    """The override where there is one, else the known card of that name, else what was measured of the device.
+
+    Raises:
+        MachineError: for an override or a kept measurement that cannot be read.
+    """
+    if override := os.environ.get(_OVERRIDE):
+        return KNOWN[override] if override in KNOWN else Machine.load(override)
+    if isinstance(device, str) and device in KNOWN:
+        return KNOWN[device]
+    path = _cache_file(device)
+    if path.exists():
+        return Machine.load(path)
+    machine = measure(device)
+    try:
+        machine.save(path)
+    except OSError as error:
+        warnings.warn(f"rewriter: {path} cannot be written ({error}); measured anew next time.", stacklevel=2)
+    return machine
+
+
+def _cache_file(device: "str | torch.device") -> Path:
+    import torch
+
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    key = f"{_name(torch.device(device))} torch {torch.__version__}"
+    return root / "rewriter" / f"machine-{re.sub(r'[^a-z0-9.]+', '-', key.lower())}.json"
+
+
+def _name(device: "torch.device") -> str:
+    import platform
+
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {platform.machine()} {torch.get_num_threads()} threads"
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What is measured: a square product, a copy, a transfer, and attention (heads, length, width)."""
+
+    matrix: int
+    copied: int
+    moved: int
+    attention: tuple[int, int, int]
+
+
+_ON_GPU = _Sizes(8192, _GIB, 2**28, (32, 8192, 128))
+_ON_CPU = _Sizes(512, 2**26, 2**26, (4, 512, 64))
+
+
+def measure(device: "str | torch.device") -> Machine:
+    """Measure a device in about a second: medians of a few runs, with up to 2.5 GiB of its free memory."""
+    import torch
+
+    device = torch.device(device)
+    on_gpu = device.type == "cuda"
+    sizes = _ON_GPU if on_gpu else _ON_CPU
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if on_gpu:
+        free, total = torch.cuda.mem_get_info(device)
+        sizes = _Sizes(sizes.matrix, min(sizes.copied, free // 8), sizes.moved, sizes.attention)
+    timed = _timed_on_gpu(device) if on_gpu else _timed_on_cpu
+    attention_forward, attention_backward = _attention_rates(device, sizes, timed)
+    to_host, to_device = _transfer_rates(device, sizes, timed)
+    return Machine(
+        name=_name(device),
+        device_bytes=total,
+        matrix_flops=_product_rate(device, sizes, timed),
+        attention_forward_flops=attention_forward,
+        attention_backward_flops=attention_backward,
+        bandwidth=_copy_rate(device, sizes, timed),
+        to_host=to_host,
+        to_device=to_device,
+        launch_seconds=_launch_seconds(device, timed),
+    )
+
+
+Timed = Callable[[Callable[[], object]], float]
+
+
+def _product_rate(device: "torch.device", sizes: _Sizes, timed: Timed) -> float:
+    import torch
+
+    n = sizes.matrix
+    a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16, generator=_own_randomness(device))
+    return 2 * n**3 / timed(lambda: a @ b)
+
+
+def _copy_rate(device: "torch.device", sizes: _Sizes, timed: Timed) -> float:
+    import torch
+
+    source = torch.zeros(sizes.copied, device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return 2 * sizes.copied / timed(lambda: target.copy_(source))
+
+
+def _transfer_rates(device: "torch.device", sizes: _Sizes, timed: Timed) -> tuple[float, float]:
+    import torch
+
+    here = torch.zeros(sizes.moved, device=device, dtype=torch.uint8)
+    host = torch.zeros(sizes.moved, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    out = timed(lambda: host.copy_(here, non_blocking=True))
+    back = timed(lambda: here.copy_(host, non_blocking=True))
+    return sizes.moved / out, sizes.moved / back
+
+
+def _attention_rates(device: "torch.device", sizes: _Sizes, timed: Timed) -> tuple[float, float]:
+    import torch
+
+    heads, length, width = sizes.attention
+    shape = (4, 1, heads, length, width)
+    random = torch.randn(shape, device=device, dtype=torch.bfloat16, generator=_own_randomness(device))
+    q, k, v = (values.requires_grad_() for values in random[:3])
+    attention = torch.nn.functional.scaled_dot_product_attention
+    with torch.enable_grad():
+        out = attention(q, k, v, is_causal=True)
+        forward = timed(lambda: attention(q, k, v, is_causal=True))
+    backward = timed(lambda: torch.autograd.grad(out, (q, k, v), random[3], retain_graph=True))
+    flops = 4 * heads * length**2 * width / 2
+    return flops / forward, 2.5 * flops / backward
+
+
+def _own_randomness(device: "torch.device") -> "torch.Generator":
+    """Random numbers, since products of zeros run faster, without touching the user's."""
+    import torch
+
+    return torch.Generator(device).manual_seed(0)
+
+
+def _launch_seconds(device: "torch.device", timed: Timed) -> float:
+    import torch
+
+    one = torch.zeros(1, device=device)
+
+    def many():
+        for _ in range(100):
+            one.add_(1.0)
+
+    return timed(many) / 100
+
+
+def _timed_on_cpu(run: Callable[[], object]) -> float:
+    def once() -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    once()
+    return statistics.median(once() for _ in range(5))
+
+
+def _timed_on_gpu(device: "torch.device") -> Timed:
+    import torch
+
+    def once(run: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record(stream)
+        run()
+        end.record(stream)
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    def timed(run: Callable[[], object]) -> float:
+        with torch.cuda.device(device):
+            for _ in range(2):
+                once(run)
+            return statistics.median(once(run) for _ in range(5))
+
+    stream = torch.cuda.current_stream(device)
+    return timed
