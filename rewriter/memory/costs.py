@@ -173,10 +173,39 @@ def _has(node: Node, symbol: Any) -> bool:
 
 @lru_cache(maxsize=4096)
 def _flops(node: Node) -> float:
-    """Operations at the sizes that tracing expected, by PyTorch's own formulas."""
-    packet = getattr(node.target, "overloadpacket", None)
-    formula = flop_registry.get(packet)
+    """Operations at the sizes that tracing expected: products by PyTorch's own formulas."""
+    if "attention" in _name(node):
+        return _attention_flops(node)
+    formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
     if formula is None:
         return 0.0
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     return float(int_hint(formula(*args, **kwargs, out_val=node.meta["val"])))
+
+
+def _attention_flops(node: Node) -> float:
+    """Two products forward and five backward, half of each where it is causal; heads may share keys.
+
+    PyTorch's formula refuses shared keys.
+    """
+    backward = "backward" in _name(node)
+    given = [n.meta["val"].shape for n in node.args if isinstance(n, Node) and _is_heads(n)]
+    query, key = given[1:3] if backward else given[:2]
+    rows, heads, length, size = map(int_hint, query)
+    product = 2.0 * rows * heads * length * int_hint(key[2]) * size
+    return product * (5 if backward else 2) * (0.5 if _argument(node, "is_causal") else 1.0)
+
+
+def _is_heads(node: Node) -> bool:
+    """(batch, heads, length, size)."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dim() == 4
+
+
+def _argument(node: Node, name: str) -> Any:
+    if name in node.kwargs:
+        return node.kwargs[name]
+    for given, argument in zip(node.args, node.target._schema.arguments, strict=False):
+        if argument.name == name:
+            return given
+    return None
