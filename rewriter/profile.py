@@ -135,13 +135,15 @@ class Profile:
         table = Table(box=None, padding=(0, 1), header_style="dim")
         table.add_column("op", max_width=44, no_wrap=True)
         table.add_column("kind", no_wrap=True)
-        for name in ("calls", "ms", "share", "bytes", "FLOP", "bound ms", "reached"):
+        # The host's calls have no bounds.
+        names = ("calls", "ms", "share", "bytes", "FLOP", *(("bound ms", "reached") if self.rate else ()))
+        for name in names:
             table.add_column(name, justify="right", no_wrap=True)
         total = sum(row.ms for row in self.rows) or 1.0
         for kind, ms in self.by_kind().items():
             shown, folded = _fold([row for row in self.rows if row.kind == kind], total)
             for row in [*shown, *folded]:
-                table.add_row(*_cells(row, total))
+                table.add_row(*_cells(row, total)[: len(table.columns)])
             if len(shown) + len(folded) > 1:
                 table.add_row("", kind, "", f"{ms:.2f}", f"{ms / total:.1%}", style="dim")
         return table

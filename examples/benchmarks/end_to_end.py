@@ -11,6 +11,7 @@ the first step in s, peak memory in GiB, the losses, and after a suite how they 
 """
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -150,7 +151,8 @@ def run_one(arguments: argparse.Namespace) -> None:
     if arguments.profile:
         import rewriter
 
-        profile = rewriter.profile(lambda: step(0))
+        indices = itertools.count(WARM)
+        profile = rewriter.profile(lambda: step(next(indices)))
         print(profile)
         result["profile"] = profile.to_dict()
     arguments.results.mkdir(parents=True, exist_ok=True)
@@ -171,9 +173,8 @@ def parse() -> argparse.Namespace:
     what.add_argument(
         "--case", help="<layers>x<rows>x<tokens or a range>[_1b][_16bit|_full]; default 8x2x2048"
     )
-    what.add_argument(
-        "--system", choices=peers.SYSTEMS, help="default rewriter; with --suite, that one alone"
-    )
+    what.add_argument("--system", choices=peers.SYSTEMS, help="default rewriter")
+    what.add_argument("--only", nargs="+", choices=peers.SYSTEMS, help="of a suite's systems, these")
     what.add_argument("--options", type=json.loads, default={}, help="the rewriter's options, as JSON")
     what.add_argument("--steps", type=int, default=20)
     what.add_argument("--tiny", action="store_true", help="a tiny shape, to try the script on a CPU")

@@ -35,8 +35,8 @@ SUITES: dict[str, tuple[Jobs, ...]] = {
     "qlora": (
         Jobs("8x2x2048", ("rewriter", "unsloth", "unsloth_gc", "inductor", "liger", "liger_compiled", "hf")),
     ),
-    "lengths": (Jobs("32x2x128-255", ("rewriter", "unsloth", "unsloth_gc", "hf"), 150),),
-    "deep": (Jobs("32x1x4096", ("rewriter", "unsloth", "unsloth_gc", "liger_gc", "hf_gc"), 150),),
+    "lengths": (Jobs("32x2x128-255", ("rewriter", "unsloth", "unsloth_gc", "hf"), 240),),
+    "deep": (Jobs("32x1x4096", ("rewriter", "unsloth", "unsloth_gc", "liger_gc", "hf_gc"), 240),),
     "long": (Jobs("8x1x32768", ("rewriter", "unsloth", "unsloth_gc", "liger_gc", "hf_gc"), 150),),
     "lora": (Jobs("8x2x2048_16bit", ("rewriter", "liger_compiled", "liger", "inductor", "unsloth", "hf")),),
     "full": (Jobs("2x2x2048_full", ("rewriter", "liger_compiled", "liger", "inductor", "hf")),),
@@ -51,7 +51,7 @@ def chosen(arguments: argparse.Namespace) -> Iterator[tuple[Case, tuple[str, ...
     names = SUITES if "all" in arguments.suite else arguments.suite
     for jobs in (jobs for name in names for jobs in SUITES[name]):
         case = Case.parse(jobs.case)
-        systems = tuple(s for s in jobs.systems if arguments.system in (None, s))
+        systems = tuple(s for s in jobs.systems if s in (arguments.only or jobs.systems))
         if arguments.tiny:
             case, systems = case.shrunk(), tuple(s for s in systems if not s.startswith(("unsloth", "liger")))
         if arguments.case in (None, jobs.case):
