@@ -71,7 +71,7 @@ def forward_graph(module: Callable, signature: Signature) -> GraphModule:
         with torch.no_grad():
             return module(*inputs)
 
-    return _without_detach(make_fx(forward)(*signature.inputs))
+    return _pruned(make_fx(forward)(*signature.inputs))
 
 
 def backward_graph(module: Callable, signature: Signature) -> GraphModule:
@@ -81,7 +81,7 @@ def backward_graph(module: Callable, signature: Signature) -> GraphModule:
     def backward(*values: Any) -> Any:
         return _both(module, signature, values[:count], values[count:])[1]
 
-    return _without_detach(make_fx(backward)(*signature.inputs, *signature.tangents))
+    return _pruned(make_fx(backward)(*signature.inputs, *signature.tangents))
 
 
 def partitioned_graphs(module: Callable, signature: Signature) -> tuple[GraphModule, GraphModule, Saved]:
@@ -96,7 +96,7 @@ def partitioned_graphs(module: Callable, signature: Signature) -> tuple[GraphMod
         results, gradients = _both(module, signature, primals, tangents)
         return (*results, *gradients)
 
-    traced = _without_detach(make_fx(joint)(list(signature.inputs), list(signature.tangents)))
+    traced = _pruned(make_fx(joint)(list(signature.inputs), list(signature.tangents)))
     _add_out_of_place(traced)
     if writer := _writes(traced):
         raise Inseparable(f"`{writer}` writes in place")
@@ -126,14 +126,26 @@ def _both(
         return results, torch.autograd.grad(roots, wanted, list(tangents), allow_unused=True)
 
 
-def _without_detach(module: GraphModule) -> GraphModule:
-    """Autograd is done with, and each detached value would be one more to save."""
-    for node in list(module.graph.nodes):
+def _pruned(module: GraphModule) -> GraphModule:
+    """Without what nobody reads, and without ``detach``: each detached value would be one more to save."""
+    for node in reversed(list(module.graph.nodes)):
         if node.target is torch.ops.aten.detach.default:
             node.replace_all_uses_with(node.args[0])
+        if not node.users and (not node.is_impure() or _writes_for_nobody(node)):
             module.graph.erase_node(node)
     module.recompile()
     return module
+
+
+def _writes_for_nobody(node: Node) -> bool:
+    """Whether ``node`` is an ``add_product_`` to a product that nothing else reads."""
+    if node.target is not torch.ops.rewriter.add_product_.default:
+        return False
+    total = node.args[0]
+    assert isinstance(total, Node)
+    schema = getattr(total.target, "_schema", None)
+    owned = schema is not None and all(r.alias_info is None for r in schema.returns)
+    return owned and all(u.target is node.target and u.args[0] is total for u in total.users)
 
 
 def _add_out_of_place(module: GraphModule) -> None:
