@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch._guards import TracingContext, tracing
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx import GraphModule
 
 from rewriter.kernels.registration import operators
@@ -128,20 +129,26 @@ def _cache_key(module: GraphModule) -> dict[str, Any]:
     """Let PyTorch's caches hold graphs that call our functions, under a key that changes with our sources.
 
     Without it every graph with a rewrite would miss AOTAutograd's cache, and one cached before an update of
-    the package would be returned after it.
+    the package would be returned after it. Switches of autocast are on no list of PyTorch's own, and every
+    model has some around its rotary embedding; all that they do depends on their arguments.
     """
     functions = {
         f"{n.target.__module__}.{n.target.__name__}"
         for m in module.modules()
         if isinstance(m, GraphModule)
         for n in m.graph.nodes
-        if n.op == "call_function" and getattr(n.target, "__module__", "").partition(".")[0] == "rewriter"
+        if n.op == "call_function" and _may_be_cached(n.target)
     }
     return (
         {"unsafe_marked_cacheable_functions": dict.fromkeys(sorted(functions), source_hash())}
         if functions
         else {}
     )
+
+
+def _may_be_cached(function: Any) -> bool:
+    own = (getattr(function, "__module__", None) or "").partition(".")[0] == "rewriter"
+    return own or function in (_enter_autocast, _exit_autocast)
 
 
 def _lower_eager(module: GraphModule, example_inputs: Sequence[Any]) -> Callable:
