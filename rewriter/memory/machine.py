@@ -4,10 +4,10 @@
 (or ``$XDG_CACHE_HOME/rewriter``). ``REWRITER_MACHINE``, a JSON file of a ``Machine`` or the name of a known
 card, takes its place, so that any card can be planned on any machine.
 
-Known cards other than the H200, which is measured, are the dense bf16 rate, memory bandwidth and PCIe rate that
-NVIDIA publishes (data sheets of the H100, A100, L40S and L4; the Ada whitepaper for the RTX 4090), times the share
-of its own that the H200 reached: 690 of 989 TFLOP/s in products, 593 and 532 in attention forward and backward,
-3.9 of 4.8 TB/s, 55 of 64 GB/s. They are estimates: measure where you can.
+Known cards other than the H200, which is measured, are the dense bf16 rate, memory bandwidth and PCIe rate
+that NVIDIA publishes (data sheets of the H100, A100, L40S and L4; the Ada whitepaper for the RTX 4090), times
+the share of its own that the H200 reached: 690 of 989 TFLOP/s in products, 593 and 532 in attention forward
+and backward, 3.9 of 4.8 TB/s, 55 of 64 GB/s. They are estimates: measure where you can.
 """
 
 import json
@@ -142,7 +142,7 @@ KNOWN = {
 
 
 def machine_for(device: "str | torch.device") -> Machine:
-    """The override where there is one, else the known card of that name, else what was measured of the device.
+    """The override where there is one, else the known card of that name, else what the device measures.
 
     Raises:
         MachineError: for an override or a kept measurement that cannot be read.

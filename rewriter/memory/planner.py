@@ -83,7 +83,7 @@ def _infeasible(problem: Problem) -> Infeasible:
     return Infeasible(
         f"rewriter: {_size(problem.device_budget)} cannot hold {problem.name}: "
         f"at least {_size(lowest.peak)} are needed, of which {_size(amount)} are {largest_part}, "
-        f"at the {worst.name}, with {_size(lowest.hosted)} of {_size(problem.host_budget)} of host memory in use. "
+        f"at the {worst.name}, with {_size(lowest.hosted)} of {_size(problem.host_budget)} of host memory. "
         "Raise memory_budget or host_budget, or train on fewer tokens at once.",
         lowest.peak,
         lowest.hosted,

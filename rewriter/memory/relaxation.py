@@ -56,8 +56,11 @@ def best_prices(parts: Sequence[Options], device: int, host: int, *, by_peak: bo
     duals = program.duals()
     if duals is None:
         return Prices(np.zeros((1, len(parts))), np.zeros(1))
-    # One byte of peak is worth one, however the solver rounds.
-    duals = duals / duals[:-1].sum() if by_peak else duals * (slowest / largest)
+    if by_peak:
+        # They add up to one byte for a byte of peak, but for the solver's rounding.
+        duals = duals / (duals[:-1].sum() or 1.0)
+    else:
+        duals = duals * (slowest / largest)
     return Prices(duals[None, :-1], duals[-1:])
 
 
