@@ -6,7 +6,7 @@ Forward and backward are timed apart: a backward is the whole of ``torch.autogra
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,8 @@ class Case:
         target: least share of the bound; of a ratio to ``other``, the most.
         compiled: whether the reference through Inductor stands beside it.
         other, other_name: a further system.
+        variant: the operation, where the kernel has several.
+        state: of operands, what bitsandbytes keeps beside a 4-bit weight.
     """
 
     kernel: str
@@ -52,6 +54,12 @@ class Case:
     compiled: bool = True
     other: Callable | None = None
     other_name: str = ""
+    variant: str = ""
+    state: Callable | None = None
+
+    @property
+    def op(self) -> str:
+        return self.variant or self.kernel
 
 
 def bf16(device, *shape, grad=False, scale=1.0) -> Tensor:
@@ -76,6 +84,7 @@ def norms(norm: str, device, tiny) -> Iterator[Case]:
         forward, backward = (4 if added else 2) * tensor, (4 if added else 3) * tensor
         shared = {
             "kernel": f"{norm}_norm",
+            "variant": kind,
             "ours": partial(call, getattr(module, kind)),
             "reference": partial(call, getattr(module, f"{kind}_reference")),
             "compiled": (rows, hidden) == sizes[0],  # Inductor compiles for longer than all else takes
@@ -152,19 +161,28 @@ def dequantize(device, tiny) -> Iterator[Case]:
     def packed(data, absmax, octets):
         return like._replace(data=data, absmax=absmax, absmax_8bit=octets)
 
-    def bitsandbytes(data, absmax, octets):
+    @cache
+    def code():
         import bitsandbytes.functional as bnb
 
-        second = bnb.QuantState(absmax=absmax, code=like.absmax_code, blocksize=256, dtype=torch.float32)
-        state = bnb.QuantState(absmax=octets, shape=torch.Size(shape), blocksize=64, quant_type="nf4",
-                               dtype=BF16, offset=like.absmax_offset, state2=second,
-                               code=bnb.get_4bit_type("nf4", device=data.device))  # fmt: skip
-        return bnb.dequantize_4bit(data, state)
+        return bnb.get_4bit_type("nf4", device=device)
+
+    def state(_, absmax, octets):
+        from bitsandbytes.functional import QuantState
+
+        second = QuantState(absmax=absmax, code=like.absmax_code, blocksize=256, dtype=torch.float32)
+        return QuantState(absmax=octets, shape=torch.Size(shape), blocksize=64, quant_type="nf4", dtype=BF16,
+                          offset=like.absmax_offset, state2=second, code=code())  # fmt: skip
+
+    def bitsandbytes(data, absmax, octets):
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(data, state(data, absmax, octets))
 
     yield Case("dequantize", f"NF4, double quantisation {n}x{k}", make,
                lambda *xs: dequantize_4bit(packed(*xs), BF16), n * k * 2.5 + n * k / 64,
                reference=lambda *xs: dequantize_4bit_reference(packed(*xs), BF16), target=0.85,
-               other=bitsandbytes, other_name="bitsandbytes", compiled=False)  # fmt: skip
+               other=bitsandbytes, other_name="bitsandbytes", compiled=False, state=state)  # fmt: skip
 
 
 def lora(device, tiny) -> Iterator[Case]:

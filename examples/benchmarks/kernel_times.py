@@ -14,8 +14,10 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
+import kernel_peers
 import torch
 from cases import GROUPS, Case
 from timing import Call, Machine, copies, measure_machine, median_seconds
@@ -67,46 +69,63 @@ def peak_beyond(call: Call) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def run(case: Case, machine: Machine) -> dict:
-    """Times in microseconds, and what of the bound was reached."""
+def run(case: Case, machine: Machine, beside: list[str]) -> dict:
+    """Times in seconds, and what of the bound was reached."""
     cuda, device = machine.device.type == "cuda", machine.device
     sets = copies(case.make, device)
 
     def seconds(function: Callable) -> float:
         return median_seconds(calls(case, function, sets), device)
 
-    row = {
-        "kernel": case.kernel,
-        "case": case.name,
-        "unit": case.unit,
-        "work": case.work,
-        "target": case.target,
-    }
-    ours = seconds(case.ours)
-    others = {}
-    if case.compiled and cuda:
+    ours, others = seconds(case.ours), {}
+    if case.compiled and cuda and "inductor" in beside:
         torch._dynamo.reset()
         others["inductor"] = seconds(torch.compile(case.reference, dynamic=False))
     if case.other is not None and (cuda or case.other_name != "bitsandbytes"):
         others[case.other_name] = seconds(case.other)
     if not cuda:
         others["eager"] = seconds(case.reference)
-    if case.unit == "B" and case.work:
-        bound = case.work / machine.bandwidth
-    else:
-        bound = case.work / machine.rate if case.work else others[case.other_name]
-    row |= {"seconds": ours, "bound_seconds": bound, "share_of_bound": bound / ours, "others_seconds": others}
-    reached = bound / ours
-    if case.work == 0:
-        reached = ours / bound
-    elif case.target is not None and case.target > 1:
-        reached = case.work / ours
-    row["reached"] = reached
-    if case.target is not None:
-        row["met"] = reached <= case.target if case.work == 0 else reached >= case.target
+    bound = bound_seconds(case, machine, others)
+    row = {
+        "kernel": case.kernel,
+        "case": case.name,
+        "unit": case.unit,
+        "work": case.work,
+        "target": case.target,
+        "seconds": ours,
+        "bound_seconds": bound,
+        "share_of_bound": bound / ours,
+        "others_seconds": others,
+        **verdict(case, ours, bound),
+    }
     if cuda and case.together:
         row["peak_bytes_beyond_operands"] = peak_beyond(calls(case, case.ours, sets[:1])[0])
     return row
+
+
+def bound_seconds(case: Case, machine: Machine, others: dict[str, float]) -> float:
+    if not case.work:
+        return others[case.other_name]
+    return case.work / (machine.bandwidth if case.unit == "B" else machine.rate)
+
+
+def verdict(case: Case, ours: float, bound: float) -> dict:
+    """What is compared with the target: a share of the bound, a multiple of it, or a rate."""
+    if not case.work:
+        return {"reached": ours / bound, "met": ours / bound <= case.target}
+    reached = case.work / ours if case.target is not None and case.target > 1 else bound / ours
+    return {"reached": reached} | ({} if case.target is None else {"met": reached >= case.target})
+
+
+def run_beside(peer: str, cases: list[Case], rows: list[dict], device: torch.device) -> None:
+    """A peer's own kernels, after all else: importing it changes settings that others run under."""
+    for case, row in zip(cases, rows, strict=True):
+        function = kernel_peers.of(peer, case)
+        if function is None:
+            continue
+        time = median_seconds(calls(case, function, copies(case.make, device)), device)
+        row["others_seconds"][peer] = time
+        print(f"{row['case']:<52} {peer} {time * 1e6:.1f} us ({time / row['seconds']:.2f}x)", flush=True)
 
 
 def line(row: dict) -> str:
@@ -129,6 +148,8 @@ def main() -> None:
     )
     parser.add_argument("--kernel", nargs="+", help="kernels to run; all where left out")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of kernels.json")
+    parser.add_argument("--beside", nargs="*", default=["inductor", *kernel_peers.installed()],
+                        choices=["inductor", *kernel_peers.PEERS], help="whose kernels run, too")  # fmt: skip
     parser.add_argument("--tiny", action="store_true", help="small sizes on the CPU, references alone")
     options = parser.parse_args()
     if unknown := set(options.kernel or ()) - set(GROUPS):
@@ -140,24 +161,32 @@ def main() -> None:
     name = platform.machine() if options.tiny else torch.cuda.get_device_name()
     print(f"{name}: clone {machine.bandwidth / 1e12:.2f} TB/s, product {machine.rate / 1e12:.0f} TFLOP/s")
     print(COLUMNS.format("", "us", "bound us", "reached", "target", "", "", "others, us (x ours)"))
+    cases = [c for kernel in options.kernel or GROUPS for c in GROUPS[kernel](machine.device, options.tiny)]
     rows = []
-    for kernel in options.kernel or GROUPS:
-        for case in GROUPS[kernel](machine.device, options.tiny):
-            rows.append(run(case, machine))
-            print(line(rows[-1]), flush=True)
-    versions = {
-        p: importlib.metadata.version(p) for p in ("torch", "triton") if not options.tiny or p == "torch"
-    }
+    for case in cases:
+        rows.append(run(case, machine, options.beside))
+        print(line(rows[-1]), flush=True)
+    write(options.results, name, machine, rows)
+    for peer in kernel_peers.PEERS:
+        if peer in options.beside and not options.tiny:
+            run_beside(peer, cases, rows, machine.device)
+            write(options.results, name, machine, rows)
+
+
+def write(folder: Path, device: str, machine: Machine, rows: list[dict]) -> None:
+    """``kernels.json``: what ran on what."""
+    packages = ("torch", "triton", *kernel_peers.PEERS.values())
+    versions = {p: importlib.metadata.version(p) for p in packages if find_spec(p)}
     record = {
-        "device": name,
+        "device": device,
         **versions,
         "python": platform.python_version(),
         "clone_bytes_per_second": machine.bandwidth,
         "product_flop_per_second": machine.rate,
         "rows": rows,
     }
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "kernels.json").write_text(json.dumps(record, indent=2) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "kernels.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

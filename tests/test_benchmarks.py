@@ -1,0 +1,98 @@
+"""What the benchmarks rest on: cases by name, losses held to eager's, tables that say which runs compare."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "examples/benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch):
+    """The scripts import each other as scripts do."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield
+    for name in set(sys.modules) - before:
+        if (getattr(sys.modules[name], "__file__", None) or "").startswith(str(FOLDER)):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    "name", ["8x2x2048", "32x2x128-255", "8x2x2048_16bit", "2x2x2048_full", "16x4x2048_1b_16bit"]
+)
+def test_a_case_is_its_name(name):
+    from models import Case
+
+    assert Case.parse(name).name == name
+
+
+def test_a_name_that_is_no_case_is_an_error_with_the_form():
+    from models import Case
+
+    with pytest.raises(ValueError, match="'8x2' is not <layers>x<rows>x<tokens>"):
+        Case.parse("8x2")
+
+
+def test_every_suite_names_cases_and_systems_that_there_are():
+    from models import Case
+    from peers import SYSTEMS
+    from suites import SUITES
+
+    for jobs in (jobs for suite in SUITES.values() for jobs in suite):
+        case = Case.parse(jobs.case)
+        assert set(jobs.systems) <= set(SYSTEMS) and jobs.systems[0] == "rewriter"
+        assert {"hf", "hf_gc"} & set(jobs.systems), "losses are held to eager's"
+        assert case.shrunk().weights == case.weights
+
+
+def test_losses_agree_within_the_rounding_of_bf16_and_no_further():
+    from agreement import agreement
+
+    eager = [12.6 - 0.04 * step for step in range(24)]
+    near = agreement([loss + 0.002 for loss in eager], eager, tokens=4096)
+    assert near["agree"] and near["steps"] == 20 and near["largest"] == 0.002
+    assert not agreement([*eager[:10], 12.3], eager, tokens=4096)["agree"]
+    assert agreement([loss + 0.01 for loss in eager], eager, tokens=256)["agree"]
+
+
+def result(system, run="a", **more):
+    losses = [12.0] * 24
+    times = {"median_ms": 80.0, "peak_gib": 8.0, "first_step_s": 9.0}
+    versions = {"torch": "2.11.0", "unsloth": "absent"}
+    return {"system": system, "case": "8x2x2048", "run": run, "device": "H200", "versions": versions,
+            "losses": losses, **times, **more}  # fmt: skip
+
+
+def write(folder, *results):
+    for r in results:
+        (folder / f"end_to_end_{r['case']}_{r['system']}.json").write_text(json.dumps(r))
+
+
+def test_a_suites_results_are_told_how_they_agree_with_eager_of_the_same_run(tmp_path):
+    from end_to_end import result_file
+    from models import Case
+    from suites import settled
+
+    case = Case.parse("8x2x2048")
+    off = result("unsloth", losses=[12.5] * 24)
+    write(tmp_path, result("rewriter"), off, result("hf"), result("liger", run="yesterday"))
+    files = {s: result_file(tmp_path, case, s) for s in ("rewriter", "unsloth", "hf", "liger", "inductor")}
+    found = settled(case, files, "a")
+    assert set(found) == {"rewriter", "unsloth", "hf"}
+    assert found["rewriter"]["eager"]["agree"] and not found["unsloth"]["eager"]["agree"]
+    assert json.loads(files["rewriter"].read_text())["eager"]["system"] == "hf"
+
+
+def test_the_table_marks_results_of_other_runs(tmp_path):
+    from results import load
+    from table import markdown
+
+    write(tmp_path, result("hf", run="b", median_ms=120.0), result("rewriter"), result("unsloth"))
+    lines = markdown(load(tmp_path)).splitlines()
+    assert lines[2] == "| 8 layers, 2 × 2048, QLoRA | `rewriter` | 80.0 | 1.00 | 8.00 | 1.00 | 9.0 | – |"
+    assert lines[3].startswith("|  | eager † | 120.0 | 1.50 |")
+    assert lines[4].startswith("|  | Unsloth | 80.0 | 1.00 |")
+    assert lines[-1] == "Measured on H200; torch 2.11.0."
