@@ -56,11 +56,8 @@ def best_prices(parts: Sequence[Options], device: int, host: int, *, by_peak: bo
     duals = program.duals()
     if duals is None:
         return Prices(np.zeros((1, len(parts))), np.zeros(1))
-    if by_peak:
-        # They add up to one byte for a byte of peak, but for the solver's rounding.
-        duals = duals / (duals[:-1].sum() or 1.0)
-    else:
-        duals = duals * (slowest / largest)
+    # With a peak, they add up to one byte for a byte of it, but for the solver's rounding.
+    duals *= 1 / (duals[:-1].sum() or 1.0) if by_peak else slowest / largest
     return Prices(duals[None, :-1], duals[-1:])
 
 

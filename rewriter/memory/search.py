@@ -118,7 +118,22 @@ class _Search:
         if found is None:
             return None
         widths = [len(o) * len(b.overlaps) for b, o in pairwise([*self.parts, self.parts[-1]])]
-        return self._run(found, max(_NARROW, _WORK // sum(widths)))
+        wide = self._run(found, max(_NARROW, _WORK // sum(widths)))
+        if wide is not None and not self.cut:
+            return replace(wide, bound=wide.time)
+        best = min((f for f in (wide, found) if f is not None), key=self._rank)
+        return replace(best, bound=min(best.time, self._least_time()))
+
+    def _rank(self, found: Found) -> tuple[int, ...]:
+        need, hosted, time = found.need, found.hosted, found.time
+        return (need, hosted) if self.by_peak else (time, hosted, need)
+
+    def _least_time(self) -> int:
+        """Units that no plan within the budgets can take less than, whatever was searched."""
+        waits = np.array([overlap.offload + overlap.reload for overlap in self.parts[-1].overlaps])
+        proven = (self.before[-1] + waits).min(axis=1) - self.paid
+        # The price of host bytes among equal times comes to half a unit at most.
+        return max(0, ceil(proven.max() - 0.5 - _MARGIN))
 
     def _lowest(self) -> Found | None:
         lowest = None if self.by_peak else smallest(self.parts, self.host)
@@ -161,10 +176,7 @@ class _Search:
         first = np.lexsort(
             (whole.hosted, whole.need) if self.by_peak else (whole.need, whole.hosted, whole.time)
         )
-        found = self._follow(stages, int(first[0]))
-        lowest = (self.before[-1][:, [*range(len(ends))]] + [int(end.time[0]) for end in ends]).min(axis=1)
-        bound = max(0, ceil((lowest - self.paid).max() - self.tie * found.hosted - _MARGIN))
-        return replace(found, bound=min(bound, found.time) if self.cut else found.time)
+        return self._follow(stages, int(first[0]))
 
     def _extend(
         self, i: int, g: int, after: list[_Suffixes], flight: int, time: Whole, ceiling: float
