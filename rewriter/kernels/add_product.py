@@ -36,7 +36,7 @@ def _fake(total: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
     return None
 
 
-define(
+add_product_ = define(
     "add_product_(Tensor(a!) total, Tensor left, Tensor right, float alpha) -> ()",
     kernel=_kernel,
     fake=_fake,

@@ -23,6 +23,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
+from rewriter.kernels.add_product import add_product_
+
 
 @dataclass(frozen=True)
 class Signature:
@@ -139,7 +141,7 @@ def _pruned(module: GraphModule) -> GraphModule:
 
 def _writes_for_nobody(node: Node) -> bool:
     """Whether ``node`` is an ``add_product_`` to a product that nothing else reads."""
-    if node.target is not torch.ops.rewriter.add_product_.default:
+    if node.target is not add_product_:
         return False
     total = node.args[0]
     assert isinstance(total, Node)
@@ -154,7 +156,7 @@ def _add_out_of_place(module: GraphModule) -> None:
     for node in list(module.graph.nodes):
         node.args = map_arg(node.args, lambda n: renamed.get(n, n))
         node.kwargs = map_arg(node.kwargs, lambda n: renamed.get(n, n))
-        if node.target is not torch.ops.rewriter.add_product_.default:
+        if node.target is not add_product_:
             continue
         total, left, right, alpha = node.args
         with module.graph.inserting_before(node):
