@@ -4,8 +4,8 @@
 
 The step's own time is measured first, without a profiler, several steps in a row. ``torch.profiler`` then
 says what the device did in them. The bound of an op is the longer of its bytes at the bandwidth of a large
-copy and its operations at the rate of a large bf16 product, both measured beside it. Where there is no GPU,
-the table is of the host's own calls, each without those within it, and has no bounds.
+copy and its operations at the rate of a large bf16 product, both as measured on the device. Where there is no
+GPU, the table is of the host's own calls, each without those within it, and has no bounds.
 """
 
 import io
@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from rewriter.profiling.rates import Rates
+    from rewriter.memory.machine import Machine
     from rewriter.profiling.trace import Trace
 
 _IDLE = 0.05  # less than this share of a step is not worth a word
@@ -196,7 +196,7 @@ def profile(step: Callable[[], object], *, steps: int = 3, warmup: int = 2) -> P
     """
     import torch
 
-    from rewriter.profiling.rates import measured_rates
+    from rewriter.memory.machine import machine_for
     from rewriter.profiling.trace import read
 
     if steps < 1:
@@ -211,8 +211,8 @@ def profile(step: Callable[[], object], *, steps: int = 3, warmup: int = 2) -> P
         recorded.export_chrome_trace(str(path))
         trace = read(json.loads(path.read_text()))
     device = torch.cuda.get_device_name() if trace.kernels else "CPU"
-    rates = measured_rates(torch.device("cuda")) if trace.kernels else None
-    return summarise(trace, device=device, seconds=wall, steps=steps, rates=rates)
+    machine = machine_for("cuda") if trace.kernels else None
+    return summarise(trace, device=device, seconds=wall, steps=steps, machine=machine)
 
 
 def _seconds(step: Callable[[], object], steps: int) -> float:
@@ -228,7 +228,9 @@ def _seconds(step: Callable[[], object], steps: int) -> float:
     return (time.perf_counter() - start) / steps
 
 
-def summarise(trace: "Trace", *, device: str, seconds: float, steps: int, rates: "Rates | None") -> Profile:
+def summarise(
+    trace: "Trace", *, device: str, seconds: float, steps: int, machine: "Machine | None"
+) -> Profile:
     """The profile of a trace of ``steps`` steps, each of which took ``seconds`` without a profiler."""
     from rewriter.profiling.kinds import label_of
     from rewriter.profiling.rows import device_rows, host_rows
@@ -247,8 +249,8 @@ def summarise(trace: "Trace", *, device: str, seconds: float, steps: int, rates:
         wall,
         at_work / 1e3 / steps,
         len(trace.kernels) / steps,
-        device_rows(trace, steps, rates),
+        device_rows(trace, steps, machine),
         tuple(sorted(waits.items(), key=lambda item: -item[1])[:5]),
-        rates and rates.bandwidth,
-        rates and rates.operations,
+        machine and machine.bandwidth,
+        machine and machine.matrix_flops,
     )

@@ -1,6 +1,7 @@
 """The profile of a step: where its time goes, what bounds it, and whether the device waits for the host."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,13 +16,13 @@ from rewriter.kernels import (  # noqa: F401  (they define the ops)
     rms_norm,
     rotary,
 )
+from rewriter.memory.machine import H200
 from rewriter.profile import summarise
-from rewriter.profiling.rates import Rates
 from rewriter.profiling.trace import busy, read
 from rewriter.profiling.work import WRITTEN, operations, traffic
 
 BF16 = "c10::BFloat16"
-RATES = Rates(bandwidth=4e12, operations=800e12)
+CARD = replace(H200, bandwidth=4e12, matrix_flops=800e12)
 
 
 def call(name, start, length, *tensors, cat="cpu_op", values=None):
@@ -79,8 +80,8 @@ def step_on_a_gpu():
     return {"traceEvents": events}
 
 
-def profiled(seconds=0.001, rates=RATES):
-    return summarise(read(step_on_a_gpu()), device="H200", seconds=seconds, steps=1, rates=rates)
+def profiled(seconds=0.001):
+    return summarise(read(step_on_a_gpu()), device="H200", seconds=seconds, steps=1, machine=CARD)
 
 
 def row(profile, kind):
@@ -105,11 +106,11 @@ def test_bounds_are_the_longer_of_bytes_and_operations():
     profile = profiled()
     product = row(profile, "product")
     assert product.operations == 2 * 4096**3 and product.bytes == 3 * 2 * 4096**2
-    assert product.bound_ms == pytest.approx(1e3 * 2 * 4096**3 / RATES.operations)
+    assert product.bound_ms == pytest.approx(1e3 * 2 * 4096**3 / CARD.matrix_flops)
     assert product.reached == pytest.approx(product.bound_ms / 0.2)
     norm = row(profile, "rewriter")
     assert norm.bytes == 2 * 8192 * 4096 * 2 + 4096 * 2
-    assert norm.bound_ms == pytest.approx(1e3 * norm.bytes / RATES.bandwidth)
+    assert norm.bound_ms == pytest.approx(1e3 * norm.bytes / CARD.bandwidth)
     assert row(profile, "other").bound_ms is None
 
 
@@ -142,7 +143,7 @@ def test_a_busy_step_names_what_is_farthest_from_its_bound():
 
 def test_figures_are_for_one_step():
     one = profiled()
-    two = summarise(read(step_on_a_gpu()), device="H200", seconds=0.001, steps=2, rates=RATES)
+    two = summarise(read(step_on_a_gpu()), device="H200", seconds=0.001, steps=2, machine=CARD)
     for a, b in zip(one.rows, two.rows, strict=True):
         assert (b.ms, b.calls) == (pytest.approx(a.ms / 2), a.calls / 2)
         assert b.reached == (a.reached and pytest.approx(a.reached))
@@ -164,7 +165,7 @@ def test_the_table_shows_each_op_and_the_verdict_and_becomes_json():
 def test_small_lines_of_a_kind_become_one():
     events = [kernel("triton_poi_fused_add_0", 0, 0, 1000)]
     events += [kernel(f"triton_poi_fused_mul_{i}", i, 1000 + i, 1) for i in range(1, 6)]
-    profile = summarise(read({"traceEvents": events}), device="H200", seconds=1e-3, steps=1, rates=RATES)
+    profile = summarise(read({"traceEvents": events}), device="H200", seconds=1e-3, steps=1, machine=CARD)
     assert len(profile.rows) == 6
     assert "5 others" in str(profile) and "mul_3" not in str(profile)
 

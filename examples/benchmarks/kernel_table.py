@@ -14,8 +14,8 @@ HEAD = ("kernel", "fewest", "bound µs", "µs", "reached", "aim", "others µs (t
 INTRODUCTION = """# Kernels, each beside its bound
 
 `python examples/benchmarks/kernel_times.py` measures, `kernel_table.py` beside it writes this page. A bound
-is the fewest bytes that an operation must move at the bandwidth of a clone, or its operations at the rate of a
-large bf16 product, both measured in the same run; LoRA's is the time of the product without an adapter, and
+is the fewest bytes that an operation must move at the bandwidth of a clone, or its operations at the rate of
+a large bf16 product, both measured in the same run; LoRA's is the time of the product without an adapter, and
 what it reaches a multiple of that. Medians on buffers that no cache holds; a backward is all of
 `torch.autograd.grad`.
 """

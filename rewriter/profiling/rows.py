@@ -4,9 +4,9 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from rewriter.memory.machine import Machine
 from rewriter.profile import Row
 from rewriter.profiling.kinds import label_of, label_of_call
-from rewriter.profiling.rates import Rates
 from rewriter.profiling.trace import Call, Trace
 from rewriter.profiling.work import operations, traffic
 
@@ -19,10 +19,10 @@ class _Line:
     owners: dict[Call, None] = field(default_factory=dict)
     without: int = 0  # kernels that no call is known for
 
-    def row(self, kind: str, name: str, steps: int, work: dict[Call, float], rates: Rates | None) -> Row:
+    def row(self, kind: str, name: str, steps: int, work: dict[Call, float], machine: Machine | None) -> Row:
         moved = [traffic(call) for call in self.owners]
         computed = [work.get(call) for call in self.owners]
-        bound = None if rates is None else _bound_ms(moved, computed, rates)
+        bound = None if machine is None else _bound_ms(moved, computed, machine)
         calls = len(self.owners) + self.without
         per = [_mean(moved, steps), _mean(computed, steps), None if bound is None else bound / steps]
         return Row(kind, name, calls / steps, self.time / 1e3 / steps, *per)
@@ -33,16 +33,16 @@ def _mean(values: list, steps: int) -> float | None:
     return sum(known) / steps if known and len(known) == len(values) else None
 
 
-def _bound_ms(moved: list, computed: list, rates: Rates) -> float | None:
+def _bound_ms(moved: list, computed: list, machine: Machine) -> float | None:
     total = 0.0
     for size, count in zip(moved, computed, strict=True):
         if size is None and count is None:
             return None
-        total += max((size or 0) / rates.bandwidth, (count or 0) / rates.operations)
+        total += max((size or 0) / machine.bandwidth, (count or 0) / machine.matrix_flops)
     return 1e3 * total if moved else None
 
 
-def device_rows(trace: Trace, steps: int, rates: Rates | None) -> tuple[Row, ...]:
+def device_rows(trace: Trace, steps: int, machine: Machine | None) -> tuple[Row, ...]:
     """By what the device's kernels are for."""
     lines: defaultdict[tuple[str, str], _Line] = defaultdict(_Line)
     for kernel in trace.kernels:
@@ -53,7 +53,7 @@ def device_rows(trace: Trace, steps: int, rates: Rates | None) -> tuple[Row, ...
             line.without += 1
         else:
             line.owners[label.owner] = None
-    return _sorted(lines, trace.calls, steps, rates)
+    return _sorted(lines, trace.calls, steps, machine)
 
 
 def host_rows(calls: Iterable[Call], steps: int) -> tuple[Row, ...]:
@@ -68,10 +68,10 @@ def host_rows(calls: Iterable[Call], steps: int) -> tuple[Row, ...]:
     return _sorted(lines, calls, steps, None)
 
 
-def _sorted(lines: dict, calls: Iterable[Call], steps: int, rates: Rates | None) -> tuple[Row, ...]:
+def _sorted(lines: dict, calls: Iterable[Call], steps: int, machine: Machine | None) -> tuple[Row, ...]:
     work: defaultdict[Call, float] = defaultdict(float)
     for call in calls:
         if (count := operations(call)) is not None:
             work[label_of_call(call).owner or call] += count
-    rows = (line.row(kind, name, steps, work, rates) for (kind, name), line in lines.items())
+    rows = (line.row(kind, name, steps, work, machine) for (kind, name), line in lines.items())
     return tuple(sorted(rows, key=lambda row: -row.ms))
