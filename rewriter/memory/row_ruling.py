@@ -5,8 +5,8 @@ that, is its result on slices of the operands:
 
     f(x, w)[:, a:b] == f(x[:, a:b], w)
 
-A ruling says which operands are sliced where, and where then the result is. It goes by dimensions alone: sizes
-that happen to be equal mean nothing.
+A ruling says which operands are sliced where, and where then the result is. It goes by dimensions alone:
+sizes that happen to be equal mean nothing.
 """
 
 from collections.abc import Callable, Iterable, Sequence

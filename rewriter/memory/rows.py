@@ -99,8 +99,12 @@ class Tokens:
             else:
                 self.rows[source] = wanted
                 if source in self.given:
-                    del self.given[source]
-                    self.mixing[source] = ""
+                    self.make(source)
+
+    def make(self, node: Node) -> None:
+        """Compute ``node`` once, in a stage of its own or another's, not in each that reads it."""
+        del self.given[node]
+        self.mixing[node] = "it depends on no token"
 
     def _counts(self, node: Node, dim: int) -> bool:
         value = value_of(node)

@@ -24,7 +24,7 @@ from rewriter.memory.joint import (
     partitioned_graphs,
     signature_of,
 )
-from rewriter.memory.stages import Stage, at_tile
+from rewriter.memory.stages import Stage
 
 
 class Unstaged(Exception):
@@ -88,7 +88,7 @@ def stage_graphs(
         Unstaged: it draws random numbers, which a second run would have to draw again.
     """
     fakes = StageFakes(longest_tile)
-    module = at_tile(stage) if stage.row_wise else stage.module
+    module = stage.module
     with tracing(TracingContext(fakes.mode)), torch.no_grad():
         values = [fakes.like(x, rows) for x, rows in zip(inputs, stage.rows_in, strict=True)]
         with fakes.mode:

@@ -1,7 +1,7 @@
 """A stage's own graph, made of a region's nodes.
 
-That of a row-wise stage runs at any length: where the region's sizes stand in views, the length of the tile is
-read from one of its inputs.
+That of a row-wise stage runs at any length: where the region's sizes stand in views, the length of the tile
+is read from one of its inputs.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,10 @@ def stage_module(
     for node in inputs:
         env[node] = graph.placeholder(node.name)
         env[node].meta = dict(node.meta)
-    length = _length(graph, env, inputs, tokens) if tokens is not None else None
+    length = None
+    if tokens is not None:
+        length = _length(graph, env, inputs, tokens)
+        env[length] = length
     switches = ModeSwitches(graph, effects.mode, torch.is_grad_enabled())
     for node in nodes:
         if node.op == "get_attr":
@@ -46,10 +49,9 @@ def stage_module(
             env[node] = graph.node_copy(node)
             continue
         switches.enter(node)
-        place = length_place(node, tokens)
-        copy = env[node] = graph.node_copy(node, lambda n: env.get(n, length))
-        if place is not None:
-            copy.args = _replaced(copy.args, place, length)
+        args, kwargs = map_arg((_at_length(node, tokens, length), node.kwargs), env.__getitem__)
+        env[node] = graph.create_node(node.op, node.target, args, kwargs, node.name)
+        env[node].meta = dict(node.meta)
     switches.leave()
     graph.output(tuple(env[n] for n in outputs))
     if length is not None and not length.users:
@@ -60,18 +62,17 @@ def stage_module(
 
 def operands(node: Node, tokens: Tokens | None) -> list[Node]:
     """What ``node`` reads in a stage: not the length of the sequence, where the tile's replaces it."""
-    place = length_place(node, tokens)
-    if place is None:
-        return node.all_input_nodes
     found: dict[Node, None] = {}
-    map_arg((_replaced(node.args, place, None), node.kwargs), lambda n: found.setdefault(n))
+    map_arg((_at_length(node, tokens, None), node.kwargs), lambda n: found.setdefault(n))
     return list(found)
 
 
-def length_place(node: Node, tokens: Tokens | None) -> Place | None:
-    """Where in a row-wise ``node``'s arguments the length of the sequence stands."""
+def _at_length(node: Node, tokens: Tokens | None, length: Node | None) -> tuple:
+    """The arguments of ``node``, with ``length`` for that of the sequence where it is row-wise."""
     ruling = tokens.rulings.get(node) if tokens is not None else None
-    return ruling.size if ruling is not None else None
+    if ruling is None or ruling.size is None:
+        return node.args
+    return _replaced(node.args, ruling.size, length)
 
 
 def _length(graph: Graph, env: dict[Node, Node], inputs: Sequence[Node], tokens: Tokens) -> Node:

@@ -6,12 +6,12 @@
       row-wise   projection, residual, norm, MLP, residual    out, h -> h'
 
 Stages alternate along the dataflow, each as large as it can be. Row-wise work runs as late as what reads it
-allows: an MLP beside attention then reads the layer's input after it instead of handing its result past it. What
-depends on weights and tables alone is done again in each stage that reads it.
+allows: an MLP beside attention then reads the layer's input after it instead of handing its result past it.
+What depends on weights and tables alone is done again in each stage that reads it.
 
-Whole too: row-wise work between two whole stages that multiplies by no weight, as a softmax written out: to part
-it would hand all scores from stage to stage. Refused, and left as one whole stage: a tensor written in place
-after another stage has made or read it; a result that is no tensor and that another stage reads.
+Whole too: row-wise work between two whole stages that multiplies by no weight, as a softmax written out: to
+part it would hand all scores from stage to stage. Refused, and left as one whole stage: a tensor written in
+place after another stage has made or read it; a result that is no tensor and that another stage reads.
 """
 
 from collections.abc import Iterable, Sequence
@@ -70,12 +70,6 @@ def stages(region: Region) -> tuple[Stage, ...]:
         return (_only(region, str(reason)),)
 
 
-def at_tile(stage: Stage) -> GraphModule:
-    """The module of a row-wise stage for tiles of any length."""
-    assert stage.row_wise, stage.reason
-    return stage.module
-
-
 def _only(region: Region, reason: str) -> Stage:
     graph = region.module.graph
     (output,) = graph.find_nodes(op="output")
@@ -91,8 +85,7 @@ def _parted(region: Region, tokens: Tokens, effects: Effects) -> tuple[Stage, ..
         raise _Inseparable(_reasons(tokens, tokens.mixing) or "it reads no activations")
     for node in results:
         if node in tokens.given:
-            del tokens.given[node]
-            tokens.mixing[node] = ""
+            tokens.make(node)
     level = _levels(tokens, results)
     order = sorted(set(level.values()))
     parts = [_with_given([n for n in level if level[n] == k], tokens, effects) for k in order]
@@ -134,16 +127,12 @@ def _reasons(tokens: Tokens, nodes: Iterable[Node]) -> str:
 def _levels(tokens: Tokens, results: Sequence[Node]) -> dict[Node, int]:
     """The stage of each operation that depends on tokens: even ones are row-wise, odd ones whole."""
     while True:
-        level = _latest(tokens, _earliest(tokens), results)
-        last = max(level.values())
-        between = {
-            k
-            for k in level.values()
-            if k % 2 == 0 and min(level.values()) < k < last
-            if not any(target_name(n) in PRODUCTS for n in level if level[n] == k)
-        }
+        level = _earliest(tokens)
+        first, last = min(level.values()), max(level.values())
+        products = {k for n, k in level.items() if target_name(n) in PRODUCTS}
+        between = {k for k in level.values() if k % 2 == 0 and first < k < last} - products
         if not between:
-            return level
+            return _latest(tokens, level, results)
         for node in [n for n in level if level[n] in between]:
             del tokens.rulings[node]
             tokens.mixing[node] = ""
