@@ -1,8 +1,8 @@
 """A program under a memory budget: which of its layers run how, and the program that says so.
 
-The layers of a program are parted into stages, each way to run them is costed, and the planner chooses for every
-call. Calls of one region that run differently become regions of their own, so that the program's text shows
-what the plan does.
+The layers of a program are parted into stages, each way to run them is costed, and the planner chooses for
+every call. Calls of one region that run differently become regions of their own, so that the program's text
+shows what the plan does.
 """
 
 import functools
@@ -67,14 +67,7 @@ def planned(program: Program, given: Budgets, machine: Link, device: torch.devic
     Raises:
         Infeasible: no plan stays within the budgets.
     """
-    layers, notes = _layers(program)
-    ways: dict[Region, list[StagedChoice]] = {}
-    for region in program.regions:
-        ways[region] = [StagedChoice(kept_choice(region, _shared(program, region), machine), None, None)]
-        if region in layers:
-            layer = layers[region]
-            owns = _owns_gradient(program, region)
-            ways[region] += staged_choices(layer, layer.tokens, machine, owns)
+    layers, ways, notes = all_ways(program, machine)
     parts = [
         Part(f"{call.region.name} {i}", call.region.name, tuple(w.choice for w in ways[call.region]))
         for i, call in enumerate(program.calls)
@@ -83,6 +76,21 @@ def planned(program: Program, given: Budgets, machine: Link, device: torch.devic
     transfers = functools.partial(transfers_of, str(device), given.host)
     staged_program, staged = _apply(program, layers, ways, found)
     return PlannedProgram(staged_program, staged, found, tuple(notes), transfers)
+
+
+def all_ways(
+    program: Program, machine: Link
+) -> tuple[dict[Region, LayerGraphs], dict[Region, list[StagedChoice]], list[str]]:
+    """The regions that can run in stages; every way to run each region; why others cannot run in stages."""
+    layers, notes = _layers(program)
+    ways: dict[Region, list[StagedChoice]] = {}
+    for region in program.regions:
+        ways[region] = [StagedChoice(kept_choice(region, _shared(program, region), machine), None, None)]
+        if region in layers:
+            layer = layers[region]
+            owns = _owns_gradient(program, region)
+            ways[region] += staged_choices(layer, layer.tokens, machine, owns)
+    return layers, ways, notes
 
 
 def _layers(program: Program) -> tuple[dict[Region, LayerGraphs], list[str]]:
