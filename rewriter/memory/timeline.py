@@ -60,7 +60,7 @@ def _gib(count: int) -> str:
 
 
 _WIDTH, _HEIGHT, _HOST_HEIGHT = 900, 260, 110
-_LEFT, _RIGHT, _TOP, _GAP = 70, 16, 30, 46
+_LEFT, _RIGHT, _TOP, _GAP = 70, 16, 56, 46
 _BANDS = (
     ("static", "#8da0cb", "all the time"),
     ("earlier", "#66c2a5", "saved by earlier parts"),
@@ -128,11 +128,11 @@ def _axis(base: int, height: int, top: int) -> list[str]:
 
 
 def _legend() -> list[str]:
-    shapes, x = [], _WIDTH - _RIGHT - 480
+    shapes, x = [], _LEFT
     for _, color, meaning in _BANDS:
-        shapes.append(f'<rect x="{x}" y="8" width="11" height="11" fill="{color}"/>')
-        shapes.append(_label(x + 15, 18, meaning))
-        x += 35 + 6 * len(meaning)
+        shapes.append(f'<rect x="{x}" y="27" width="11" height="11" fill="{color}"/>')
+        shapes.append(_label(x + 15, 37, meaning))
+        x += 35 + 7 * len(meaning)
     return shapes
 
 
