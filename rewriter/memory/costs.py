@@ -1,6 +1,6 @@
 """What a stage's graphs cost: seconds, and device memory beside their inputs, from shapes alone.
 
-Seconds are bounds, operations over rate or bytes over bandwidth, whichever is longer, summed over nodes; views cost
+Seconds are bounds, operations over rate or bytes over bandwidth, summed over nodes; views cost
 nothing. Of chains of pointwise operations, which a compiler fuses, only what enters and leaves is counted.
 Memory is what lives at the worst moment when nodes run in order and values die after their last use. What a
 kernel needs beside its arguments and results is added where it is known to be large: attention's backward
@@ -123,13 +123,20 @@ def _peak(module: GraphModule, sizes: dict[Node, int], results: set[Node]) -> in
 
 
 def _workspace(node: Node) -> int:
-    """Attention's backward: gradients of the queries are summed in fp32, one number each."""
+    """What attention's backward needs beside its results, on a GPU.
+
+    The gradient of the queries in fp32, and of keys that heads share one for each head.
+    """
     name = _name(node)
     if "attention" not in name or "backward" not in name:
         return 0
-    query = next((a for a in node.args[1:] if isinstance(a, Node)), None)
-    value = query.meta.get("val") if query is not None else None
-    return 4 * int_hint(value.numel()) if isinstance(value, Tensor) and value.is_cuda else 0
+    query, key = [n.meta["val"] for n in node.args if isinstance(n, Node) and _is_heads(n)][1:3]
+    if not query.is_cuda:
+        return 0
+    groups = int_hint(key.shape[1])
+    shared = groups < int_hint(query.shape[1])
+    each = 4 + (2 * query.element_size() if shared else 0)
+    return int_hint(query.numel()) * each // (groups if name.endswith("by_groups") else 1)
 
 
 def _seconds(
@@ -193,7 +200,7 @@ def _attention_flops(node: Node) -> float:
     query, key = given[1:3] if backward else given[:2]
     rows, heads, length, size = map(int_hint, query)
     product = 2.0 * rows * heads * length * int_hint(key[2]) * size
-    return product * (5 if backward else 2) * (0.5 if _argument(node, "is_causal") else 1.0)
+    return product * (5 if backward else 2) * (0.5 if argument_of(node, "is_causal") else 1.0)
 
 
 def _is_heads(node: Node) -> bool:
@@ -202,7 +209,8 @@ def _is_heads(node: Node) -> bool:
     return isinstance(value, Tensor) and value.dim() == 4
 
 
-def _argument(node: Node, name: str) -> Any:
+def argument_of(node: Node, name: str) -> Any:
+    """The argument called ``name`` in the op's schema; None where it is not given or not there."""
     if name in node.kwargs:
         return node.kwargs[name]
     for given, argument in zip(node.args, node.target._schema.arguments, strict=False):

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch._guards import TracingContext, tracing
 from torch.fx import GraphModule
 
+from rewriter.kernels.attention_groups import by_groups
+from rewriter.memory.costs import argument_of, int_hint
 from rewriter.memory.fakes import StageFakes, memory_order
 from rewriter.memory.joint import (
     Inseparable,
@@ -106,10 +108,27 @@ def _traced(
         return forward_graph(module, signature), None, None
     if not row_wise:
         try:
-            return partitioned_graphs(module, signature)
+            forward, backward, saved = partitioned_graphs(module, signature)
         except Inseparable:
             pass
+        else:
+            attend_by_groups(backward)
+            return forward, backward, saved
     return forward_graph(module, signature), backward_graph(module, signature), None
+
+
+# Query heads of one group alone fill the device from about here.
+LONG = 16384
+
+
+def attend_by_groups(module: GraphModule) -> None:
+    """Long attention's backward, one group of heads after the other: it needs less memory at a time."""
+    for node in module.graph.nodes:
+        if node.target in by_groups and int_hint(node.args[1].meta["val"].shape[2]) >= LONG:
+            # Another head's random numbers would be drawn in its place.
+            if not argument_of(node, "dropout_p"):
+                node.target = by_groups[node.target]
+    module.recompile()
 
 
 def _random(module: GraphModule) -> str | None:
@@ -123,9 +142,4 @@ def _is_certain(node: Any) -> bool:
     """Attention ops are tagged as random for a dropout that they may not have."""
     if "attention" not in str(node.target):
         return False
-    rates = [
-        node.args[i] if i < len(node.args) else argument.default_value
-        for i, argument in enumerate(node.target._schema.arguments)
-        if argument.name == "dropout_p"
-    ]
-    return all(not rate for rate in rates)
+    return not argument_of(node, "dropout_p")
