@@ -34,7 +34,7 @@ from rewriter.memory.relaxation import best_prices
 _NARROW = 32
 # Suffixes that the search for the best may make in all: about a second's work. Beyond it, those with the
 # lowest bounds are kept, and the plan is the best found, within a known distance of the best.
-_WORK = 1_500_000
+_WORK = 1_000_000
 # The first price alone rules out most; the others are tried on what it leaves.
 _BLOCKS = (slice(0, 1), slice(1, 6), slice(6, None))
 # Rounding of sums of prices times bytes, in time units, where one unit is 1e-10 of a step.
