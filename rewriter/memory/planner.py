@@ -5,9 +5,9 @@ searched by ``search.py``, exactly up to a bound on its work. ``MemoryPlan.slack
 cost: 0 where it was not reached, and under 0.1% of a step in the hardest cases seen, 80 parts with 24 choices
 under two budgets that both bind.
 
-Seconds are counted in whole units of about 1e-10 of the slowest step, so that plans that take equally long are
-known to: of those, the one with the fewest host bytes is taken, then the one with the lowest peak. A larger
-budget allows every plan of a smaller one: it is never slower where the slack is 0, and else by no more than it.
+Seconds are counted in whole units of about 1e-10 of the slowest step, so that plans that take equally long
+are known to: of those, the one with the fewest host bytes is taken, then the one with the lowest peak. A larger
+budget allows every plan of a smaller one: it is never slower where the slack is 0, and else by at most that.
 """
 
 from collections.abc import Callable, Sequence
