@@ -6,8 +6,8 @@ cost: 0 where it was not reached, and under 0.1% of a step in the hardest cases 
 under two budgets that both bind.
 
 Seconds are counted in whole units of about 1e-10 of the slowest step, so that plans that take equally long
-are known to: of those, the one with the fewest host bytes is taken, then the one with the lowest peak. A larger
-budget allows every plan of a smaller one: it is never slower where the slack is 0, and else by at most that.
+are known to: of those, the one with the fewest host bytes is taken, then the one with the lowest peak. A
+larger budget allows every plan of a smaller one: it is no slower where the slack is 0, else by at most that.
 """
 
 from collections.abc import Callable, Sequence
