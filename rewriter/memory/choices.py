@@ -26,11 +26,15 @@ class Link(Rates):
 
 @dataclass(frozen=True, eq=False)
 class StagedChoice:
-    """A choice, and how it is run: by a schedule, in tiles of ``tile`` tokens; None: as without a plan."""
+    """A choice, and how it is run: a layer's stages by a schedule, in tiles of ``tile`` tokens.
+
+    Without a layer and a schedule: as it is run without a plan.
+    """
 
     choice: Choice
-    schedule: Schedule | None
-    tile: int | None
+    schedule: Schedule | None = None
+    tile: int | None = None
+    layer: LayerGraphs | None = None
 
 
 def staged_choices(layer: LayerGraphs, tokens: int, machine: Link, owns_gradient: bool) -> list[StagedChoice]:
@@ -89,7 +93,7 @@ def _costed(
         hosted / machine.to_host,
         hosted / machine.to_device,
     )
-    return StagedChoice(choice, plan, tile)
+    return StagedChoice(choice, plan, tile, layer)
 
 
 class _Walk:

@@ -38,6 +38,7 @@ class GraphCost:
     peak_bytes: int
 
 
+@lru_cache(maxsize=4096)
 def graph_cost(module: GraphModule, fakes: StageFakes, tokens: int, rates: Rates) -> GraphCost:
     """Cost of ``module`` with ``tokens`` for the length of a tile."""
     symbol = fakes.tokens.node.expr
@@ -55,6 +56,13 @@ def value_bytes(value: Any) -> int:
     if not isinstance(value, Tensor):
         return 0
     return int_hint(value.numel()) * value.element_size()
+
+
+def bytes_at(value: Any, fakes: StageFakes, tokens: int) -> int:
+    """Of a stage's tensor with ``tokens`` for the length of a tile."""
+    if not isinstance(value, Tensor):
+        return 0
+    return _numel(value, fakes.tokens.node.expr, tokens) * value.element_size()
 
 
 _VIEWS = frozenset(

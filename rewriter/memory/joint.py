@@ -22,8 +22,10 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
+from torch.utils.checkpoint import CheckpointPolicy
 
 from rewriter.kernels.add_product import add_product_
+from rewriter.memory.fakes import densely, is_dense, memory_order
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Signature:
     Attributes:
         inputs: fake tensors without history, and sizes.
         needs: of each input, whether its gradient is wanted.
-        results: fake tensors without history.
+        results: fake tensors without history, and without gaps.
         differentiable: of each result, whether it depends on an input that needs a gradient.
     """
 
@@ -60,7 +62,7 @@ class Saved:
 def signature_of(module: Callable, inputs: Sequence[Any], needs: Sequence[bool]) -> Signature:
     """Run ``module`` on fake ``inputs`` and see what it gives. Call inside the inputs' fake mode."""
     with torch.enable_grad():
-        results = module(*_leaves(inputs, needs))
+        results = _results(module, _leaves(inputs, needs))
     flags = tuple(isinstance(r, Tensor) and r.requires_grad for r in results)
     plain = tuple(r.detach() if isinstance(r, Tensor) else r for r in results)
     return Signature(tuple(inputs), tuple(needs), plain, flags)
@@ -71,7 +73,7 @@ def forward_graph(module: Callable, signature: Signature) -> GraphModule:
 
     def forward(*inputs: Any) -> Any:
         with torch.no_grad():
-            return module(*inputs)
+            return _results(module, inputs)
 
     return _pruned(make_fx(forward)(*signature.inputs))
 
@@ -102,6 +104,7 @@ def partitioned_graphs(module: Callable, signature: Signature) -> tuple[GraphMod
     _add_out_of_place(traced)
     if writer := _writes(traced):
         raise Inseparable(f"`{writer}` writes in place")
+    _recompute_what_is_cheap(traced)
     # The partitioner goes by names that AOTAutograd gives.
     forward, backward = min_cut_rematerialization_partition(
         traced, [*signature.inputs, *signature.tangents], num_fwd_outputs=len(signature.results)
@@ -113,8 +116,29 @@ class Inseparable(Exception):
     """Why forward and backward cannot be parted so that the backward reads what the forward saved."""
 
 
+# Bound by memory: run again, they cost a read of their inputs and a write of their results.
+_CHEAP = ("norm", "gate", "activation", "rotary")
+
+
+def _recompute_what_is_cheap(module: GraphModule) -> None:
+    """Our own pointwise kernels are computed again; the partitioner would save the result of any op it cannot fuse."""
+    for node in module.graph.nodes:
+        name = str(node.target)
+        if name.startswith("rewriter.") and "backward" not in name and any(word in name for word in _CHEAP):
+            node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+            node.meta["ac_graph_id"] = 0
+
+
 def _leaves(inputs: Sequence[Any], needs: Sequence[bool]) -> list[Any]:
     return [x.detach().requires_grad_(True) if need else x for x, need in zip(inputs, needs, strict=True)]
+
+
+def _results(module: Callable, inputs: Sequence[Any]) -> tuple[Any, ...]:
+    """What ``module`` gives, without gaps: a slice would keep all that it is a slice of, and be sent with it."""
+    return tuple(
+        densely(r, memory_order(r)) if isinstance(r, Tensor) and not is_dense(r) else r
+        for r in module(*inputs)
+    )
 
 
 def _both(
@@ -122,7 +146,7 @@ def _both(
 ) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]:
     with torch.enable_grad():
         leaves = _leaves(inputs, signature.needs)
-        results = tuple(module(*leaves))
+        results = _results(module, leaves)
         wanted = [x for x, need in zip(leaves, signature.needs, strict=True) if need]
         roots = [r for r, has in zip(results, signature.differentiable, strict=True) if has]
         return results, torch.autograd.grad(roots, wanted, list(tangents), allow_unused=True)

@@ -4,11 +4,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 
 from rewriter.canonical import value_of
-from rewriter.memory.costs import int_hint, value_bytes
+from rewriter.memory.costs import bytes_at, int_hint, value_bytes
+from rewriter.memory.fakes import dense_strides, is_dense, memory_order
 from rewriter.memory.layer import LayerStages
 from rewriter.memory.schedule import StageValues
 from rewriter.memory.stage_graphs import StageGraphs, Unstaged, stage_graphs
@@ -51,8 +54,9 @@ class LayerGraphs:
         nodes = {n.name: n for n in self.region.module.graph.nodes}
         found = {n: value_bytes(x) for n, x in zip(self.inputs, self.region.inputs, strict=True)}
         for graphs, given in zip(self.graphs, self.gives, strict=True):
-            saved = dict(zip(given, graphs.results, strict=True))
-            found |= {n: value_bytes(value_of(nodes[n]) if n in nodes else saved[n]) for n in given}
+            for name, value in zip(given, graphs.results, strict=True):
+                size = value_bytes(value_of(nodes[name])) if name in nodes else 0
+                found[name] = size or bytes_at(value, graphs.fakes, self.tokens)
         return found
 
     def label(self, name: str) -> str:
@@ -98,11 +102,12 @@ class LayerGraphs:
 LONGEST_TILE = 32768
 
 
-def layer_graphs(region: Region, shared: frozenset[int]) -> LayerGraphs:
+def layer_graphs(region: Region, shared: frozenset[int], *, saving: bool = False) -> LayerGraphs:
     """Part ``region`` into stages and trace each.
 
     Args:
         shared: places of the inputs that live anyway.
+        saving: row-wise stages save the results of their products.
 
     Raises:
         Unstaged: it cannot run in stages.
@@ -120,13 +125,17 @@ def layer_graphs(region: Region, shared: frozenset[int]) -> LayerGraphs:
     for index, stage in enumerate(parts):
         names = [n.name for n in stage.inputs]
         values, wanted = [fakes[n] for n in names], [needs[n] for n in names]
-        graphs = stage_graphs(stage, values, wanted, longest_tile(tokens))
+        graphs = stage_graphs(stage, values, wanted, longest_tile(tokens), saving=saving)
         results = [n.name for n in stage.outputs]
         if aliased := [n for n in results if n in fakes]:
             raise Unstaged(f"`{aliased[0]}` is handed through")
+        if untiled := [
+            n for n, r in zip(results, stage.rows_out, strict=True) if stage.row_wise and r is None
+        ]:
+            raise Unstaged(f"`{untiled[0]}` of a stage that runs in tiles does not depend on tokens")
         # As the whole region has them: a stage's own fakes have a tile's length.
         for node, has in zip(stage.outputs, graphs.signature.differentiable, strict=True):
-            fakes[node.name] = node.meta["example_value"]
+            fakes[node.name] = _without_gaps(value_of(node))
             needs[node.name] = has
         extras = [f"saved_{index + 1}_{i}" for i in range(graphs.saved.extras if graphs.saved else 0)]
         found.append(graphs)
@@ -136,6 +145,10 @@ def layer_graphs(region: Region, shared: frozenset[int]) -> LayerGraphs:
     outputs = [n.name for n in output.args[0]]
     if given := [n for n in outputs if n in {p.name for p in placeholders}]:
         raise Unstaged(f"its input `{given[0]}` is also its result")
+    if gaps := [
+        n.name for n in output.args[0] if isinstance(value_of(n), Tensor) and not is_dense(value_of(n))
+    ]:
+        raise Unstaged(f"its result `{gaps[0]}` is part of a larger tensor")
     return LayerGraphs(
         region,
         tokens,
@@ -148,6 +161,15 @@ def layer_graphs(region: Region, shared: frozenset[int]) -> LayerGraphs:
         frozenset(n for n in outputs if needs[n]),
         frozenset(n.name for i, n in enumerate(placeholders) if i in shared),
     )
+
+
+def _without_gaps(value: Any) -> Any:
+    """What a stage makes of ``value``, in its own fake mode."""
+    if not isinstance(value, FakeTensor):
+        return value
+    with value.fake_mode:
+        strides = dense_strides(value.shape, memory_order(value))
+        return torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device)
 
 
 def longest_tile(tokens: int) -> int:

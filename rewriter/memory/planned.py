@@ -67,35 +67,32 @@ def planned(program: Program, given: Budgets, machine: Link, device: torch.devic
     Raises:
         Infeasible: no plan stays within the budgets.
     """
-    layers, ways, notes = all_ways(program, machine)
+    ways, notes = all_ways(program, machine)
     parts = [
         Part(f"{call.region.name} {i}", call.region.name, tuple(w.choice for w in ways[call.region]))
         for i, call in enumerate(program.calls)
     ]
     found = plan(Problem(tuple(parts), given.static, given.device, given.host))
     transfers = functools.partial(transfers_of, str(device), given.host)
-    staged_program, staged = _apply(program, layers, ways, found)
+    staged_program, staged = _apply(program, ways, found)
     return PlannedProgram(staged_program, staged, found, tuple(notes), transfers)
 
 
-def all_ways(
-    program: Program, machine: Link
-) -> tuple[dict[Region, LayerGraphs], dict[Region, list[StagedChoice]], list[str]]:
-    """The regions that can run in stages; every way to run each region; why others cannot run in stages."""
+def all_ways(program: Program, machine: Link) -> tuple[dict[Region, list[StagedChoice]], list[str]]:
+    """Every way to run each region, and why some cannot run in stages."""
     layers, notes = _layers(program)
     ways: dict[Region, list[StagedChoice]] = {}
     for region in program.regions:
-        ways[region] = [StagedChoice(kept_choice(region, _shared(program, region), machine), None, None)]
-        if region in layers:
-            layer = layers[region]
-            owns = _owns_gradient(program, region)
+        ways[region] = [StagedChoice(kept_choice(region, _shared(program, region), machine))]
+        owns = _owns_gradient(program, region)
+        for layer in layers.get(region, ()):
             ways[region] += staged_choices(layer, layer.tokens, machine, owns)
-    return layers, ways, notes
+    return ways, notes
 
 
-def _layers(program: Program) -> tuple[dict[Region, LayerGraphs], list[str]]:
+def _layers(program: Program) -> tuple[dict[Region, list[LayerGraphs]], list[str]]:
     """The regions between the first and the last call, or that repeat, as stages; and why others are not."""
-    found: dict[Region, LayerGraphs] = {}
+    found: dict[Region, list[LayerGraphs]] = {}
     notes: list[str] = []
     times = program.times()
     ends = {program.calls[0].region, program.calls[-1].region}
@@ -103,7 +100,8 @@ def _layers(program: Program) -> tuple[dict[Region, LayerGraphs], list[str]]:
         if times[region] == 1 and region in ends:
             continue
         try:
-            found[region] = layer_graphs(region, _shared(program, region))
+            shared = _shared(program, region)
+            found[region] = [layer_graphs(region, shared, saving=saving) for saving in (False, True)]
         except Unstaged as reason:
             notes.append(f"{region.name} keeps what its backward reads: {reason}")
     return found, notes
@@ -137,7 +135,6 @@ def _owns_gradient(program: Program, region: Region) -> bool:
 
 def _apply(
     program: Program,
-    layers: Mapping[Region, LayerGraphs],
     ways: Mapping[Region, list[StagedChoice]],
     found: MemoryPlan,
 ) -> tuple[Program, dict[Region, StagedRegion]]:
@@ -155,8 +152,8 @@ def _apply(
                 taken.add(name)
             made[key] = Region(name, region.module, region.inputs)
             way = next(w for w in ways[region] if w.choice.name == choice.name)
-            if way.schedule is not None:
-                staged[made[key]] = StagedRegion(layers[region], way, _owns_gradient(program, region))
+            if way.layer is not None:
+                staged[made[key]] = StagedRegion(way.layer, way, _owns_gradient(program, region))
         calls.append(RegionCall(made[key], call.inputs, call.outputs))
     return replace(program, calls=tuple(calls)), staged
 

@@ -1,7 +1,8 @@
 """The graphs of a stage, before they are compiled: enough to know what it costs.
 
-A row-wise stage runs in tiles of the sequence, and its backward computes again what it reads of its forward. A
-whole stage runs once, and saves what its backward reads; where the two cannot be parted, it computes again too.
+A row-wise stage runs in tiles of the sequence. Its backward computes again what it reads of its forward, or
+reads what that saved: the results of its products, from which the rest is computed again. A whole stage runs
+once, and saves what its backward reads; where the two cannot be parted, it computes again too.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import SymInt, Tensor
 from torch._guards import TracingContext, tracing
 from torch.fx import GraphModule
 
@@ -54,6 +55,28 @@ class StageGraphs:
     saved: Saved | None
 
     @cached_property
+    def forward_rows(self) -> tuple[int | None, ...]:
+        """Of each result, and of what is saved beside them: the dimension that counts tokens."""
+        extras = self.results[len(self.signature.results) :]
+        return (*self.stage.rows_out, *(self._rows(x) for x in extras))
+
+    @cached_property
+    def read_rows(self) -> tuple[int | None, ...]:
+        """The same of what ``backward`` reads beside gradients."""
+        if self.saved is None:
+            return self.stage.rows_in
+        inputs = (self.stage.rows_in[i] for i in self.saved.inputs)
+        results = (self.stage.rows_out[i] for i in self.saved.results)
+        return (*inputs, *results, *self.forward_rows[len(self.signature.results) :])
+
+    def _rows(self, value: Any) -> int | None:
+        if not self.stage.row_wise or not isinstance(value, Tensor):
+            return None
+        tokens = self.fakes.tokens.node.expr
+        counting = [d for d, s in enumerate(value.shape) if isinstance(s, SymInt) and s.node.expr == tokens]
+        return counting[0] if counting else None
+
+    @cached_property
     def orders(self) -> tuple[tuple[int, ...] | None, ...]:
         return tuple(memory_order(x) if isinstance(x, Tensor) else None for x in self.signature.inputs)
 
@@ -78,13 +101,14 @@ class StageGraphs:
 
 
 def stage_graphs(
-    stage: Stage, inputs: Sequence[Any], needs: Sequence[bool], longest_tile: int
+    stage: Stage, inputs: Sequence[Any], needs: Sequence[bool], longest_tile: int, *, saving: bool = False
 ) -> StageGraphs:
     """Trace ``stage``.
 
     Args:
         inputs: another mode's fake tensors and sizes, one an input of the stage.
         needs: of each, whether its gradient is wanted.
+        saving: a row-wise stage saves the results of its products, too.
 
     Raises:
         Unstaged: it draws random numbers, which a second run would have to draw again.
@@ -95,18 +119,18 @@ def stage_graphs(
         values = [fakes.like(x, rows) for x, rows in zip(inputs, stage.rows_in, strict=True)]
         with fakes.mode:
             signature = signature_of(module, values, needs)
-            graphs = _traced(module, signature, stage.row_wise)
+            graphs = _traced(module, signature, saving or not stage.row_wise)
     if name := _random(graphs[0]):
         raise Unstaged(f"`{name}` draws random numbers, which its recomputation would have to draw again")
     return StageGraphs(stage, fakes, signature, *graphs)
 
 
 def _traced(
-    module: GraphModule, signature: Signature, row_wise: bool
+    module: GraphModule, signature: Signature, saving: bool
 ) -> tuple[GraphModule, GraphModule | None, Saved | None]:
     if not any(signature.needs) or not any(signature.differentiable):
         return forward_graph(module, signature), None, None
-    if not row_wise:
+    if saving:
         try:
             forward, backward, saved = partitioned_graphs(module, signature)
         except Inseparable:

@@ -37,10 +37,10 @@ class StageRun:
             tile: tokens a tile; None or enough for all: one run.
         """
         values = self._laid_out(inputs)
-        tokens = self._tokens(values)
+        tokens = self._tokens(values, self.graphs.stage.rows_in)
         if tile is None or tokens is None or tokens <= tile:
             return list(self.forward(*values))
-        rows_out = self.graphs.stage.rows_out
+        rows_out = self.graphs.forward_rows
         wholes: list[Any] = []
         for start in range(0, tokens, tile):
             length = min(tile, tokens - start)
@@ -69,10 +69,9 @@ class StageRun:
                 tile by tile.
         """
         assert self.backward is not None
-        if self.graphs.saved is not None:
-            return _add(self.backward(*read, *self._tangents(tangents)), tangents, into)
-        values, tangents = self._laid_out(read), self._tangents(tangents)
-        tokens = self._tokens(values)
+        tangents = self._tangents(tangents)
+        values = self._laid_out(read) if self.graphs.saved is None else read
+        tokens = self._tokens(values, self.graphs.read_rows)
         if tile is None or tokens is None or tokens <= tile:
             return _add(self.backward(*values, *tangents), tangents, into)
         spare = [t for t, own in zip(tangents, ours, strict=True) if own]
@@ -93,7 +92,7 @@ class StageRun:
         totals = list(into)
         for start in range(0, tokens, tile):
             length = min(tile, tokens - start)
-            inputs = self._sliced(values, stage.rows_in, start, length)
+            inputs = self._sliced(values, self.graphs.read_rows, start, length)
             above = self._sliced(tangents, rows_of_tangents, start, length)
             for i, gradient in enumerate(self.backward(*inputs, *above)):
                 if gradient is None:
@@ -122,11 +121,8 @@ class StageRun:
             for given, like in zip(tangents, self.graphs.signature.tangents, strict=True)
         ]
 
-    def _tokens(self, values: Sequence[Any]) -> int | None:
-        counted = (
-            x.shape[r] for x, r in zip(values, self.graphs.stage.rows_in, strict=True) if r is not None
-        )
-        return next(counted, None)
+    def _tokens(self, values: Sequence[Any], rows: Sequence[int | None]) -> int | None:
+        return next((x.shape[r] for x, r in zip(values, rows, strict=True) if r is not None), None)
 
     def _sliced(
         self, values: Sequence[Any], rows: Sequence[int | None], start: int, length: int
