@@ -11,7 +11,7 @@ import torch
 from torch import SymInt, Tensor
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, statically_known_true
 
 
 class StageFakes:
@@ -77,6 +77,12 @@ def dense_strides(shape: Sequence[Any], order: Sequence[int]) -> list[Any]:
         strides[d] = size
         size = size * shape[d]
     return strides
+
+
+def is_dense(value: Tensor) -> bool:
+    """Whether its elements lie in memory without gaps, whatever the order of its dimensions, and each alone."""
+    given = zip(value.shape, value.stride(), dense_strides(value.shape, memory_order(value)), strict=True)
+    return all(statically_known_true(size == 1) or statically_known_true(a == b) for size, a, b in given)
 
 
 def densely(value: Tensor, order: Sequence[int]) -> Tensor:

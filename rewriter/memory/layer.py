@@ -7,13 +7,13 @@ A kept activation is given up as soon as the backward has read it, so that there
 ``retain_graph=True`` and second derivatives are refused.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rewriter.memory.schedule import Schedule, StageValues
 from rewriter.memory.stage_run import StageRun
@@ -98,20 +98,26 @@ class ScheduledLayer:
         transfers: Transfers,
     ) -> dict[str, Tensor | None]:
         """Gradients of the layer's inputs by name; ``here``, ``tickets`` and ``gradients`` are used up."""
-        given = set(gradients) if not self.owns_gradient else set()
+        given = set(gradients)
+        lent = _sharing(gradients) if self.owns_gradient else given
         for step in self.schedule.backward:
             if step.kind == "run":
                 self.stages.run(step.stage, here, self.tile)
             elif step.kind == "reload":
                 here[step.value] = transfers.reload(tickets.pop(step.value))
             elif step.kind == "backward":
-                self._backward_of(step.stage, here, gradients, given)
+                self._backward_of(step.stage, here, gradients, given, lent)
             elif step.kind == "free":
                 del here[step.value]
         return {name: gradients.get(name) for name in self.stages.inputs}
 
     def _backward_of(
-        self, index: int, here: dict[str, Any], gradients: dict[str, Tensor], given: set[str]
+        self,
+        index: int,
+        here: dict[str, Any],
+        gradients: dict[str, Tensor],
+        given: set[str],
+        lent: set[str],
     ) -> None:
         run, takes = self.stages.runs[index], self.stages.takes[index]
         signature = run.graphs.signature
@@ -119,12 +125,17 @@ class ScheduledLayer:
             return
         roots = [n for n, has in zip(self.stages.gives[index], signature.differentiable, strict=False) if has]
         leaves = [n for n, need in zip(takes, signature.needs, strict=True) if need]
+        for name in given.intersection(leaves):
+            # It is added to, and others may read it.
+            gradients[name] = gradients[name].clone()
+        given.difference_update(leaves)
+        lent.difference_update(leaves)
         found = run.run_backward(
             [here[name] for name in self.stages.reads_back[index]],
             [gradients.pop(name) for name in roots],
             self.tile,
             [gradients.get(name) for name in leaves],
-            [name not in given for name in roots],
+            [name not in lent for name in roots],
         )
         gradients.update((n, g) for n, g in zip(leaves, found, strict=True) if g is not None)
 
@@ -150,9 +161,13 @@ class _Layer(torch.autograd.Function):
         return results
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *above: Tensor) -> tuple[Any, ...]:
         layer: ScheduledLayer = ctx.layer
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "rewriter: create_graph=True through a layer that runs in stages; second derivatives need a run "
+                "without memory_budget"
+            )
         if ctx.kept is None:
             raise RuntimeError(
                 "rewriter: a second backward through a layer whose activations were given up in the first; "
@@ -166,6 +181,13 @@ class _Layer(torch.autograd.Function):
         found = layer.backward(here, ctx.tickets, gradients, layer.transfers())
         wanted = zip(layer.stages.inputs, ctx.needs_input_grad[1:], ctx.dtypes, strict=True)
         return None, *(_as(found[name], dtype) if need else None for name, need, dtype in wanted)
+
+
+def _sharing(gradients: dict[str, Tensor]) -> set[str]:
+    """The names of those that lie in one piece of memory: a sum hands the same gradient to both its terms."""
+    places = {name: g.untyped_storage().data_ptr() for name, g in gradients.items()}
+    counts = Counter(places.values())
+    return {name for name, place in places.items() if counts[place] > 1}
 
 
 def _as(gradient: Tensor | None, dtype: Any) -> Tensor | None:
