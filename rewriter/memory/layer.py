@@ -88,7 +88,10 @@ class ScheduledLayer:
             elif step.kind == "free":
                 del here[step.value]
         results = tuple(here[name] for name in self.stages.outputs)
-        return results, {name: here[name] for name in self.schedule.kept if name in here}, tickets
+        kept = {name: here[name] for name in self.schedule.kept} if transfers is not None else {}
+        # Autograd makes the results the layer's own: what the layer keeps of them must not hold the layer.
+        kept |= {name: here[name].detach() for name in self.stages.outputs if name in kept}
+        return results, kept, tickets
 
     def backward(
         self,
