@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import SymInt, Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
@@ -216,18 +216,40 @@ def _in_order(
     tangents = [name for name in taken if name.startswith("tangents")]
     given = {*from_inputs, *from_results, *tangents}
     extras = [v for v in extras if v.name in taken and v.name not in given]
+    sizes = [v for v in extras if not isinstance(v.meta["val"], Tensor)]
+    extras = [v for v in extras if v not in sizes]
     forward.graph.erase_node(output)
     forward.graph.output((*values[:results], *extras))
     forward.recompile()
     order = [*from_inputs, *from_results, *(v.name for v in extras), *tangents]
     saved = Saved(tuple(primals[n] for n in from_inputs), tuple(made[n] for n in from_results), len(extras))
-    return forward, _with_arguments(backward, [taken[name] for name in order]), saved
+    return (
+        forward,
+        _with_arguments(backward, [taken[n] for n in order], [taken[v.name] for v in sizes]),
+        saved,
+    )
 
 
-def _with_arguments(module: GraphModule, arguments: Sequence[Node]) -> GraphModule:
+def _with_arguments(module: GraphModule, arguments: Sequence[Node], sizes: Sequence[Node]) -> GraphModule:
+    """``module`` with its placeholders in the order of ``arguments``; ``sizes`` are read off their shapes."""
     graph = Graph()
     env = {node: graph.node_copy(node) for node in arguments}
+    for node in sizes:
+        tensor, dim = _where(node.meta["val"], arguments)
+        env[node] = graph.call_function(torch.ops.aten.sym_size.int, (env[tensor], dim))
+        env[node].meta = dict(node.meta)
     for node in module.graph.nodes:
         if node not in env:
             env[node] = graph.node_copy(node, env.__getitem__)
     return GraphModule(module, graph)
+
+
+def _where(size: Any, arguments: Sequence[Node]) -> tuple[Node, int]:
+    """The argument and the dimension that are of ``size``."""
+    expression = size.node.expr
+    for node in arguments:
+        value = node.meta["val"]
+        for dim, found in enumerate(value.shape if isinstance(value, Tensor) else ()):
+            if isinstance(found, SymInt) and found.node.expr == expression:
+                return node, dim
+    raise Inseparable(f"the size {expression} is read in its backward, and no tensor there has it")

@@ -34,6 +34,25 @@ class Unstaged(Exception):
     """Why a layer cannot be run in stages: a reason for the report, not a failure."""
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Where a tensor counts tokens: ``dim`` has ``times`` as many as there are, a batch of rows flattened."""
+
+    dim: int
+    times: int = 1
+
+    def narrowed(self, value: Tensor, start: int, length: int) -> Tensor:
+        """The tile of ``length`` tokens from ``start``; of a flattened batch, tile after tile."""
+        return value.narrow(self.dim, start * self.times, length * self.times)
+
+    def tokens(self, value: Tensor) -> int:
+        return value.shape[self.dim] // self.times
+
+
+def _once(dim: int | None) -> Rows | None:
+    return None if dim is None else Rows(dim)
+
+
 @dataclass(frozen=True, eq=False)
 class StageGraphs:
     """One stage traced.
@@ -55,26 +74,29 @@ class StageGraphs:
     saved: Saved | None
 
     @cached_property
-    def forward_rows(self) -> tuple[int | None, ...]:
-        """Of each result, and of what is saved beside them: the dimension that counts tokens."""
+    def forward_rows(self) -> tuple[Rows | None, ...]:
+        """Of each result, and of what is saved beside them: where it counts tokens."""
         extras = self.results[len(self.signature.results) :]
-        return (*self.stage.rows_out, *(self._rows(x) for x in extras))
+        return (*map(_once, self.stage.rows_out), *map(self._rows, extras))
 
     @cached_property
-    def read_rows(self) -> tuple[int | None, ...]:
+    def read_rows(self) -> tuple[Rows | None, ...]:
         """The same of what ``backward`` reads beside gradients."""
         if self.saved is None:
-            return self.stage.rows_in
-        inputs = (self.stage.rows_in[i] for i in self.saved.inputs)
-        results = (self.stage.rows_out[i] for i in self.saved.results)
+            return tuple(map(_once, self.stage.rows_in))
+        inputs = (_once(self.stage.rows_in[i]) for i in self.saved.inputs)
+        results = (_once(self.stage.rows_out[i]) for i in self.saved.results)
         return (*inputs, *results, *self.forward_rows[len(self.signature.results) :])
 
-    def _rows(self, value: Any) -> int | None:
+    def _rows(self, value: Any) -> Rows | None:
         if not self.stage.row_wise or not isinstance(value, Tensor):
             return None
         tokens = self.fakes.tokens.node.expr
-        counting = [d for d, s in enumerate(value.shape) if isinstance(s, SymInt) and s.node.expr == tokens]
-        return counting[0] if counting else None
+        for dim, size in enumerate(value.shape):
+            times = size.node.expr / tokens if isinstance(size, SymInt) else None
+            if times is not None and times.is_Integer:
+                return Rows(dim, int(times))
+        return None
 
     @cached_property
     def orders(self) -> tuple[tuple[int, ...] | None, ...]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rewriter.memory.fakes import dense_strides, densely, memory_order
-from rewriter.memory.stage_graphs import StageGraphs
+from rewriter.memory.stage_graphs import Rows, StageGraphs
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,18 +37,22 @@ class StageRun:
             tile: tokens a tile; None or enough for all: one run.
         """
         values = self._laid_out(inputs)
-        tokens = self._tokens(values, self.graphs.stage.rows_in)
+        tokens = _tokens(values, self._rows_in)
         if tile is None or tokens is None or tokens <= tile:
             return list(self.forward(*values))
         rows_out = self.graphs.forward_rows
         wholes: list[Any] = []
         for start in range(0, tokens, tile):
             length = min(tile, tokens - start)
-            results = self.forward(*self._sliced(values, self.graphs.stage.rows_in, start, length))
+            results = self.forward(*_sliced(values, self._rows_in, start, length))
             if not wholes:
-                wholes = [_room(r, rows, tokens) for r, rows in zip(results, rows_out, strict=True)]
+                wholes = [
+                    r if rows is None else _room(r, rows, tokens)
+                    for r, rows in zip(results, rows_out, strict=True)
+                ]
             for whole, result, rows in zip(wholes, results, rows_out, strict=True):
-                whole.narrow(rows, start, length).copy_(result)
+                if rows is not None:
+                    rows.narrowed(whole, start, length).copy_(result)
         return wholes
 
     def run_backward(
@@ -71,7 +75,7 @@ class StageRun:
         assert self.backward is not None
         tangents = self._tangents(tangents)
         values = self._laid_out(read) if self.graphs.saved is None else read
-        tokens = self._tokens(values, self.graphs.read_rows)
+        tokens = _tokens(values, self.graphs.read_rows)
         if tile is None or tokens is None or tokens <= tile:
             return _add(self.backward(*values, *tangents), tangents, into)
         spare = [t for t, own in zip(tangents, ours, strict=True) if own]
@@ -87,13 +91,14 @@ class StageRun:
         spare: list[Tensor],
     ) -> list[Tensor | None]:
         stage, signature = self.graphs.stage, self.graphs.signature
-        rows_of_tangents = [r for r, has in zip(stage.rows_out, signature.differentiable, strict=True) if has]
-        rows_of_gradients = [r for r, need in zip(stage.rows_in, signature.needs, strict=True) if need]
+        rows_out = self.graphs.forward_rows[: len(stage.rows_out)]
+        rows_of_tangents = [r for r, has in zip(rows_out, signature.differentiable, strict=True) if has]
+        rows_of_gradients = [r for r, need in zip(self._rows_in, signature.needs, strict=True) if need]
         totals = list(into)
         for start in range(0, tokens, tile):
             length = min(tile, tokens - start)
-            inputs = self._sliced(values, self.graphs.read_rows, start, length)
-            above = self._sliced(tangents, rows_of_tangents, start, length)
+            inputs = _sliced(values, self.graphs.read_rows, start, length)
+            above = _sliced(tangents, rows_of_tangents, start, length)
             for i, gradient in enumerate(self.backward(*inputs, *above)):
                 if gradient is None:
                     continue
@@ -101,11 +106,11 @@ class StageRun:
                 if rows is None:
                     totals[i] = _widened(gradient) if total is None else total.add_(gradient)
                 elif into[i] is not None:
-                    into[i].narrow(rows, start, length).add_(gradient)
+                    rows.narrowed(into[i], start, length).add_(gradient)
                 else:
                     if total is None:
                         total = totals[i] = _take(spare, gradient, rows, tokens)
-                    total.narrow(rows, start, length).copy_(gradient)
+                    rows.narrowed(total, start, length).copy_(gradient)
         return totals
 
     def _laid_out(self, inputs: Sequence[Any]) -> list[Any]:
@@ -121,17 +126,21 @@ class StageRun:
             for given, like in zip(tangents, self.graphs.signature.tangents, strict=True)
         ]
 
-    def _tokens(self, values: Sequence[Any], rows: Sequence[int | None]) -> int | None:
-        return next((x.shape[r] for x, r in zip(values, rows, strict=True) if r is not None), None)
+    @property
+    def _rows_in(self) -> list[Rows | None]:
+        return [None if dim is None else Rows(dim) for dim in self.graphs.stage.rows_in]
 
-    def _sliced(
-        self, values: Sequence[Any], rows: Sequence[int | None], start: int, length: int
-    ) -> list[Any]:
-        """A tile of each value that has tokens, without gaps."""
-        return [
-            x if row is None else densely(x.narrow(row, start, length), memory_order(x))
-            for x, row in zip(values, rows, strict=True)
-        ]
+
+def _tokens(values: Sequence[Any], rows: Sequence[Rows | None]) -> int | None:
+    return next((r.tokens(x) for x, r in zip(values, rows, strict=True) if r is not None), None)
+
+
+def _sliced(values: Sequence[Any], rows: Sequence[Rows | None], start: int, length: int) -> list[Any]:
+    """A tile of each value that has tokens, without gaps."""
+    return [
+        x if row is None else densely(row.narrowed(x, start, length), memory_order(x))
+        for x, row in zip(values, rows, strict=True)
+    ]
 
 
 def _add(
@@ -150,14 +159,14 @@ def _add(
     return found
 
 
-def _room(like: Tensor, rows: int, tokens: int) -> Tensor:
-    shape = [tokens if d == rows else size for d, size in enumerate(like.shape)]
+def _room(like: Tensor, rows: Rows, tokens: int) -> Tensor:
+    shape = [tokens * rows.times if d == rows.dim else size for d, size in enumerate(like.shape)]
     return like.new_empty_strided(shape, dense_strides(shape, memory_order(like)))
 
 
-def _take(spare: list[Tensor], like: Tensor, rows: int, tokens: int) -> Tensor:
+def _take(spare: list[Tensor], like: Tensor, rows: Rows, tokens: int) -> Tensor:
     """One of ``spare`` that looks as the whole of ``like`` does, else room of its own."""
-    shape = [tokens if d == rows else size for d, size in enumerate(like.shape)]
+    shape = [tokens * rows.times if d == rows.dim else size for d, size in enumerate(like.shape)]
     strides = dense_strides(shape, memory_order(like))
     for index, given in enumerate(spare):
         if list(given.shape) == shape and list(given.stride()) == strides and given.dtype == like.dtype:
