@@ -11,7 +11,7 @@ recording writes its gradients to. Weights are neither copied nor kept alive; gr
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,32 +23,13 @@ class Unrecordable(Exception):
     """Why a program cannot be recorded."""
 
 
-@dataclass
-class Gradients:
-    """Where the backward leaves the gradients of ``leaves``: a dense buffer for those of each dtype."""
-
-    buffers: dict[torch.dtype, Tensor] = field(default_factory=dict)
-
-    def reserve(self, leaves: Sequence[Tensor]) -> None:
-        sizes: dict[torch.dtype, int] = {}
-        for leaf in leaves:
-            sizes[leaf.dtype] = sizes.get(leaf.dtype, 0) + leaf.numel()
-        for dtype, size in sizes.items():
-            if dtype not in self.buffers or self.buffers[dtype].numel() < size:
-                self.buffers[dtype] = torch.empty(size, dtype=dtype, device=leaves[0].device)
-
-    def bytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self.buffers.values())
-
-
 @dataclass(frozen=True)
-class Part:
-    """The gradients of one dtype: which leaves they belong to, and their shapes as empty tensors say."""
+class _Part:
+    """The gradients of one dtype: the leaves they belong to, tensors of their shapes, and where they go."""
 
-    dtype: torch.dtype
     members: tuple[int, ...]
     shapes: tuple[Tensor, ...]
-    size: int
+    buffer: Tensor
 
 
 class CudaRecording:
@@ -62,16 +43,13 @@ class CudaRecording:
     def __init__(
         self, recorder: "CudaRecorder", program: Callable, inputs: list[Any], trainable: Sequence[int]
     ):
-        self._gradients = recorder.gradients
         leaves = [inputs[i].detach().requires_grad_() for i in trainable]
         inputs = list(inputs)
         for i, leaf in zip(trainable, leaves, strict=True):
             inputs[i] = leaf
         with torch.enable_grad():
             self.seeded, needed = _warm_up(program, inputs, leaves)
-            self._parts = _parts(leaves, needed)
-            self._count = len(leaves)
-            recorder.gradients.reserve([leaf for leaf, n in zip(leaves, needed, strict=True) if n])
+            self._parts, self._count = _parts(leaves, needed, recorder), len(leaves)
             self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
             with recorder.recording(self._forward):
                 results = tuple(program(*inputs))
@@ -87,7 +65,7 @@ class CudaRecording:
 
     def _store(self, found: Sequence[Any]) -> None:
         for part in self._parts:
-            views = _unflatten_dense_tensors(self._gradients.buffers[part.dtype][: part.size], part.shapes)
+            views = _unflatten_dense_tensors(part.buffer, part.shapes)
             _foreach_copy_(list(views), [found[i] for i in part.members])
 
     def forward(self) -> None:
@@ -100,7 +78,7 @@ class CudaRecording:
         found: list[Tensor | None] = [None] * self._count
         for part in self._parts:
             # A copy: autograd keeps what it is given as a parameter's gradient and adds to it in place.
-            own = self._gradients.buffers[part.dtype][: part.size].clone()
+            own = part.buffer.clone()
             for i, gradient in zip(part.members, _unflatten_dense_tensors(own, part.shapes), strict=True):
                 found[i] = gradient
         return found
@@ -127,17 +105,16 @@ def _warm_up(
     return tuple(seeded), [g is not None for g in found]
 
 
-def _parts(leaves: Sequence[Tensor], needed: Sequence[bool]) -> list[Part]:
+def _parts(leaves: Sequence[Tensor], needed: Sequence[bool], recorder: "CudaRecorder") -> list[_Part]:
     members: dict[torch.dtype, list[int]] = {}
     for i, leaf in enumerate(leaves):
         if needed[i]:
             members.setdefault(leaf.dtype, []).append(i)
     return [
-        Part(
-            dtype,
+        _Part(
             tuple(found),
             tuple(torch.empty(leaves[i].shape, device="meta") for i in found),
-            sum(leaves[i].numel() for i in found),
+            recorder.buffer(dtype, sum(leaves[i].numel() for i in found)),
         )
         for dtype, found in members.items()
     ]
@@ -158,7 +135,7 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.gradients = Gradients()
+        self._buffers: dict[tuple[torch.dtype, int], Tensor] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
         self._pool_bytes = 0
@@ -181,7 +158,20 @@ class CudaRecorder:
 
     def bytes(self) -> int:
         """Device memory that the recordings hold."""
-        return self._pool_bytes + self.gradients.bytes()
+        return self._pool_bytes + sum(buffer.nbytes for buffer in self._buffers.values())
+
+    def forget(self) -> None:
+        """To be called when no recording is left: their memory goes back to the device."""
+        # A pool that no graph uses any more cannot be recorded into again.
+        self._pool = torch.cuda.graph_pool_handle()
+        self._pool_bytes = 0
+        self._buffers.clear()
+
+    def buffer(self, dtype: torch.dtype, size: int) -> Tensor:
+        """A vector for gradients, the same for all recordings that want one of that size."""
+        if (dtype, size) not in self._buffers:
+            self._buffers[dtype, size] = torch.empty(size, dtype=dtype, device=self.device)
+        return self._buffers[dtype, size]
 
     @contextmanager
     def recording(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:

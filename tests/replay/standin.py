@@ -1,0 +1,70 @@
+"""What takes the place of CUDA graphs on a CPU: recordings that overwrite what the next one of them needs."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class StandIn:
+    """Runs a program anew at each step, on the inputs of its recording and into the results of its recording.
+
+    As with a shared memory pool, a backward is right only for the latest forward of all recordings, and one
+    buffer holds the gradients of all.
+    """
+
+    def __init__(
+        self, recorder: "StandInRecorder", program: Callable, inputs: list[Any], trainable: Sequence[int]
+    ):
+        self._recorder, self._program, self._inputs = recorder, program, list(inputs)
+        self._leaves = [inputs[i].detach().requires_grad_() for i in trainable]
+        for i, leaf in zip(trainable, self._leaves, strict=True):
+            self._inputs[i] = leaf
+        with torch.enable_grad():
+            results = tuple(program(*self._inputs))
+        self.differentiable = tuple(r.requires_grad for r in results)
+        needing = [i for i, needs in enumerate(self.differentiable) if needs]
+        self.seeded = tuple([i for i in needing if results[i].dim() == 0] or needing)
+        self.seeds = [torch.zeros_like(results[i]) for i in self.seeded]
+        self.outputs = tuple(r.detach().clone() for r in results)
+
+    def forward(self) -> None:
+        self._recorder.latest = self
+        self._recorder.forwards += 1
+        with torch.enable_grad():
+            self._results = self._program(*self._inputs)
+        for kept, result in zip(self.outputs, self._results, strict=True):
+            kept.copy_(result.detach())
+
+    def backward(self) -> list[Tensor | None]:
+        assert self._recorder.latest is self, "what this forward saved is overwritten"
+        self._recorder.backwards += 1
+        ends = [self._results[i] for i in self.seeded]
+        found = torch.autograd.grad(ends, self._leaves, self.seeds, allow_unused=True)
+        return [None if g is None else g.clone() for g in found]
+
+
+class StandInRecorder:
+    """Counts what is recorded and run; ``size`` is what each recording is said to take."""
+
+    def __init__(self, size: int = 0):
+        self.latest: StandIn | None = None
+        self.recorded: list[list[Any]] = []
+        self.forwards = self.backwards = 0
+        self.is_ready = True
+        self._size, self._held = size, 0
+
+    def record(self, program: Callable, inputs: list[Any], trainable: Sequence[int]) -> StandIn:
+        self.recorded.append(inputs)
+        self._held += self._size
+        return StandIn(self, program, inputs, trainable)
+
+    def ready(self) -> bool:
+        return self.is_ready
+
+    def bytes(self) -> int:
+        return self._held
+
+    def forget(self) -> None:
+        self._held = 0

@@ -1,0 +1,99 @@
+"""Models whose steps are padded: their losses, gradients and logits are those of the steps as they are."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.families import batch, build
+
+FAMILIES = ("llama", "mistral", "gemma2")
+
+
+def steps_of(model, call, lengths, **extra):
+    """Loss, gradients and logits of each length."""
+    for length in lengths:
+        given = batch(length=length, seed=length) | {k: make(length) for k, make in extra.items()}
+        model.zero_grad()
+        result = call(**given)
+        result.loss.backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        yield result.loss.detach(), grads, result.logits.detach()
+
+
+def assert_equal_steps(ours, eager, *, rtol=2e-5):
+    for (loss, grads, logits), (true_loss, true_grads, true_logits) in zip(ours, eager, strict=True):
+        torch.testing.assert_close(loss, true_loss, rtol=rtol, atol=1e-6)
+        torch.testing.assert_close(logits, true_logits, rtol=1e-4, atol=1e-5)
+        assert grads.keys() == true_grads.keys()
+        for name, grad in grads.items():
+            scale = true_grads[name].abs().max().item()
+            torch.testing.assert_close(grad, true_grads[name], rtol=1e-4, atol=1e-4 * scale + 1e-7, msg=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_padded_step_has_eagers_loss_gradients_and_logits(recorded, family):
+    model = build(family, lora=True)
+    lengths = (12, 9, 14, 30)
+    ours = list(steps_of(model, recorded.compile(model), lengths))
+    assert_equal_steps(ours, list(steps_of(model, model, lengths)))
+    assert recorded.plans[-1].reading.padding is not None, recorded.plans[-1].reading
+    assert recorded.recorder.forwards == recorded.recorder.backwards == 2
+    assert [inputs[-1].shape[1] for inputs in recorded.recorder.recorded] == [64]
+
+
+def test_padding_that_the_user_masks_is_padded_further(recorded):
+    model = build("llama", lora=True)
+
+    def mask(length):
+        kept = torch.ones(2, length, dtype=torch.long)
+        kept[1, length - 4 :] = 0
+        return kept
+
+    lengths = (12, 9, 14, 30)
+    ours = list(steps_of(model, recorded.compile(model), lengths, attention_mask=mask))
+    eager = list(steps_of(model, model, lengths, attention_mask=mask))
+    for _, _, logits in (*ours, *eager):
+        logits[1, -4:] = 0
+    assert_equal_steps(ours, eager)
+    assert recorded.recorder.forwards == 2
+
+
+def test_ids_that_are_their_own_labels_become_two_inputs(recorded):
+    model = build("llama", lora=True)
+    compiled = recorded.compile(model)
+    for length in (12, 9, 14, 30):
+        ids = batch(length=length, seed=length)["input_ids"]
+        model.zero_grad()
+        loss = compiled(input_ids=ids, labels=ids).loss
+        loss.backward()
+        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        true = model(input_ids=ids, labels=ids).loss
+        true.backward()
+        torch.testing.assert_close(loss, true, rtol=2e-5, atol=1e-6)
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                scale = p.grad.abs().max().item()
+                torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=1e-4 * scale + 1e-7)
+    reading = recorded.plans[-1].reading
+    assert len(reading.doubled) == 1
+    fills = {p.position: p.fill for p in reading.padding.inputs}
+    assert fills[reading.doubled[0]] is None
+    assert fills[len(reading.values) - 1] == -100
+    assert recorded.recorder.forwards == 2
+
+
+def test_labels_that_are_computed_are_not_proven_to_be_ignored(recorded):
+    class Shifted(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids, labels):
+            return self.model(input_ids=input_ids, labels=labels + 0)
+
+    model = build("llama", lora=True)
+    compiled = recorded.compile(Shifted(model))
+    for length in (12, 9):
+        compiled(**batch(length=length)).loss.backward()
+    assert "appends to the tokens what padding does not hold" in recorded.plans[-1].reading.unpaddable
