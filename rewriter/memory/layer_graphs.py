@@ -102,12 +102,15 @@ class LayerGraphs:
 LONGEST_TILE = 32768
 
 
-def layer_graphs(region: Region, shared: frozenset[int], *, saving: bool = False) -> LayerGraphs:
+def layer_graphs(
+    region: Region, shared: frozenset[int], *, saving: bool = False, silent: frozenset[str] = frozenset()
+) -> LayerGraphs:
     """Part ``region`` into stages and trace each.
 
     Args:
         shared: places of the inputs that live anyway.
         saving: row-wise stages save the results of their products.
+        silent: values between stages that get no gradient, though they could have one; found here.
 
     Raises:
         Unstaged: it cannot run in stages.
@@ -125,7 +128,7 @@ def layer_graphs(region: Region, shared: frozenset[int], *, saving: bool = False
     for index, stage in enumerate(parts):
         names = [n.name for n in stage.inputs]
         values, wanted = [fakes[n] for n in names], [needs[n] for n in names]
-        graphs = stage_graphs(stage, values, wanted, longest_tile(tokens), saving=saving)
+        graphs = stage_graphs(stage, values, wanted, longest_tile(tokens), saving=saving, silent=silent)
         results = [n.name for n in stage.outputs]
         if aliased := [n for n in results if n in fakes]:
             raise Unstaged(f"`{aliased[0]}` is handed through")
@@ -149,6 +152,12 @@ def layer_graphs(region: Region, shared: frozenset[int], *, saving: bool = False
         n.name for n in output.args[0] if isinstance(value_of(n), Tensor) and not is_dense(value_of(n))
     ]:
         raise Unstaged(f"its result `{gaps[0]}` is part of a larger tensor")
+    answered = {name for graphs, names in zip(found, takes, strict=True) for name in _answered(graphs, names)}
+    unanswered = {
+        n for graphs, names in zip(found, gives, strict=True) for n in _differentiable(graphs, names)
+    }
+    if unanswered := unanswered.difference(answered, outputs):
+        return layer_graphs(region, shared, saving=saving, silent=silent | unanswered)
     return LayerGraphs(
         region,
         tokens,
@@ -170,6 +179,19 @@ def _without_gaps(value: Any) -> Any:
     with value.fake_mode:
         strides = dense_strides(value.shape, memory_order(value))
         return torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device)
+
+
+def _differentiable(graphs: StageGraphs, gives: Sequence[str]) -> list[str]:
+    return [n for n, has in zip(gives, graphs.signature.differentiable, strict=False) if has]
+
+
+def _answered(graphs: StageGraphs, takes: Sequence[str]) -> list[str]:
+    """The inputs that the stage's backward makes a gradient of."""
+    if graphs.backward is None:
+        return []
+    (output,) = graphs.backward.graph.find_nodes(op="output")
+    wanted = [n for n, need in zip(takes, graphs.signature.needs, strict=True) if need]
+    return [n for n, made in zip(wanted, output.args[0], strict=True) if made is not None]
 
 
 def longest_tile(tokens: int) -> int:

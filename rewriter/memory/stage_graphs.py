@@ -5,8 +5,8 @@ reads what that saved: the results of its products, from which the rest is compu
 once, and saves what its backward reads; where the two cannot be parted, it computes again too.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -123,7 +123,13 @@ class StageGraphs:
 
 
 def stage_graphs(
-    stage: Stage, inputs: Sequence[Any], needs: Sequence[bool], longest_tile: int, *, saving: bool = False
+    stage: Stage,
+    inputs: Sequence[Any],
+    needs: Sequence[bool],
+    longest_tile: int,
+    *,
+    saving: bool = False,
+    silent: Container[str] = (),
 ) -> StageGraphs:
     """Trace ``stage``.
 
@@ -131,6 +137,7 @@ def stage_graphs(
         inputs: another mode's fake tensors and sizes, one an input of the stage.
         needs: of each, whether its gradient is wanted.
         saving: a row-wise stage saves the results of its products, too.
+        silent: names of results that get no gradient, though they could have one.
 
     Raises:
         Unstaged: it draws random numbers, which a second run would have to draw again.
@@ -141,6 +148,10 @@ def stage_graphs(
         values = [fakes.like(x, rows) for x, rows in zip(inputs, stage.rows_in, strict=True)]
         with fakes.mode:
             signature = signature_of(module, values, needs)
+            flags = zip(stage.outputs, signature.differentiable, strict=True)
+            signature = replace(
+                signature, differentiable=tuple(has and n.name not in silent for n, has in flags)
+            )
             graphs = _traced(module, signature, saving or not stage.row_wise)
     if name := _random(graphs[0]):
         raise Unstaged(f"`{name}` draws random numbers, which its recomputation would have to draw again")
