@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from tests.families import batch, build
 
-FAMILIES = ("llama", "mistral", "gemma2")
+FAMILIES = ("llama", "gemma2")
 
 
 def steps_of(model, call, lengths, **extra):
@@ -42,7 +43,7 @@ def test_a_padded_step_has_eagers_loss_gradients_and_logits(recorded, family):
 
 
 def test_padding_that_the_user_masks_is_padded_further(recorded):
-    model = build("llama", lora=True)
+    model = build("mistral", lora=True)
 
     def mask(length):
         kept = torch.ones(2, length, dtype=torch.long)
@@ -58,23 +59,25 @@ def test_padding_that_the_user_masks_is_padded_further(recorded):
     assert recorded.recorder.forwards == 2
 
 
+class Tiny(nn.Module):
+    """The least with a head and a loss; ``shift`` makes labels of ids."""
+
+    def __init__(self, shift):
+        super().__init__()
+        self.table, self.head, self.shift = nn.Embedding(50, 16), nn.Linear(16, 50, bias=False), shift
+
+    def forward(self, ids):
+        logits = self.head(F.silu(self.table(ids)))
+        return F.cross_entropy(logits.float().view(-1, 50), self.shift(ids).view(-1))
+
+
 def test_ids_that_are_their_own_labels_become_two_inputs(recorded):
-    model = build("llama", lora=True)
+    model = Tiny(lambda ids: F.pad(ids, (0, 1), value=-100)[..., 1:].contiguous())
     compiled = recorded.compile(model)
     for length in (12, 9, 14, 30):
-        ids = batch(length=length, seed=length)["input_ids"]
-        model.zero_grad()
-        loss = compiled(input_ids=ids, labels=ids).loss
-        loss.backward()
-        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        model.zero_grad()
-        true = model(input_ids=ids, labels=ids).loss
-        true.backward()
-        torch.testing.assert_close(loss, true, rtol=2e-5, atol=1e-6)
-        for name, p in model.named_parameters():
-            if p.grad is not None:
-                scale = p.grad.abs().max().item()
-                torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=1e-4 * scale + 1e-7)
+        ids = torch.randint(50, (2, length))
+        ours = torch.autograd.grad(compiled(ids), list(model.parameters()))
+        torch.testing.assert_close(ours, torch.autograd.grad(model(ids), list(model.parameters())))
     reading = recorded.plans[-1].reading
     assert len(reading.doubled) == 1
     fills = {p.position: p.fill for p in reading.padding.inputs}
@@ -84,16 +87,7 @@ def test_ids_that_are_their_own_labels_become_two_inputs(recorded):
 
 
 def test_labels_that_are_computed_are_not_proven_to_be_ignored(recorded):
-    class Shifted(nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.model = model
-
-        def forward(self, input_ids, labels):
-            return self.model(input_ids=input_ids, labels=labels + 0)
-
-    model = build("llama", lora=True)
-    compiled = recorded.compile(Shifted(model))
+    compiled = recorded.compile(Tiny(lambda ids: ids + 0))
     for length in (12, 9):
-        compiled(**batch(length=length)).loss.backward()
-    assert "appends to the tokens what padding does not hold" in recorded.plans[-1].reading.unpaddable
+        compiled(torch.randint(50, (2, length))).backward()
+    assert "not proven to be ignored" in recorded.plans[-1].reading.unpaddable

@@ -66,6 +66,7 @@ def reading_of(body, *, lengths=(12, 17)):
 def test_what_treats_tokens_one_by_one_or_sees_earlier_ones_alone_is_padded(body, cut):
     reading = reading_of(body)
     assert reading.unknown is None and reading.unpaddable is None
+    assert reading.padding is not None
     assert reading.padding.inputs == (PaddedInput(reading.padding.inputs[0].position, None),)
     assert reading.padding.outputs == (cut,)
 
@@ -115,12 +116,8 @@ def test_a_fixed_length_is_not_padded():
 
 
 def test_the_graph_and_its_inputs_stay_as_they_were():
-    (module, examples), *_ = capture(build("llama", lora=True), **same_ids())
+    ids = batch()["input_ids"]
+    (module, examples), *_ = capture(build("llama", lora=True), input_ids=ids, labels=ids)
     before = str(module.graph)
     separate_labels(module, examples)
     assert str(module.graph) == before
-
-
-def same_ids():
-    ids = batch()["input_ids"]
-    return {"input_ids": ids, "labels": ids}

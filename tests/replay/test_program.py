@@ -1,5 +1,7 @@
 """When a recording serves, and that the results are the program's wherever it does not."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,7 +41,7 @@ class Bench:
         mode = FakeTensorMode(shape_env=environment)
         context = StatelessSymbolicContext([DimDynamic.STATIC, DimDynamic.DYNAMIC])
         ids = mode.from_tensor(torch.zeros(2, 12, dtype=torch.int64), symbolic_context=context)
-        length = ids.shape[1]
+        length: Any = ids.shape[1]
         values = (length, ids, ids, mode.from_tensor(self.weight), mode.from_tensor(self.scale))
         inputs = (PaddedInput(1, None), PaddedInput(2, -100))
         padding = Padding(length.node.expr, (0,), inputs, (CutOutput(1, 1, 0),))
