@@ -65,11 +65,11 @@ def overhead(depth: int, steps: int) -> dict[str, float]:
 
 def host_seconds(depth: int, steps: int, regions: bool) -> tuple[float, float]:
     """Median seconds of a forward, and of a forward and backward, where the host is the bound."""
-    from end_to_end import build, with_random_adapters
+    from models import build
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch._dynamo.reset()
-    model = with_random_adapters(build(depth, False, device, True))
+    model = build(depth, False, device, True)
     model.compile(backend="rewriter", options={"regions": regions})
     ids = torch.randint(1000, (2, 64), device=device)
     forwards, steps_taken = [], []
