@@ -100,6 +100,7 @@ def lower_planned(planned: "PlannedProgram", options: Options, say: Callable[[st
         if staged.layer not in stages:
             stages[staged.layer] = staged.layer.compiled(compile_graph)
         compiled[region] = staged.scheduled(stages[staged.layer], planned.transfers)
+    planned.reserve_host_memory()
     return link(planned.program, compiled)
 
 

@@ -46,6 +46,12 @@ class StageFakes:
         with self.mode:
             return torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
 
+    def packed(self, value: Tensor) -> Tensor:
+        """``value``, a tensor of this mode, without gaps."""
+        strides = dense_strides(value.shape, memory_order(value))
+        with self.mode:
+            return torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device)
+
     def _size(self, size: Any) -> Any:
         if not isinstance(size, SymInt):
             return size

@@ -27,6 +27,10 @@ from rewriter.memory.transfer import Transfers
 from rewriter.regions.program import Program, Region, RegionCall
 
 
+# For blocks that begin at multiples of 512 bytes.
+_SPARE = 1 << 20
+
+
 @dataclass(frozen=True, eq=False)
 class StagedRegion:
     """How a region of a planned program runs in stages."""
@@ -59,6 +63,11 @@ class PlannedProgram:
     plan: MemoryPlan
     notes: tuple[str, ...]
     transfers: Callable[[], Transfers]
+
+    def reserve_host_memory(self) -> None:
+        """Have what the plan offloads in one piece: grown bit by bit, it would leave a rest in each."""
+        if self.plan.hosted:
+            self.transfers().arena.reserve(self.plan.hosted + _SPARE)
 
 
 def planned(program: Program, given: Budgets, machine: Link, device: torch.device) -> PlannedProgram:

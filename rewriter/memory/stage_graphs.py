@@ -113,7 +113,10 @@ class StageGraphs:
             return [*self.signature.inputs, *tangents]
         inputs = [self.signature.inputs[i] for i in self.saved.inputs]
         results = [self.signature.results[i] for i in self.saved.results]
-        return [*inputs, *results, *self.results[len(self.signature.results) :], *tangents]
+        extras = self.results[len(self.signature.results) :]
+        # A part of a product of several is packed before it is saved.
+        extras = [self.fakes.packed(x) if isinstance(x, Tensor) else x for x in extras]
+        return [*inputs, *results, *extras, *tangents]
 
     @property
     def results(self) -> Sequence[Any]:

@@ -39,12 +39,12 @@ class StageRun:
         values = self._laid_out(inputs)
         tokens = _tokens(values, self._rows_in)
         if tile is None or tokens is None or tokens <= tile:
-            return list(self.forward(*values))
+            return self._packed(self.forward(*values))
         rows_out = self.graphs.forward_rows
         wholes: list[Any] = []
         for start in range(0, tokens, tile):
             length = min(tile, tokens - start)
-            results = self.forward(*_sliced(values, self._rows_in, start, length))
+            results = self._packed(self.forward(*_sliced(values, self._rows_in, start, length)))
             if not wholes:
                 wholes = [
                     r if rows is None else _room(r, rows, tokens)
@@ -125,6 +125,12 @@ class StageRun:
             densely(given, memory_order(like))
             for given, like in zip(tangents, self.graphs.signature.tangents, strict=True)
         ]
+
+    def _packed(self, results: Sequence[Any]) -> list[Any]:
+        """What is saved beside the results, without gaps: it may be a part of something larger."""
+        count = len(self.graphs.signature.results)
+        extras = (densely(x, memory_order(x)) if isinstance(x, Tensor) else x for x in results[count:])
+        return [*results[:count], *extras]
 
     @property
     def _rows_in(self) -> list[Rows | None]:
