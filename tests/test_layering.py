@@ -85,6 +85,11 @@ def test_passes_do_not_import_each_other(file):
     assert not others
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "rewriter/memory").rglob("*.py")), ids=lambda file: file.name)
+def test_the_memory_planner_knows_no_pass(file):
+    assert not [n for n in imports(file) if within(n, "rewriter.passes")]
+
+
 def test_import_needs_no_triton_and_loads_no_heavy_module():
     program = """
 import sys

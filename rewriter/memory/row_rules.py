@@ -225,6 +225,7 @@ RULES: Mapping[str, Rule] = {
     "narrow": shapes.along(1),
     **dict.fromkeys(("select", "unbind"), shapes.along(1, 0, drops=True)),
     "gather": shapes.gathered,
+    **dict.fromkeys(("scatter", "scatter_"), shapes.scattered),
     "repeat_interleave": shapes.repeat_interleaved,
     "getitem": shapes.indexed,
 }

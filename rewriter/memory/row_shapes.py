@@ -144,6 +144,14 @@ def along(position: int, default: Any = None, *, drops: bool = False, keeps: int
     return rule
 
 
+def scattered(node: Node, rows: Rows) -> Ruling:
+    """Writes ``src``, a number or a tensor, where ``index`` says."""
+    found = gathered(node, rows)
+    return Ruling(
+        found.gives, {**found.takes, **dict.fromkeys(tensors_in([argument(node, 3, "src")]), found.gives)}
+    )
+
+
 def gathered(node: Node, rows: Rows) -> Ruling:
     x, dim, index = (
         argument(node, 0, "input", "tensors"),

@@ -15,7 +15,7 @@ place after another stage has made or read it; a result that is no tensor and th
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import SymInt, Tensor
@@ -23,6 +23,7 @@ from torch.fx import GraphModule, Node
 
 from rewriter.canonical import value_of
 from rewriter.effects import Effects
+from rewriter.memory.named_sizes import with_named_sizes
 from rewriter.memory.row_rules import PRODUCTS
 from rewriter.memory.rows import Tokens, tokens_of
 from rewriter.memory.stage_module import operands, stage_module
@@ -62,12 +63,22 @@ class _Inseparable(Exception):
 
 def stages(region: Region) -> tuple[Stage, ...]:
     """The stages of ``region``, in the order in which they run."""
-    tokens = tokens_of(region.module.graph)
-    effects = Effects.of(region.module.graph, torch.is_grad_enabled())
+    module, originals = with_named_sizes(region.module)
+    tokens = tokens_of(module.graph)
+    effects = Effects.of(module.graph, torch.is_grad_enabled())
+    _keep_written_together(tokens, effects)
     try:
-        return _parted(region, tokens, effects)
+        parts = _parted(module, tokens, effects)
     except _Inseparable as reason:
         return (_only(region, str(reason)),)
+    return tuple(
+        replace(
+            part,
+            inputs=tuple(originals[n] for n in part.inputs),
+            outputs=tuple(originals[n] for n in part.outputs),
+        )
+        for part in parts
+    )
 
 
 def _only(region: Region, reason: str) -> Stage:
@@ -77,9 +88,8 @@ def _only(region: Region, reason: str) -> Stage:
     return Stage(region.module, inputs, outputs, (None,) * len(inputs), (None,) * len(outputs), reason)
 
 
-def _parted(region: Region, tokens: Tokens, effects: Effects) -> tuple[Stage, ...]:
-    graph = region.module.graph
-    (output,) = graph.find_nodes(op="output")
+def _parted(module: GraphModule, tokens: Tokens, effects: Effects) -> tuple[Stage, ...]:
+    (output,) = module.graph.find_nodes(op="output")
     results = [n for n in output.args[0] if isinstance(n, Node)]
     if not tokens.rulings:
         raise _Inseparable(_reasons(tokens, tokens.mixing) or "it reads no activations")
@@ -101,7 +111,7 @@ def _parted(region: Region, tokens: Tokens, effects: Effects) -> tuple[Stage, ..
         rows = tokens.rows if row_wise else {}
         found.append(
             Stage(
-                stage_module(region.module, part, inputs, outputs, effects, tokens if row_wise else None),
+                stage_module(module, part, inputs, outputs, effects, tokens if row_wise else None),
                 tuple(inputs),
                 tuple(outputs),
                 tuple(rows.get(n) for n in inputs),
@@ -110,6 +120,16 @@ def _parted(region: Region, tokens: Tokens, effects: Effects) -> tuple[Stage, ..
             )
         )
     return tuple(found)
+
+
+def _keep_written_together(tokens: Tokens, effects: Effects) -> None:
+    """What one operation writes for all tokens, no tile may make."""
+    for storage, writes in effects.writes.items():
+        sharing = effects.sharing[storage]
+        if any(n in tokens.mixing for n in (*sharing, *writes)):
+            for node in sharing:
+                if tokens.rulings.pop(node, None):
+                    tokens.mixing[node] = ""
 
 
 def _reads(part: Sequence[Node], tokens: Tokens | None) -> list[Node]:

@@ -79,8 +79,8 @@ FUSED: dict[str, tuple[Callable, int]] = {
     ),
 }
 KERNELS = (
-    add_layer_norm, add_rms_norm, clamped_gate, gated_activation, gated_activation_packed, layer_norm, lora_linear,
-    lora_linears, rms_norm, rotary, rotary_one,
+    add_layer_norm, add_rms_norm, clamped_gate, gated_activation, gated_activation_packed, layer_norm,
+    lora_linear, lora_linears, rms_norm, rotary, rotary_one,
 )  # fmt: skip
 
 
@@ -150,10 +150,8 @@ FUSED_MIXING: dict[str, tuple[Callable, str]] = {
         "it sums over tokens",
     ),
     "a rotation": (
-        lambda x, w, c, s: rotary(heads(x), x.view(2, 8, 2, 4), c.view(8, 1, 4), s[0, 0, :, None], "halves")[
-            0
-        ],
-        "tokens meet in it",
+        lambda x, w, c, s: rotary(heads(x), x.view(2, 8, 2, 4), c[:, :, :1], s[:, :, :1], "halves")[0],
+        "different places",
     ),
 }
 
