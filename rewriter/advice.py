@@ -1,17 +1,20 @@
 """What ``rewriter.prepare`` would gain, read off a graph that Dynamo traced from a model as it is.
 
-A model that is not prepared trains too; its report says what that costs. Two signs are known:
+A model that is not prepared trains too; its report says what that costs. Three signs are known:
 
 - Outputs that append to an empty cache: ``cat([empty, keys])``. Nobody reads them in training, and they keep
   every layer's keys and values to the end of the step.
 - A graph whose only result is an embedding's. Models do not end there: the hook that
   ``enable_input_require_grads`` puts on the embedding breaks the graph behind it.
+- 4-bit products that Dynamo traced into, for a third or more of its time.
 """
 
 import math
 
 import torch
 from torch.fx import GraphModule, Node
+
+from rewriter.quantised import packed_linear_inside
 
 
 def advice(module: GraphModule) -> list[str]:
@@ -29,6 +32,12 @@ def advice(module: GraphModule) -> list[str]:
         lines.append(
             "this graph ends behind an embedding. Where a hook of enable_input_require_grads() broke it, "
             "rewriter.prepare(model) makes the model one graph."
+        )
+    traced = sum(packed_linear_inside(n) is not None for n in module.graph.nodes)
+    if traced:
+        lines.append(
+            f"{traced} products of 4-bit layers were traced into, forward and backward, for a third or "
+            "more of tracing's time: rewriter.prepare(model) makes each of them one call."
         )
     return lines
 

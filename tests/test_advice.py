@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 
 from rewriter.advice import advice
 from rewriter.huggingface import prepare
-from tests.test_huggingface import MODELS, hooked, ids, tiny_model, with_lora
+from tests.test_huggingface import MODELS, four_bit, hooked, ids, tiny_model, with_lora
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +56,14 @@ def test_a_prepared_model_needs_no_advice(build):
     model = build()
     prepare(model)
     assert advised(model) == []
+
+
+def test_4bit_products_that_were_traced_into_are_counted():
+    model, x = four_bit(nn.Linear(64, 128, bias=False)), torch.randn(3, 64, requires_grad=True)
+    (line,) = advised(model, {"x": x})
+    assert line.startswith("1 products of 4-bit layers") and "rewriter.prepare" in line
+    prepare(model)
+    assert advised(model, {"x": x}) == []
 
 
 def test_a_plain_concatenation_is_no_cache():
