@@ -3,6 +3,8 @@
 model.compile(backend="rewriter")
 """
 
+from typing import TYPE_CHECKING, Any
+
 from rewriter.accelerate_entry import register as _register_with_accelerate
 from rewriter.check import CheckError, check
 from rewriter.huggingface import prepare, restore
@@ -10,6 +12,9 @@ from rewriter.pattern import PatternError, maybe, require
 from rewriter.profile import Profile, profile
 from rewriter.registry import rewrite
 from rewriter.report import Report, inspect, report
+
+if TYPE_CHECKING:
+    from rewriter.memory.foresee import plan
 
 __all__ = [
     "CheckError",
@@ -19,6 +24,7 @@ __all__ = [
     "check",
     "inspect",
     "maybe",
+    "plan",
     "prepare",
     "profile",
     "report",
@@ -28,3 +34,12 @@ __all__ = [
 ]
 
 _register_with_accelerate()
+
+
+def __getattr__(name: str) -> Any:
+    # Planning loads Dynamo, which training loads later, and importing this should not.
+    if name == "plan":
+        from rewriter.memory.foresee import plan
+
+        return plan
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,8 @@
 """What there is to plan with: bytes of the device and of the host, and what is taken already.
 
-A budget is the share of the device that the process may take, the driver's context included, as if the card were
-that large. Beside weights, gradients of what is trained and two tensors of its size for the optimizer, as AdamW
-has, are taken to be there all the time; where they are there already, they are not counted twice.
+A budget is the share of the device that the process may take, the driver's context included, as if the card
+were that large. Beside weights, gradients of what is trained and two tensors of its size for the optimizer,
+as AdamW has, are taken to be there all the time; where they are there already, they are not counted twice.
 """
 
 import os
@@ -38,10 +38,20 @@ def budgets(
     """What the options ask for, on the device that runs the program."""
     total = device_bytes(device)
     card = int(memory_budget * total) if isinstance(memory_budget, float) else min(memory_budget, total)
-    usable = int((card - (_CONTEXT if device.type == "cuda" else 0)) * (1 - _PIECES))
+    usable = usable_bytes(card) if device.type == "cuda" else int(card * (1 - _PIECES))
     host = int(host_budget * host_bytes()) if isinstance(host_budget, float) else host_budget
     host = default_limit() if host is None else host
-    return Budgets(max(usable, 0), host, static_bytes(program, device))
+    return Budgets(usable, host, static_bytes(program, device))
+
+
+def usable_bytes(card: int) -> int:
+    """What tensors may take of a card: all but the driver's context, and what is lost in pieces."""
+    return max(int((card - _CONTEXT) * (1 - _PIECES)), 0)
+
+
+def foreseen_bytes(weights: int, trained: int) -> int:
+    """What is there all the time of a model whose weights, and trained ones, take so many bytes."""
+    return weights + trained * _TENSORS_A_TRAINED_ONE
 
 
 def static_bytes(program: Program, device: torch.device) -> int:

@@ -8,6 +8,7 @@ the fastest, and one of them.
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from rewriter.memory.costs import Rates, graph_cost
 from rewriter.memory.layer_graphs import LayerGraphs, longest_tile
@@ -17,11 +18,13 @@ from rewriter.memory.schedule import Fate, Schedule, schedule
 _TILES = (None, 32768, 16384, 8192, 4096, 2048)
 
 
-class Link(Rates):
+class Link(Rates, Protocol):
     """Rates of a machine with those of its bus."""
 
-    to_host: float
-    to_device: float
+    @property
+    def to_host(self) -> float: ...
+    @property
+    def to_device(self) -> float: ...
 
 
 @dataclass(frozen=True, eq=False)

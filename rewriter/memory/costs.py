@@ -23,10 +23,14 @@ from rewriter.memory.fakes import StageFakes
 class Rates(Protocol):
     """Of a machine: operations and bytes a second."""
 
-    matrix_flops: float
-    attention_forward_flops: float
-    attention_backward_flops: float
-    bandwidth: float
+    @property
+    def matrix_flops(self) -> float: ...
+    @property
+    def attention_forward_flops(self) -> float: ...
+    @property
+    def attention_backward_flops(self) -> float: ...
+    @property
+    def bandwidth(self) -> float: ...
 
 
 @dataclass(frozen=True)

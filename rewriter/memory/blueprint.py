@@ -1,0 +1,156 @@
+"""A config or a model to a copy for tracing: its modules and shapes, tensors without memory, few layers.
+
+    config -> model on "meta" -> adapters, 4-bit weights -> bytes counted -> layers left out -> fake tensors
+
+Whatever is given stays as it was: the copy shares no tensor with it.
+"""
+
+import copy
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
+
+from rewriter.huggingface import prepare
+from rewriter.memory.packed_linear import pack_linears, repack_linears
+from rewriter.memory.repetition import Repetition, longest_list, shorten
+
+
+@dataclass(frozen=True, eq=False)
+class Blueprint:
+    """A model to trace.
+
+    Attributes:
+        name: of its class.
+        model: of fake tensors, prepared, in training mode.
+        mode: theirs.
+        left_out: layers that are missing in it; None where all are there.
+        weight_bytes: of all parameters and buffers, those of layers left out included.
+        trained_bytes: of the parameters that need a gradient.
+        parameters, trained: how many numbers the model has, adapters left out, and how many are trained.
+    """
+
+    name: str
+    model: nn.Module
+    mode: FakeTensorMode
+    left_out: Repetition | None
+    weight_bytes: int
+    trained_bytes: int
+    parameters: int
+    trained: int
+
+
+def blueprint(
+    config_or_model: Any,
+    lora_rank: int | None = None,
+    quantise: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    whole: bool = False,
+) -> Blueprint:
+    """What to trace of ``config_or_model``, which is left as it was.
+
+    Args:
+        whole: leave no layer out.
+
+    Raises:
+        ValueError: of arguments that contradict each other or the model.
+    """
+    model = config_or_model
+    if not isinstance(model, nn.Module):
+        model = _from_config(config_or_model, dtype)
+    elif (lora_rank or quantise) and any(not p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "plan: lora_rank and quantise say how a whole model will be adapted; this one has frozen weights "
+            "already. Leave them out, and it is planned as it is."
+        )
+    name, parameters = type(model).__name__, sum(p.numel() for p in model.parameters())
+    model = _on_meta(model).train()
+    if lora_rank or quantise:
+        model.requires_grad_(False)
+    if lora_rank:
+        model = _adapted(model, lora_rank)
+    if quantise:
+        pack_linears(model, quantise, dtype)
+    repack_linears(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError("plan: nothing is trained; give lora_rank, or a model with parameters to train.")
+    weight_bytes = sum(x.nbytes for x in _tensors(model))
+    path = None if whole else longest_list(model)
+    left_out = shorten(model, path) if path else None
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    _make_fake(model, mode)
+    prepare(model)
+    numbers = sum(p.numel() for p in trained)
+    trained_bytes = sum(p.nbytes for p in trained)
+    return Blueprint(name, model, mode, left_out, weight_bytes, trained_bytes, parameters, numbers)
+
+
+def _from_config(config: Any, dtype: torch.dtype) -> nn.Module:
+    """The causal language model that the config's own package builds of it, without memory."""
+    package = importlib.import_module(type(config).__module__.partition(".")[0])
+    auto = getattr(package, "AutoModelForCausalLM", None)
+    if auto is None:
+        raise TypeError(
+            f"plan: {type(config).__name__} is neither a torch.nn.Module nor the config of a package with "
+            "AutoModelForCausalLM."
+        )
+    with torch.device("meta"):
+        return auto.from_config(copy.deepcopy(config), dtype=dtype)
+
+
+def _on_meta(model: nn.Module) -> nn.Module:
+    """A copy of a model whose tensors have no memory; ties stay, and what hangs on tensors does too."""
+    return copy.deepcopy(model, {id(t): _to_meta(t) for t in _tensors(model)})
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers, each once."""
+    yield from dict.fromkeys([*model.parameters(), *model.buffers()])
+
+
+def _to_meta(x: Tensor) -> Tensor:
+    made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+    if not isinstance(x, nn.Parameter):
+        return made
+    made = nn.Parameter(made, x.requires_grad)
+    if state := getattr(x, "quant_state", None):
+        made.quant_state = state  # type: ignore[attr-defined]
+    return made
+
+
+def _make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Give every parameter and buffer of ``model``, on "meta", to ``mode``, as on a CPU."""
+    fakes: dict[Tensor, Tensor] = {}
+
+    def fake(x: Tensor) -> Tensor:
+        if x not in fakes:
+            made = FakeTensor(mode, x.detach(), torch.device("cpu"))
+            fakes[x] = nn.Parameter(made, x.requires_grad) if isinstance(x, nn.Parameter) else made
+        return fakes[x]
+
+    for module in model.modules():
+        held: dict[str, Any]
+        for held in (module._parameters, module._buffers):
+            for key, value in held.items():
+                held[key] = None if value is None else fake(value)
+        for key, value in vars(module).items():
+            if isinstance(value, Tensor):
+                vars(module)[key] = fake(_to_meta(value)) if not value.is_meta else fake(value)
+
+
+def _adapted(model: nn.Module, rank: int) -> nn.Module:
+    """With LoRA on all linears but the head."""
+    try:
+        peft = importlib.import_module("peft")
+    except ImportError as error:
+        raise ValueError("plan: lora_rank needs PEFT, which is not installed: pip install peft.") from error
+    settings = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear")
+    with torch.device("meta"):
+        return peft.get_peft_model(model, settings)

@@ -1,0 +1,287 @@
+"""``rewriter.plan``: what fits in how much memory, and how fast it will run, without a GPU or weights.
+
+    plan(config, tokens=200_000, memory_budget="24GB", lora_rank=32, quantise="nf4")
+
+A model of fake tensors is traced, rewritten and parted as for training, and the planner is asked as the
+backend asks it. Layers that repeat others are traced once, so that depth costs nothing. Time goes by a
+machine's rates, and memory by the kernels that run on a GPU, wherever it is asked.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rewriter.memory.blueprint import Blueprint, blueprint
+from rewriter.memory.budgets import foreseen_bytes, usable_bytes
+from rewriter.memory.foretrace import foretraced, in_tracing
+from rewriter.memory.machine import H200, KNOWN, Machine, machine_for
+from rewriter.memory.plan import MemoryPlan, Part, Problem
+from rewriter.memory.planned import all_ways
+from rewriter.memory.planner import least
+from rewriter.memory.planner import plan as fastest
+from rewriter.memory.repetition import Uneven, calls_of_all
+from rewriter.memory.timeline import text
+from rewriter.options import parse_budget
+
+_GIB = 2**30
+# AdamW reads parameter, gradient and two moments, and writes all but the gradient.
+_UPDATE_PASSES = 7
+_STEP = 256
+# What a machine with one GPU has to spare, where it is not said.
+_HOST = 64 * _GIB
+_MOST_TOKENS = 2**24
+
+
+@dataclass(frozen=True)
+class Foresight:
+    """A step as it will run, in predicted numbers; prints as text.
+
+    Attributes:
+        model: its class; ``parameters`` of it, without adapters, ``trained`` of them or of adapters.
+        rows, tokens: of a batch.
+        machine: whose rates were taken.
+        memory_budget: bytes of the card, or of the share of it that may be taken.
+        host_budget: bytes that offloads may take.
+        seconds: of a step: forward, backward, and the update of what is trained.
+        plan: what each layer does, with the memory that it takes over the step.
+        notes: what the plan could not do.
+    """
+
+    model: str
+    parameters: int
+    trained: int
+    rows: int
+    tokens: int
+    machine: str
+    memory_budget: int
+    host_budget: int
+    seconds: float
+    plan: MemoryPlan
+    notes: tuple[str, ...]
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.rows * self.tokens / self.seconds
+
+    @property
+    def peak(self) -> int:
+        """Device bytes at the worst moment, without the driver's context."""
+        return self.plan.peak
+
+    @property
+    def hosted(self) -> int:
+        """Host bytes that offloads take."""
+        return self.plan.hosted
+
+    def __str__(self) -> str:
+        plan = self.plan
+        ways = [f"  {kind} × {count}: {way}" for (kind, way), count in plan.counts.items()]
+        return "\n".join(
+            [
+                f"{self.model}, {_count(self.parameters)} parameters, {_count(self.trained)} trained: "
+                f"{self.rows} × {self.tokens:,} tokens in {_gib(self.memory_budget)} of {self.machine}",
+                f"  {self.seconds:.2f} s a step, {self.tokens_per_second:,.0f} tokens/s",
+                f"  {_gib(plan.peak)} on the device at the {plan.where}, {_gib(plan.problem.static)} of it "
+                f"all the time; {_gib(plan.hosted)} in host memory",
+                *ways,
+                *(f"  {note}" for note in self.notes),
+                text(plan),
+            ]
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and texts: what the fields say, and the plan's ways and timeline."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "plan"}
+        plan = self.plan
+        return fields | {
+            "notes": list(self.notes),
+            "tokens_per_second": self.tokens_per_second,
+            "peak": plan.peak,
+            "where": plan.where,
+            "static": plan.problem.static,
+            "hosted": plan.hosted,
+            "ways": [
+                {"kind": kind, "way": way, "count": count} for (kind, way), count in plan.counts.items()
+            ],
+            "moments": [asdict(moment) for moment in plan.moments],
+        }
+
+
+def plan(
+    config_or_model: Any,
+    *,
+    tokens: int | None = None,
+    memory_budget: int | float | str,
+    host_budget: int | float | str | None = None,
+    machine: Machine | str | Path | None = None,
+    rows: int = 1,
+    lora_rank: int | None = None,
+    quantise: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    autocast: torch.dtype | None = torch.bfloat16,
+) -> Foresight:
+    """How a step of ``rows`` × ``tokens`` labelled tokens would run within ``memory_budget``.
+
+    Args:
+        config_or_model: a config whose package has an ``AutoModelForCausalLM``, or a model, as prepared for
+            training as it will be; on "meta" it needs no memory. Left as it was.
+        tokens: None for the most that fit, to within one in a hundred.
+        memory_budget: bytes, "24GB", or a fraction of the machine's memory, as the backend's option.
+        host_budget: bytes or a size, for activations in host memory; None for 64 GiB.
+        machine: a ``Machine``, the name of a known card, or a file that ``Machine.save`` wrote. None: this
+            machine's GPU, measured; without one, an H200.
+        lora_rank: freeze the model and put LoRA adapters of that rank on all linears but the head. None: a
+            model is trained as it is, a config's in full.
+        quantise: "nf4" or "fp4": weights of linears in 4 bits, with double quantisation.
+        dtype: of a config's weights.
+        autocast: as entered around the model's forward in training; None: not entered.
+
+    Raises:
+        Infeasible: nothing fits; says what would.
+        Untraceable: the model is not one graph, or no part of it repeats.
+        ValueError: for arguments that are malformed or contradict each other.
+    """
+    card = _bytes("memory_budget", memory_budget, (chosen := _machine(machine)).device_bytes)
+    host = _HOST if host_budget is None else _bytes("host_budget", host_budget, 0)
+    ask = _Question(config_or_model, lora_rank, quantise, dtype, autocast, rows, card, host, chosen)
+    if tokens is None:
+        tokens = longest(lambda n: ask.problem(n)[0])
+    problem, notes = ask.problem(tokens)
+    found = fastest(problem)
+    made = ask.made
+    update = _UPDATE_PASSES * made.trained_bytes / chosen.bandwidth
+    return Foresight(
+        made.name,
+        made.parameters,
+        made.trained,
+        rows,
+        tokens,
+        chosen.name,
+        card,
+        host,
+        found.seconds + update,
+        found,
+        notes,
+    )
+
+
+def _machine(given: Machine | str | Path | None) -> Machine:
+    if isinstance(given, Machine):
+        return given
+    if given is None:
+        return machine_for("cuda") if torch.cuda.is_available() else H200
+    return KNOWN[str(given)] if str(given) in KNOWN else Machine.load(given)
+
+
+def _bytes(name: str, value: Any, whole: int) -> int:
+    parsed = parse_budget(name, value)
+    if isinstance(parsed, float) and not whole:
+        raise ValueError(f"plan: {name} is {value!r}, a fraction of an unknown amount; give bytes or a size.")
+    if parsed is None:
+        raise ValueError(f"plan: {name} is None; give bytes, a size or a fraction.")
+    return int(parsed * whole) if isinstance(parsed, float) else min(parsed, whole or parsed)
+
+
+class _Question:
+    """A model and budgets; asked for lengths, each once."""
+
+    def __init__(
+        self,
+        given: Any,
+        lora_rank: int | None,
+        quantise: str | None,
+        dtype: torch.dtype,
+        autocast: torch.dtype | None,
+        rows: int,
+        card: int,
+        host: int,
+        machine: Machine,
+    ):
+        self._make = lambda whole: blueprint(given, lora_rank, quantise, dtype, whole=whole)
+        self.made: Blueprint = self._make(False)
+        self._autocast, self._rows, self._machine = autocast, rows, machine
+        self._device, self._host = usable_bytes(card), host
+        self._known: dict[int, tuple[Problem, tuple[str, ...]]] = {}
+
+    def problem(self, tokens: int) -> tuple[Problem, tuple[str, ...]]:
+        """What the planner is asked for ``tokens``, and what it was not offered."""
+        if tokens not in self._known:
+            try:
+                self._known[tokens] = self._problem(tokens)
+            except Uneven:
+                self.made = self._make(True)
+                self._known[tokens] = self._problem(tokens)
+        return self._known[tokens]
+
+    def _problem(self, tokens: int) -> tuple[Problem, tuple[str, ...]]:
+        made = self.made
+        program = foretraced(made, self._rows, tokens, self._autocast)
+        calls = calls_of_all(program, made.left_out)
+        ways, notes = in_tracing(made, self._autocast, lambda: all_ways(program, self._machine))
+        choices = {region: tuple(way.choice for way in found) for region, found in ways.items()}
+        parts = tuple(
+            Part(f"{call.region.name} {i}", call.region.name, choices[call.region])
+            for i, call in enumerate(calls)
+        )
+        static = foreseen_bytes(made.weight_bytes, made.trained_bytes)
+        name = f"{self._rows} × {tokens:,} tokens"
+        return Problem(parts, static, self._device, self._host, name), tuple(notes)
+
+
+def longest(problem_at: Callable[[int], Problem]) -> int:
+    """The most tokens whose plan fits, to within 1% or 256. Memory is nearly linear in them: it asks seldom.
+
+    ``problem_at(tokens)`` must not need less memory for more tokens.
+
+    Raises:
+        Infeasible: not even 256 fit.
+    """
+
+    def over(tokens: int) -> float:
+        problem = problem_at(tokens)
+        return least(problem).peak - problem.device_budget
+
+    low, high = _STEP, None
+    low_over, high_over = over(low), 0.0
+    if low_over > 0:
+        return low
+    reach = 16 * _STEP
+    while high is None:
+        if (reached := over(reach)) > 0:
+            high, high_over = reach, reached
+        elif reach >= _MOST_TOKENS:
+            return reach
+        else:
+            slope = (reached - low_over) / (reach - low)
+            low, low_over = reach, reached
+            # A little further than the line says: where it is right, the answer is between the two.
+            reach = min(_MOST_TOKENS, max(2 * reach, _round(reach - 1.01 * reached / max(slope, 1.0))))
+    while high - low > max(_STEP, low // 100):
+        line = low - low_over * (high - low) / (high_over - low_over)
+        margin = max(_STEP, low // 200)
+        tokens = min(max(_round(line - margin / 2), low + margin // 2), high - margin // 2)
+        tokens = min(max(_round(tokens), low + _STEP), high - _STEP)
+        if (found := over(tokens)) > 0:
+            high, high_over = tokens, found
+        else:
+            low, low_over = tokens, found
+    return low
+
+
+def _round(tokens: float) -> int:
+    return ceil(tokens / _STEP) * _STEP
+
+
+def _count(number: int) -> str:
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)
+
+
+def _gib(size: int) -> str:
+    return f"{size / _GIB:.1f} GiB"
