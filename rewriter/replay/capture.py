@@ -4,6 +4,9 @@ All recordings of a recorder share one memory pool: what one holds between its f
 next overwrites, so that the pool is as large as the largest needs. Its caller sees to it that one forward's
 backward is done, or can no longer come, before another forward is run.
 
+PyTorch's random numbers are others at each run: a graph reads the generator's state and moves it on, as a run
+of the program would.
+
 Kept beside the graphs: the inputs that are copied in, the results, and one buffer a dtype that every
 recording writes its gradients to. Weights are neither copied nor kept alive; graphs hold their addresses.
 """
@@ -142,12 +145,16 @@ class CudaRecorder:
         self._home = torch.cuda.current_stream(device)
 
     def record(self, program: Callable, inputs: list[Any], trainable: Sequence[int]) -> CudaRecording:
-        """Run ``program`` twice and record the second run.
+        """Run ``program`` twice and record the second run. Random numbers go on as if it had not run.
 
         Raises:
             Unrecordable: its results are of a kind that cannot be given again.
         """
-        return CudaRecording(self, program, inputs, trainable)
+        state = torch.cuda.get_rng_state(self.device)
+        try:
+            return CudaRecording(self, program, inputs, trainable)
+        finally:
+            torch.cuda.set_rng_state(state, self.device)
 
     def ready(self) -> bool:
         """Whether a recording may be made or run where the caller stands."""

@@ -71,6 +71,7 @@ class Reading:
         unknown: why nothing is known of what it does, and it may not even be run twice; None if all is known.
         padding: None where ``unpaddable`` says why not, or the length is fixed.
         unpaddable: why padding is not proven to be without effect.
+        draws: whether it draws random numbers, so that running it again gives something else.
     """
 
     values: tuple[Any, ...]
@@ -78,6 +79,7 @@ class Reading:
     unknown: str | None = None
     padding: Padding | None = None
     unpaddable: str | None = None
+    draws: bool = False
 
 
 def separate_labels(
@@ -117,7 +119,7 @@ def read(module: GraphModule, doubled: tuple[int, ...] = ()) -> Reading:
     values = tuple(value_of(node) for node in module.graph.find_nodes(op="placeholder"))
     reading = Reading(values, doubled)
     try:
-        _interpret(module.graph, None)
+        reading.draws = _interpret(module.graph, None).draws
     except Unproven as reason:
         reading.unknown = str(reason)
         return reading

@@ -5,9 +5,9 @@ Both are estimated from the graph. Products: 4 operations a token and weight at 
 measured). Launches: 100 µs an operation of the graph, forward and backward, of the 154 ms that 32 layers in
 4 bits with adapters were seen to take on some 900. On a graphics card that is slower the limit is generous.
 
-Refused: graphs with an operation that no rule knows, since it could draw random numbers or wait for the
-device; inputs that need a gradient and are no parameters; tensors off the one device; several processes,
-whose gradients are sent while the backward runs.
+Refused: graphs with an operation that no rule knows, since it could wait for the device; inputs that need a
+gradient and are no parameters; tensors off the one device; several processes, whose gradients are sent while
+the backward runs.
 """
 
 from collections.abc import Callable, Sequence

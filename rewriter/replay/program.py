@@ -160,8 +160,8 @@ class Replayed:
             return None
         held = tuple(i for i in self._tensors if i not in copies.tensors)
         addresses = [inputs[i].data_ptr() for i in held]
-        trainable, count = self._trainable, self._count_recomputed
-        step = Step(self.program, recording, copies, held, addresses, trainable, count)
+        kept = (self.program, recording, copies, held, addresses, self._trainable)
+        step = Step(*kept, self._reading.draws, self._count_recomputed)
         self._steps[key] = step
         return step
 

@@ -99,6 +99,8 @@ class Step:
     Attributes:
         held: positions of the inputs that it reads where they lie, at ``addresses``.
         trainable: positions of the inputs that get gradients.
+        draws: whether the program draws random numbers.
+        recomputed: to be told when the program had to run again for a backward.
     """
 
     program: Callable
@@ -107,6 +109,7 @@ class Step:
     held: tuple[int, ...]
     addresses: list[int]
     trainable: Sequence[int]
+    draws: bool
     recomputed: Callable[[], None]
 
     def moved(self, inputs: Sequence[Any]) -> list[int]:
@@ -118,12 +121,14 @@ class Step:
 
     def __call__(self, ticket: Ticket, inputs: Sequence[Any]) -> tuple:
         """The program's results, the caller's own and part of his autograd graph, which holds ``ticket``."""
+        # The device starts before autograd's bookkeeping of some hundred weights.
+        self.copies.fill(inputs)
+        self.recording.forward()
         found = iter(_Replay.apply(self, ticket, inputs, *(inputs[i] for i in self.trainable)))
         return tuple(next(found) if isinstance(o, Tensor) else o for o in self.recording.outputs)
 
-    def forward(self, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
-        self.copies.fill(inputs)
-        self.recording.forward()
+    def results(self, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+        """Copies of what the recording's forward left."""
         outputs = enumerate(self.recording.outputs)
         return tuple(self._cut(o, i, inputs).clone() for i, o in outputs if isinstance(o, Tensor))
 
@@ -169,7 +174,7 @@ class _Replay(torch.autograd.Function):
         ctx.step, ctx.ticket, ctx.inputs = step, ticket, inputs
         ctx.versions = _versions(step, inputs)
         ctx.save_for_backward(*trainable)
-        outputs, recording = step.forward(inputs), step.recording
+        outputs, recording = step.results(inputs), step.recording
         ctx.positions = [i for i, o in enumerate(recording.outputs) if isinstance(o, Tensor)]
         without = [o for o, i in zip(outputs, ctx.positions, strict=True) if not recording.differentiable[i]]
         ctx.mark_non_differentiable(*without)
@@ -188,15 +193,22 @@ class _Replay(torch.autograd.Function):
         found = {i: g for i, g in zip(ctx.positions, grads, strict=True) if g is not None}
         if set(found) <= set(step.recording.seeded):
             results = step.backward(inputs, found)
-        elif _versions(step, inputs) == ctx.versions:
-            results = step.recompute(inputs, found)
         else:
-            raise RuntimeError(
-                "rewriter: the batch was written in place between a step that runs as a CUDA graph and the "
-                'backward of other results than its loss. Compile with options={"cuda_graphs": False}.'
-            )
+            _check_repeatable(step, _versions(step, inputs) == ctx.versions)
+            results = step.recompute(inputs, found)
         ctx.ticket.done = True
         return None, None, None, *results
+
+
+def _check_repeatable(step: Step, is_same: bool) -> None:
+    """Raise where running the program again would give something else than the forward did."""
+    if is_same and not step.draws:
+        return
+    why = "the batch was written in place since" if not is_same else "its dropout would be another"
+    raise RuntimeError(
+        "rewriter: gradients of other results than the loss are asked of a step that ran as a CUDA graph, "
+        f'and it cannot be run again for them: {why}. Compile with options={{"cuda_graphs": False}}.'
+    )
 
 
 def _versions(step: Step, inputs: Sequence[Any]) -> list[int | None]:

@@ -71,10 +71,16 @@ def _sizes(value: Tensor) -> list[sympy.Expr]:
 
 @dataclass
 class Reader:
-    """Reads one graph node by node; ``symbol`` is the length, None where it has none."""
+    """Reads one graph node by node.
+
+    Attributes:
+        symbol: the length, None where the graph has none.
+        draws: whether random numbers were drawn, for each element its own.
+    """
 
     symbol: sympy.Symbol | None
     known: dict[Node, Abstract]
+    draws: bool = False
 
     def mentions(self, value: Any) -> bool:
         """Whether a size or any size in a nest of arguments depends on the length."""
@@ -444,9 +450,14 @@ def _created(node: Node, name: str, args: tuple, reader: Reader) -> Abstract:
 
 
 def _dropout(node: Node, name: str, args: tuple, reader: Reader) -> Abstract:
-    if args[1] != 0.0 and args[2] is not False:
-        raise refuse(node, name, "draws random numbers")
-    return reader.of(args[0])
+    probability, training = args[1:3]
+    if not isinstance(probability, (int, float)):
+        raise refuse(node, name, "has a probability that is no constant")
+    tokens = reader.of(args[0])
+    if probability == 0.0 or training is False:
+        return tokens
+    reader.draws = True
+    return tokens and replace(tokens, tail=ANY)
 
 
 def _all_at(node: Node, name: str, values: Iterable[Any], from_end: int, reader: Reader) -> Tokens | None:

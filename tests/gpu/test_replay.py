@@ -4,8 +4,10 @@ import gc
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import rewriter
+from rewriter.replay.capture import CudaRecorder
 from tests.families import batch, build
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -57,8 +59,7 @@ def llama():
     return build("llama", lora=True, device="cuda")
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
-@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize(("family", "mask"), [("llama", False), ("mistral", True), ("gemma2", False)])
 def test_gradients_at_lengths_that_vary_are_eagers(family, mask):
     model = build(family, lora=True, device="cuda")
     call = compiled(model)
@@ -171,6 +172,48 @@ def test_weights_that_move_are_followed(llama):
     ours = gradients(llama)
     llama(**on_gpu(45)).loss.backward()
     assert_same(ours, gradients(llama))
+
+
+def test_dropout_draws_other_numbers_at_each_step_and_the_same_under_a_seed():
+    model = build("llama", lora=True, lora_dropout=0.5, device="cuda")
+
+    def run():
+        call = compiled(model)
+        torch.manual_seed(0)
+        found = []
+        for length in (40, 57, 33, 50, 50, 50):
+            loss = call(**on_gpu(length)).loss
+            loss.backward()
+            found.append(loss.detach())
+        assert any("length 64 recorded" in note for note in notes()), notes()
+        return torch.stack(found), gradients(model)
+
+    first, gradient = run()
+    again, same_gradient = run()
+    assert torch.equal(first, again)
+    assert_same(gradient, same_gradient, rtol=0.0)
+    assert first[-3:].unique().numel() == 3
+
+
+def test_forward_and_backward_have_one_dropout():
+    weight = torch.nn.Parameter(torch.randn(50, 8, device="cuda"))
+    ids = torch.arange(50, device="cuda")
+
+    def program(ids, weight):
+        return (F.dropout(weight[ids], 0.5).sum(),)
+
+    recorder = CudaRecorder(weight.device)
+    recording = recorder.record(program, [ids, weight], [1])
+    seen = []
+    for _ in range(4):
+        recording.forward()
+        recording.seeds[0].fill_(1.0)
+        (gradient,) = recording.backward()
+        assert gradient is not None
+        # The sum is linear in the weight, so that it is the gradient's product with it.
+        torch.testing.assert_close(recording.outputs[0], (gradient * weight).sum())
+        seen.append(recording.outputs[0].item())
+    assert len(set(seen)) == 4
 
 
 def test_a_deleted_model_is_not_kept_alive_by_its_recordings():

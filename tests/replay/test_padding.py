@@ -100,7 +100,6 @@ def test_what_mixes_tokens_is_not_padded_and_says_why(body, reason):
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        (lambda m, x, ids: F.dropout(x, 0.1), "draws random numbers"),
         (lambda m, x, ids: torch.sort(x, dim=-1)[0], "sort, is not known"),
         (lambda m, x, ids: x.mul_(2.0), "writes in place"),
         (lambda m, x, ids: x + torch.rand_like(x), "rand_like, is not known"),
@@ -108,6 +107,12 @@ def test_what_mixes_tokens_is_not_padded_and_says_why(body, reason):
 )
 def test_of_an_operation_without_a_rule_nothing_is_known(body, reason):
     assert reason in reading_of(body).unknown
+
+
+def test_dropout_is_padded_and_known_to_draw():
+    reading = reading_of(lambda m, x, ids: m.head(F.dropout(x, 0.1)))
+    assert reading.padding is not None and reading.draws
+    assert not reading_of(lambda m, x, ids: m.head(F.dropout(x, 0.0))).draws
 
 
 def test_a_fixed_length_is_not_padded():

@@ -202,8 +202,16 @@ def test_a_batch_written_before_the_program_has_to_run_again_is_an_error(bench):
     inputs = bench.batch(12)
     _, hidden = bench.replayed(*inputs, bench.weight, bench.scale)
     inputs[1].zero_()
-    with pytest.raises(RuntimeError, match="batch was written in place"):
+    with pytest.raises(RuntimeError, match="the batch was written in place since"):
         hidden.sum().backward()
+
+
+def test_gradients_of_other_results_are_an_error_where_dropout_would_be_another():
+    bench = Bench()
+    bench.reading.draws = True
+    bench.train(12, 12)
+    with pytest.raises(RuntimeError, match="its dropout would be another"):
+        bench(12)[1].sum().backward()
 
 
 def test_weights_written_between_forward_and_backward_are_an_error(bench):
