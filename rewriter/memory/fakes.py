@@ -93,6 +93,8 @@ def is_dense(value: Tensor) -> bool:
 
 def densely(value: Tensor, order: Sequence[int]) -> Tensor:
     """``value`` with its dimensions in memory in ``order``, without gaps; copied only where it is not so."""
+    if not order:
+        return value
     back = [0] * len(order)
     for place, d in enumerate(order):
         back[d] = place
