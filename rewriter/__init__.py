@@ -14,7 +14,7 @@ from rewriter.registry import rewrite
 from rewriter.report import Report, inspect, report
 
 if TYPE_CHECKING:
-    from rewriter.memory.foresee import plan
+    from rewriter.foresee.foresight import plan
 
 __all__ = [
     "CheckError",
@@ -39,7 +39,7 @@ _register_with_accelerate()
 def __getattr__(name: str) -> Any:
     # Planning loads Dynamo, which training loads later, and importing this should not.
     if name == "plan":
-        from rewriter.memory.foresee import plan
+        from rewriter.foresee.foresight import plan
 
         return plan
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

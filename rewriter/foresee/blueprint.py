@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import FakeTensor
 
+from rewriter.foresee.packed_linear import pack_linears, repack_linears
+from rewriter.foresee.repetition import Repetition, longest_list, shorten
 from rewriter.huggingface import prepare
-from rewriter.memory.packed_linear import pack_linears, repack_linears
-from rewriter.memory.repetition import Repetition, longest_list, shorten
 
 
 @dataclass(frozen=True, eq=False)

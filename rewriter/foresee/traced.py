@@ -12,10 +12,10 @@ from torch._guards import TracingContext, tracing
 from torch.fx import GraphModule
 
 from rewriter.deferred import split_deferred
+from rewriter.foresee.blueprint import Blueprint
+from rewriter.foresee.like_gpu import LikeGpu
 from rewriter.fusion import apply_all
-from rewriter.memory.blueprint import Blueprint
 from rewriter.memory.borders import parted_at_borders
-from rewriter.memory.like_gpu import LikeGpu
 from rewriter.passes import ordered_passes
 from rewriter.regions.outline import outline
 from rewriter.regions.program import Program
@@ -25,7 +25,7 @@ class Untraceable(ValueError):
     """The model is not one graph, or nothing in it repeats: there is no plan to foresee."""
 
 
-def foretraced(made: Blueprint, rows: int, tokens: int, autocast: torch.dtype | None) -> Program:
+def traced(made: Blueprint, rows: int, tokens: int, autocast: torch.dtype | None) -> Program:
     """The program of one step on ``(rows, tokens)`` of labelled tokens, its layers' norms their own.
 
     Raises:

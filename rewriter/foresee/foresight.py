@@ -7,33 +7,25 @@ backend asks it. Layers that repeat others are traced once, so that depth costs 
 machine's rates, and memory by the kernels that run on a GPU, wherever it is asked.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from math import ceil
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rewriter.memory.blueprint import Blueprint, blueprint
-from rewriter.memory.budgets import foreseen_bytes, usable_bytes
-from rewriter.memory.foretrace import foretraced, in_tracing
+from rewriter.foresee.longest import longest
+from rewriter.foresee.question import Question
 from rewriter.memory.machine import H200, KNOWN, Machine, machine_for
-from rewriter.memory.plan import MemoryPlan, Part, Problem
-from rewriter.memory.planned import all_ways
-from rewriter.memory.planner import least
+from rewriter.memory.plan import MemoryPlan
 from rewriter.memory.planner import plan as fastest
-from rewriter.memory.repetition import Uneven, calls_of_all
 from rewriter.memory.timeline import text
 from rewriter.options import parse_budget
 
 _GIB = 2**30
 # AdamW reads parameter, gradient and two moments, and writes all but the gradient.
 _UPDATE_PASSES = 7
-_STEP = 256
 # What a machine with one GPU has to spare, where it is not said.
 _HOST = 64 * _GIB
-_MOST_TOKENS = 2**24
 
 
 @dataclass(frozen=True)
@@ -147,7 +139,7 @@ def plan(
     """
     card = _bytes("memory_budget", memory_budget, (chosen := _machine(machine)).device_bytes)
     host = _HOST if host_budget is None else _bytes("host_budget", host_budget, 0)
-    ask = _Question(config_or_model, lora_rank, quantise, dtype, autocast, rows, card, host, chosen)
+    ask = Question(config_or_model, lora_rank, quantise, dtype, autocast, rows, card, host, chosen)
     if tokens is None:
         tokens = longest(lambda n: ask.problem(n)[0])
     problem, notes = ask.problem(tokens)
@@ -184,96 +176,6 @@ def _bytes(name: str, value: Any, whole: int) -> int:
     if parsed is None:
         raise ValueError(f"plan: {name} is None; give bytes, a size or a fraction.")
     return int(parsed * whole) if isinstance(parsed, float) else min(parsed, whole or parsed)
-
-
-class _Question:
-    """A model and budgets; asked for lengths, each once."""
-
-    def __init__(
-        self,
-        given: Any,
-        lora_rank: int | None,
-        quantise: str | None,
-        dtype: torch.dtype,
-        autocast: torch.dtype | None,
-        rows: int,
-        card: int,
-        host: int,
-        machine: Machine,
-    ):
-        self._make = lambda whole: blueprint(given, lora_rank, quantise, dtype, whole=whole)
-        self.made: Blueprint = self._make(False)
-        self._autocast, self._rows, self._machine = autocast, rows, machine
-        self._device, self._host = usable_bytes(card), host
-        self._known: dict[int, tuple[Problem, tuple[str, ...]]] = {}
-
-    def problem(self, tokens: int) -> tuple[Problem, tuple[str, ...]]:
-        """What the planner is asked for ``tokens``, and what it was not offered."""
-        if tokens not in self._known:
-            try:
-                self._known[tokens] = self._problem(tokens)
-            except Uneven:
-                self.made = self._make(True)
-                self._known[tokens] = self._problem(tokens)
-        return self._known[tokens]
-
-    def _problem(self, tokens: int) -> tuple[Problem, tuple[str, ...]]:
-        made = self.made
-        program = foretraced(made, self._rows, tokens, self._autocast)
-        calls = calls_of_all(program, made.left_out)
-        ways, notes = in_tracing(made, self._autocast, lambda: all_ways(program, self._machine))
-        choices = {region: tuple(way.choice for way in found) for region, found in ways.items()}
-        parts = tuple(
-            Part(f"{call.region.name} {i}", call.region.name, choices[call.region])
-            for i, call in enumerate(calls)
-        )
-        static = foreseen_bytes(made.weight_bytes, made.trained_bytes)
-        name = f"{self._rows} × {tokens:,} tokens"
-        return Problem(parts, static, self._device, self._host, name), tuple(notes)
-
-
-def longest(problem_at: Callable[[int], Problem]) -> int:
-    """The most tokens whose plan fits, to within 1% or 256. Memory is nearly linear in them: it asks seldom.
-
-    ``problem_at(tokens)`` must not need less memory for more tokens.
-
-    Raises:
-        Infeasible: not even 256 fit.
-    """
-
-    def over(tokens: int) -> float:
-        problem = problem_at(tokens)
-        return least(problem).peak - problem.device_budget
-
-    low, high = _STEP, None
-    low_over, high_over = over(low), 0.0
-    if low_over > 0:
-        return low
-    reach = 16 * _STEP
-    while high is None:
-        if (reached := over(reach)) > 0:
-            high, high_over = reach, reached
-        elif reach >= _MOST_TOKENS:
-            return reach
-        else:
-            slope = (reached - low_over) / (reach - low)
-            low, low_over = reach, reached
-            # A little further than the line says: where it is right, the answer is between the two.
-            reach = min(_MOST_TOKENS, max(2 * reach, _round(reach - 1.01 * reached / max(slope, 1.0))))
-    while high - low > max(_STEP, low // 100):
-        line = low - low_over * (high - low) / (high_over - low_over)
-        margin = max(_STEP, low // 200)
-        tokens = min(max(_round(line - margin / 2), low + margin // 2), high - margin // 2)
-        tokens = min(max(_round(tokens), low + _STEP), high - _STEP)
-        if (found := over(tokens)) > 0:
-            high, high_over = tokens, found
-        else:
-            low, low_over = tokens, found
-    return low
-
-
-def _round(tokens: float) -> int:
-    return ceil(tokens / _STEP) * _STEP
 
 
 def _count(number: int) -> str:

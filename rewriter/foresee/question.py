@@ -1,0 +1,59 @@
+"""A model, a machine and budgets to what the planner is asked for a length."""
+
+from typing import Any
+
+import torch
+
+from rewriter.foresee.blueprint import Blueprint, blueprint
+from rewriter.foresee.repetition import Uneven, calls_of_all
+from rewriter.foresee.traced import in_tracing, traced
+from rewriter.memory.budgets import foreseen_bytes, usable_bytes
+from rewriter.memory.machine import Machine
+from rewriter.memory.plan import Part, Problem
+from rewriter.memory.planned import all_ways
+
+
+class Question:
+    """A model and budgets; asked for lengths, each once."""
+
+    def __init__(
+        self,
+        given: Any,
+        lora_rank: int | None,
+        quantise: str | None,
+        dtype: torch.dtype,
+        autocast: torch.dtype | None,
+        rows: int,
+        card: int,
+        host: int,
+        machine: Machine,
+    ):
+        self._make = lambda whole: blueprint(given, lora_rank, quantise, dtype, whole=whole)
+        self.made: Blueprint = self._make(False)
+        self._autocast, self._rows, self._machine = autocast, rows, machine
+        self._device, self._host = usable_bytes(card), host
+        self._known: dict[int, tuple[Problem, tuple[str, ...]]] = {}
+
+    def problem(self, tokens: int) -> tuple[Problem, tuple[str, ...]]:
+        """What the planner is asked for ``tokens``, and what it was not offered."""
+        if tokens not in self._known:
+            try:
+                self._known[tokens] = self._problem(tokens)
+            except Uneven:
+                self.made = self._make(True)
+                self._known[tokens] = self._problem(tokens)
+        return self._known[tokens]
+
+    def _problem(self, tokens: int) -> tuple[Problem, tuple[str, ...]]:
+        made = self.made
+        program = traced(made, self._rows, tokens, self._autocast)
+        calls = calls_of_all(program, made.left_out)
+        ways, notes = in_tracing(made, self._autocast, lambda: all_ways(program, self._machine))
+        choices = {region: tuple(way.choice for way in found) for region, found in ways.items()}
+        parts = tuple(
+            Part(f"{call.region.name} {i}", call.region.name, choices[call.region])
+            for i, call in enumerate(calls)
+        )
+        static = foreseen_bytes(made.weight_bytes, made.trained_bytes)
+        name = f"{self._rows} × {tokens:,} tokens"
+        return Problem(parts, static, self._device, self._host, name), tuple(notes)
