@@ -75,9 +75,7 @@ def test_a_decoder_layer_is_three_stages_whatever_its_weights(settings):
     lower = settings.pop("autocast", False)
     inside = torch.autocast("cpu", torch.bfloat16) if lower else contextlib.nullcontext()
     with inside:
-        case = outlined(
-            build("llama", layers=3, **settings), **batch(rows=rows, length=LENGTH), dynamic=dynamic
-        )
+        case = outlined(build("llama", layers=3, **settings), dynamic=dynamic, **_batch(rows))
         assert set(_shapes(case)) == {DECODER}
         _assert_same(case, 0.05 if lower else 2e-5)
 
