@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import FakeTensor
 
 from rewriter.foresee.packed_linear import pack_linears, repack_linears
-from rewriter.foresee.repetition import Repetition, longest_list, shorten
+from rewriter.foresee.repetition import Repetition, layers_of, longest_list, shorten
 from rewriter.huggingface import prepare
 
 
@@ -71,6 +71,8 @@ def blueprint(
         )
     name, parameters = type(model).__name__, sum(p.numel() for p in model.parameters())
     model = _on_meta(model).train()
+    path = None if whole else longest_list(model)
+    left_out = shorten(model, path) if path else None
     if lora_rank or quantise:
         model.requires_grad_(False)
     if lora_rank:
@@ -78,17 +80,15 @@ def blueprint(
     if quantise:
         pack_linears(model, quantise, dtype)
     repack_linears(model)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    weights = _tensors_of_all(model, left_out)
+    trained = [x for x in weights if x.requires_grad]
     if not trained:
         raise ValueError("plan: nothing is trained; give lora_rank, or a model with parameters to train.")
-    weight_bytes = sum(x.nbytes for x in _tensors(model))
-    path = None if whole else longest_list(model)
-    left_out = shorten(model, path) if path else None
+    weight_bytes, trained_bytes = sum(x.nbytes for x in weights), sum(x.nbytes for x in trained)
+    numbers = sum(x.numel() for x in trained)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     _make_fake(model, mode)
     prepare(model)
-    numbers = sum(p.numel() for p in trained)
-    trained_bytes = sum(p.nbytes for p in trained)
     return Blueprint(name, model, mode, left_out, weight_bytes, trained_bytes, parameters, numbers)
 
 
@@ -113,6 +113,16 @@ def _on_meta(model: nn.Module) -> nn.Module:
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
     """Parameters and buffers, each once."""
     yield from dict.fromkeys([*model.parameters(), *model.buffers()])
+
+
+def _tensors_of_all(model: nn.Module, left_out: Repetition | None) -> list[Tensor]:
+    """Parameters and buffers, and again those that stand for the ones of layers that were left out."""
+    found = list(_tensors(model))
+    if left_out is not None:
+        layers = layers_of(model, left_out.path)
+        for place in left_out.window:
+            found += [*_tensors(layers[place])] * left_out.times
+    return found
 
 
 def _to_meta(x: Tensor) -> Tensor:

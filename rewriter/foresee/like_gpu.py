@@ -16,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 _aten = torch.ops.aten
 _FLASH_HEAD_DIM = 256
+_IS_CUDA = Tensor.is_cuda.__get__  # type: ignore[attr-defined]
+_ASKS = type(_IS_CUDA)
 
 
 class LikeGpu(TorchFunctionMode):
@@ -25,7 +27,7 @@ class LikeGpu(TorchFunctionMode):
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func == Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
+        if type(func) is _ASKS and func == _IS_CUDA:
             return True
         if func is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)

@@ -43,7 +43,7 @@ def longest_list(model: nn.Module) -> str | None:
 def shorten(model: nn.Module, path: str) -> Repetition | None:
     """Leave out of the list at ``path`` what repeats; None where nothing does, or too seldom."""
     parent, _, name = path.rpartition(".")
-    layers = list(model.get_submodule(path).children())
+    layers = layers_of(model, path)
     kinds, count = _kinds(layers), len(layers)
     for period in range(1, count // (_KEPT_PERIODS + 1) + 1):
         different = [i for i in range(count - period) if kinds[i] != kinds[i + period]]
@@ -54,6 +54,12 @@ def shorten(model: nn.Module, path: str) -> Repetition | None:
             window = range(start + period, start + 2 * period)
             return Repetition(path, window, (count - kept) // period)
     return None
+
+
+def layers_of(model: nn.Module, path: str) -> list[nn.Module]:
+    """The modules of the list that ends in ``path``, wherever the model has been put since."""
+    full = next(p for p, m in model.named_modules() if isinstance(m, nn.ModuleList) and p.endswith(path))
+    return list(model.get_submodule(full).children())
 
 
 def _kinds(layers: Sequence[nn.Module]) -> list[tuple]:
