@@ -1,14 +1,14 @@
 """A stage's forward and backward as graphs of plain functions: no autograd is left in them.
 
-    forward(inputs) -> results                                       of a stage that runs again in its backward
-    backward(inputs, gradients of results) -> gradients of inputs    what it reads of the forward is in it
+    forward(inputs) -> results                               of a stage that runs again in its backward
+    backward(inputs, gradients of results) -> gradients of inputs
 
-    forward(inputs) -> results, saved                                of a stage that saves what its backward reads
+    forward(inputs) -> results, saved                        of one that saves what its backward reads
     backward(inputs, results, saved, gradients of results) -> gradients of inputs
 
 In the first form the backward computes again what it reads, and nothing else: a product whose result only the
-next stage reads, as an MLP's down projection, is not among it. The second form is for stages as attention, whose
-forward is dear and whose result is small; PyTorch's min-cut partitioner says what to save.
+next stage reads, as an MLP's down projection, is not among it. The second form is for stages as attention,
+whose forward is dear and whose result is small; PyTorch's min-cut partitioner says what to save.
 
 Traced with fake tensors by ``make_fx``, after autograd and before Inductor's decompositions.
 """
@@ -92,7 +92,7 @@ def partitioned_graphs(module: Callable, signature: Signature) -> tuple[GraphMod
     """Forward and backward of the second form; results come first, then what is saved of the inside.
 
     Raises:
-        Inseparable: the stage writes in place.
+        Inseparable: the stage writes to one of its inputs.
     """
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
@@ -100,10 +100,13 @@ def partitioned_graphs(module: Callable, signature: Signature) -> tuple[GraphMod
         results, gradients = _both(module, signature, primals, tangents)
         return (*results, *gradients)
 
-    traced = _pruned(make_fx(joint)(list(signature.inputs), list(signature.tangents)))
+    given = (list(signature.inputs), list(signature.tangents))
+    traced = _pruned(make_fx(joint)(*given))
     _add_out_of_place(traced)
+    if _writes(traced):
+        traced = _without_writes(traced, *given)
     if writer := _writes(traced):
-        raise Inseparable(f"`{writer}` writes in place")
+        raise Inseparable(f"`{writer}` writes to an input in place")
     _recompute_what_is_cheap(traced)
     # The partitioner goes by names that AOTAutograd gives.
     forward, backward = min_cut_rematerialization_partition(
@@ -121,7 +124,7 @@ _CHEAP = ("norm", "gate", "activation", "rotary")
 
 
 def _recompute_what_is_cheap(module: GraphModule) -> None:
-    """Our own pointwise kernels are computed again; the partitioner would save the result of any op it cannot fuse."""
+    """Our own pointwise kernels run again; the partitioner would save what any op gives that it cannot fuse."""
     for node in module.graph.nodes:
         name = str(node.target)
         if name.startswith("rewriter.") and "backward" not in name and any(word in name for word in _CHEAP):
@@ -134,7 +137,7 @@ def _leaves(inputs: Sequence[Any], needs: Sequence[bool]) -> list[Any]:
 
 
 def _results(module: Callable, inputs: Sequence[Any]) -> tuple[Any, ...]:
-    """What ``module`` gives, without gaps: a slice would keep all that it is a slice of, and be sent with it."""
+    """What ``module`` gives, without gaps: a slice would keep all of what it is a slice of."""
     return tuple(
         densely(r, memory_order(r)) if isinstance(r, Tensor) and not is_dense(r) else r
         for r in module(*inputs)
@@ -175,7 +178,7 @@ def _writes_for_nobody(node: Node) -> bool:
 
 
 def _add_out_of_place(module: GraphModule) -> None:
-    """``add_product_`` to the product that it stands for: the partitioner copies nodes, and must not write twice."""
+    """``add_product_`` to the product that it stands for: the partitioner copies nodes, and one write is one."""
     renamed: dict[Node, Node] = {}
     for node in list(module.graph.nodes):
         node.args = map_arg(node.args, lambda n: renamed.get(n, n))
@@ -191,6 +194,16 @@ def _add_out_of_place(module: GraphModule) -> None:
         renamed[total] = added
         module.graph.erase_node(node)
     module.recompile()
+
+
+def _without_writes(module: GraphModule, inputs: list[Any], gradients: list[Any]) -> GraphModule:
+    """Each write in place to a value of its own, as AOTAutograd has it."""
+    functional = torch.func.functionalize(module, remove="mutations")
+
+    def joint(primals: Sequence[Any], tangents: Sequence[Any]) -> Any:
+        return functional(primals, tangents)
+
+    return _pruned(make_fx(joint)(inputs, gradients))
 
 
 def _writes(graph: GraphModule) -> str | None:

@@ -26,7 +26,6 @@ from rewriter.memory.stage_graphs import Unstaged
 from rewriter.memory.transfer import Transfers
 from rewriter.regions.program import Program, Region, RegionCall
 
-
 # For blocks that begin at multiples of 512 bytes.
 _SPARE = 1 << 20
 
@@ -71,28 +70,44 @@ class PlannedProgram:
 
 
 def planned(program: Program, given: Budgets, machine: Link, device: torch.device) -> PlannedProgram:
-    """Choose for every call of ``program`` how it runs.
+    """Choose for every call of ``program`` how it runs: as without a budget wherever everything fits.
 
     Raises:
         Infeasible: no plan stays within the budgets.
     """
+    transfers = functools.partial(transfers_of, str(device), given.host)
+    kept = kept_ways(program, machine)
+    problem = _problem(program, kept, given)
+    everything = MemoryPlan(problem, tuple(part.choices[0] for part in problem.parts))
+    if everything.peak <= given.device:
+        return PlannedProgram(program, {}, everything, (), transfers)
     ways, notes = all_ways(program, machine)
+    found = plan(_problem(program, ways, given))
+    staged_program, staged = _apply(program, ways, found)
+    return PlannedProgram(staged_program, staged, found, tuple(notes), transfers)
+
+
+def _problem(program: Program, ways: Mapping[Region, list[StagedChoice]], given: Budgets) -> Problem:
     parts = [
         Part(f"{call.region.name} {i}", call.region.name, tuple(w.choice for w in ways[call.region]))
         for i, call in enumerate(program.calls)
     ]
-    found = plan(Problem(tuple(parts), given.static, given.device, given.host))
-    transfers = functools.partial(transfers_of, str(device), given.host)
-    staged_program, staged = _apply(program, ways, found)
-    return PlannedProgram(staged_program, staged, found, tuple(notes), transfers)
+    return Problem(tuple(parts), given.static, given.device, given.host)
+
+
+def kept_ways(program: Program, machine: Link) -> dict[Region, list[StagedChoice]]:
+    """Each region as it runs without a budget."""
+    return {
+        region: [StagedChoice(kept_choice(region, _shared(program, region), machine))]
+        for region in program.regions
+    }
 
 
 def all_ways(program: Program, machine: Link) -> tuple[dict[Region, list[StagedChoice]], list[str]]:
     """Every way to run each region, and why some cannot run in stages."""
     layers, notes = _layers(program)
-    ways: dict[Region, list[StagedChoice]] = {}
+    ways = kept_ways(program, machine)
     for region in program.regions:
-        ways[region] = [StagedChoice(kept_choice(region, _shared(program, region), machine))]
         owns = _owns_gradient(program, region)
         for layer in layers.get(region, ()):
             ways[region] += staged_choices(layer, layer.tokens, machine, owns)

@@ -1,9 +1,9 @@
 """The order of a layer's work: what runs, what leaves the device and what comes back, as plain steps.
 
-A layer runs in stages. What the backward reads of a value is *kept* on the device, *offloaded* to host memory, or
-*recomputed* by running again the stage that made it; its ``fate`` says which. From the fates follow two lists
-of steps, one for the forward and one for the backward, in which every value is let go after its last use. The
-same lists are run (``layer.py``), costed (``costs.py``) and shown in the report.
+A layer runs in stages. What the backward reads is *kept* on the device, *offloaded* to host memory, or *recomputed*
+by running again the stage that made it; a value's ``fate`` says which. From the fates follow two lists of steps,
+one for the forward and one for the backward, in which every value is let go after its last use. The same lists
+are run (``layer.py``) and costed (``choices.py``).
 
 Pure: stages and values are names, nothing here knows a tensor.
 """
@@ -17,7 +17,7 @@ Fate = Literal["keep", "offload", "recompute"]
 
 @dataclass(frozen=True)
 class StageValues:
-    """The values that a stage reads and gives, by name; weights, and what all layers share, are not among them.
+    """The values that a stage reads and gives, by name, without weights and what all layers share.
 
     Attributes:
         reads: made by an earlier stage, or the layer's own inputs.

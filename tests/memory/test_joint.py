@@ -136,6 +136,14 @@ def _frozen_input():
                 [_randn(5, 8), torch.rand(5, 8) > 0.5, _randn(8, grad=False)])  # fmt: skip
 
 
+def _writing(x, weight):
+    made = x @ weight
+    made /= x.detach().abs().sum(-1, keepdim=True)
+    total = torch.zeros_like(x).index_add_(0, torch.tensor([1, 0, 0, 3, 4]), made)
+    total[0] += made[1]
+    return (total * x,)
+
+
 CASES = {
     "mlp": _mlp_case,
     "mlp, frozen": lambda: _mlp_case(trained=False),
@@ -155,6 +163,7 @@ CASES = {
     "inputs without a gradient": _frozen_input,
     "an input read twice": lambda: Case(lambda x: (x * x + x, x.sin()), [_randn(5, 8)]),
     "a sum, which hands its gradient through": lambda: Case(lambda x, y: (x + y,), [_randn(5), _randn(5)]),
+    "writes in place": lambda: Case(_writing, [_randn(5, 8), _randn(8, 8)]),
     "views": lambda: Case(lambda x: x.view(5, 2, 4).transpose(0, 1).unbind(0), [_randn(5, 8)]),
     "an input that the result does not depend on": lambda: Case(
         lambda x, y: (x * torch.zeros_like(y),), [_randn(5), _randn(5)]
@@ -268,10 +277,10 @@ def _adds_in_place(graph: GraphModule) -> int:
     return sum(n.target is torch.ops.rewriter.add_product_.default for n in graph.graph.nodes)
 
 
-def test_a_write_in_place_cannot_be_parted_and_is_named():
+def test_a_write_to_an_input_cannot_be_parted_and_is_named():
     def writes(x, total):
         torch.ops.aten.add_.Tensor(total, 1.0)
         return (x * total,)
 
-    with pytest.raises(Inseparable, match="writes in place"):
+    with pytest.raises(Inseparable, match="writes to an input in place"):
         Case(writes, [_randn(5), _randn(5, grad=False)]).traced(partitioned_graphs)
