@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from rewriter.canonical import value_of
-from rewriter.nested import count_operations
+from rewriter.nested import count_operations, graphs_of
 from rewriter.replay.capture import CudaRecorder
 from rewriter.replay.padding import Reading, read, separate_labels
 from rewriter.replay.program import Limits, Replayed, is_batch
@@ -115,7 +115,7 @@ def most_tokens(module: GraphModule, example_inputs: Sequence[Any]) -> int:
     weights = sum(
         _weights(e) for e in example_inputs if isinstance(e, Tensor) and e.dim() > 1 and not is_batch(e)
     )
-    seconds = count_operations(module) * _SECONDS_PER_LAUNCH
+    seconds = sum(map(count_operations, graphs_of(module))) * _SECONDS_PER_LAUNCH
     return int(seconds * _OPERATIONS_PER_SECOND / (4 * max(weights, 1)))
 
 

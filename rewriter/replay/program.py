@@ -200,6 +200,6 @@ class Replayed:
 
 
 def is_batch(value: Tensor) -> bool:
-    """Whether an input is likely another tensor at each step: ids, labels and masks are copied in."""
+    """Whether an input is likely another tensor at each step: ids, labels, masks, numbers of items."""
     integers = (torch.int64, torch.int32, torch.bool)
-    return value.dtype in integers and value.dim() > 0 and not isinstance(value, nn.Parameter)
+    return value.dtype in integers and not isinstance(value, nn.Parameter)

@@ -22,10 +22,11 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from rewriter.canonical import value_of
 from rewriter.effects import mutated_argument
+from rewriter.nested import checkpoint_body
 from rewriter.signatures import positional, target_name
 
 COPY, ANY = "copy", "any"
@@ -118,6 +119,9 @@ class Reader:
             Unproven: there is no rule for it, or its rule does not hold.
         """
         name = target_name(node)
+        body = checkpoint_body(node)
+        if body is not None:
+            return self._read_body(node, body)
         if mutated_argument(node) is not None:
             raise Unproven(f"`{node.name}` writes in place")
         rule = RULES.get(name)
@@ -128,6 +132,20 @@ class Reader:
         found = rule(node, name, _in_order(node, name), self)
         self._check(node, value_of(node), found)
         return found
+
+    def _read_body(self, node: Node, body: GraphModule) -> Abstract:
+        """The results of an activation checkpoint, whose body is a graph of its own."""
+        inputs = body.graph.find_nodes(op="placeholder")
+        if len(inputs) != len(node.args) - 1:
+            raise refuse(node, "checkpoint", "has inputs that are not in its graph")
+        inner = Reader(self.symbol, {i: self.of(arg) for i, arg in zip(inputs, node.args[1:], strict=True)})
+        for each in body.graph.nodes:
+            if each.op in ("call_function", "call_method"):
+                inner.known[each] = inner.read(each)
+        self.draws |= inner.draws
+        (output,) = body.graph.find_nodes(op="output")
+        results = output.args[0]
+        return tuple(map(inner.of, results)) if isinstance(results, (tuple, list)) else inner.of(results)
 
     def _check(self, node: Node, value: Any, found: Abstract) -> None:
         """The shape that tracing saw is what the rule says: a slip of a rule is refused here."""
@@ -357,10 +375,12 @@ def _getitem(node: Node, name: str, args: tuple, reader: Reader) -> Abstract:
     raise refuse(node, name, "has no axis of tokens")
 
 
-def _sliced(node: Node, name: str, item: Any, tokens: Tokens, reader: Reader) -> Tokens:
+def _sliced(node: Node, name: str, item: Any, tokens: Tokens, reader: Reader) -> Abstract:
     """``item`` of an axis of tokens: a prefix stays one behind any start, before any distance to the end."""
     if item == slice(None):
         return tokens
+    if not tokens.flat and _is_first(item):
+        return None
     if not isinstance(item, slice) or item.step not in (None, 1):
         raise refuse(node, name, "takes single tokens")
     start, stop = item.start or 0, item.stop
@@ -375,6 +395,29 @@ def _sliced(node: Node, name: str, item: Any, tokens: Tokens, reader: Reader) ->
         raise refuse(node, name, "slices the tokens of several rows")
     # What is cut off the end of the shorter run stays in the longer one, before its padding.
     return replace(tokens, length=tokens.length - start + cut, tail=ANY if cut else tokens.tail)
+
+
+def _is_first(item: Any) -> bool:
+    """Whether it takes a number of first tokens, or one of them: those are the same without padding."""
+    if isinstance(item, slice):
+        first, last = item.start or 0, item.stop
+        return item.step in (None, 1) and type(first) is int and type(last) is int and 0 <= first < last
+    return type(item) is int and item >= 0
+
+
+def _diff(node: Node, name: str, args: tuple, reader: Reader) -> Abstract:
+    """Differences of neighbours: each token sees the one before it."""
+    source, order, dim, prepended, appended = args
+    tokens = reader.of(source)
+    if tokens is None and not reader.tokens_in(args):
+        return None
+    along = tokens is not None and dim % value_of(source).dim() == tokens.axis
+    if tokens is None or tokens.flat or order != 1 or appended is not None or not along:
+        raise refuse(node, name, "combines different tokens")
+    if reader.of(prepended) is not None:
+        raise refuse(node, name, "joins tokens")
+    before = 0 if prepended is None else value_of(prepended).shape[tokens.axis]
+    return replace(tokens, length=tokens.length - 1 + before, tail=ANY)
 
 
 def _pad(node: Node, name: str, args: tuple, reader: Reader) -> Abstract:
@@ -571,6 +614,7 @@ _NAMES: dict[str, Rule] = {
     "expand broadcast_to expand_as": _expand,
     "getitem": _getitem,
     "pad": _pad,
+    "diff": _diff,
     "cat stack": _cat,
     "split chunk unbind": _split,
     "repeat_interleave": _repeat_interleave,

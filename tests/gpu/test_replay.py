@@ -46,25 +46,102 @@ def notes():
     return [note for graph in rewriter.report().graphs for note in graph.notes]
 
 
-def warm(model, call, mask=False):
-    """Enough steps for a recording of one bucket."""
+@pytest.fixture(scope="module")
+def llama():
+    """A model and its compilation, with a recording of one bucket; no other test file's reset reaches it."""
+    model = build("llama", lora=True, device="cuda")
+    call = compiled(model)
     for length in (40, 57, 33, 50):
-        call(**on_gpu(length, mask=mask)).loss.backward()
+        call(**on_gpu(length)).loss.backward()
     model.zero_grad()
     assert any("length 64 recorded" in note for note in notes()), notes()
+    return model, call
 
 
-@pytest.fixture
-def llama():
-    return build("llama", lora=True, device="cuda")
+def test_twenty_steps_of_training_have_eagers_losses_and_gradients(llama):
+    model, call = llama
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for step in range(20):
+        given = on_gpu(LENGTHS[step % len(LENGTHS)], seed=step)
+        true = model(**given).loss
+        true.backward()
+        true_gradients = gradients(model)
+        loss = call(**given).loss
+        loss.backward()
+        torch.testing.assert_close(loss, true, rtol=1e-5, atol=1e-6)
+        for p in model.parameters():
+            p.grad = None if p.grad is None else p.grad.clone()
+        optimizer.step()
+        assert_same(gradients(model), true_gradients)
+    assert any("length 128 recorded" in note for note in notes()), notes()
 
 
-@pytest.mark.parametrize(("family", "mask"), [("llama", False), ("mistral", True), ("gemma2", False)])
-def test_gradients_at_lengths_that_vary_are_eagers(family, mask):
-    model = build(family, lora=True, device="cuda")
+def test_gradients_accumulate_and_what_the_user_holds_stays(llama):
+    model, call = llama
+    seeds = (1, 2, 3)
+    held = []
+    for seed in seeds:
+        result = call(**on_gpu(30 + seed, seed))
+        result.loss.backward()
+        held.append((result.loss, result.logits))
+    ours = gradients(model)
+    for seed, (loss, logits) in zip(seeds, held, strict=True):
+        true = model(**on_gpu(30 + seed, seed))
+        true.loss.backward()
+        torch.testing.assert_close(loss, true.loss, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(logits, true.logits, rtol=1e-4, atol=1e-4)
+    assert_same(ours, gradients(model))
+
+
+def test_two_forwards_before_their_backwards_are_both_right(llama):
+    model, call = llama
+    first, second = call(**on_gpu(45)).loss, call(**on_gpu(60, 2)).loss
+    first.backward()
+    second.backward()
+    ours = gradients(model)
+    (model(**on_gpu(45)).loss + model(**on_gpu(60, 2)).loss).backward()
+    assert_same(ours, gradients(model))
+
+
+def test_logits_can_be_trained_through(llama):
+    model, call = llama
+    result = call(**on_gpu(45))
+    (result.loss + result.logits.square().mean()).backward()
+    ours = gradients(model)
+    true = model(**on_gpu(45))
+    (true.loss + true.logits.square().mean()).backward()
+    assert_same(ours, gradients(model))
+
+
+def test_evaluation_in_between_changes_nothing(llama):
+    model, call = llama
+    loss = call(**on_gpu(45)).loss
+    with torch.no_grad():
+        evaluated = call(**on_gpu(50)).loss
+    loss.backward()
+    ours = gradients(model)
+    true = model(**on_gpu(45)).loss
+    true.backward()
+    assert_same(ours, gradients(model))
+    torch.testing.assert_close(evaluated, model(**on_gpu(50)).loss, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_that_move_are_followed(llama):
+    model, call = llama
+    for p in model.parameters():
+        p.data = p.detach().clone().mul_(0.9)
+    for length in (45, 50):
+        call(**on_gpu(length)).loss.backward()
+        ours = gradients(model)
+        model(**on_gpu(length)).loss.backward()
+        assert_same(ours, gradients(model))
+
+
+def test_padding_that_the_user_masks_is_padded_further():
+    model = build("mistral", lora=True, device="cuda")
     call = compiled(model)
-    for length in LENGTHS:
-        given = on_gpu(length, mask=mask)
+    for length in (40, 57, 33, 50, 21):
+        given = on_gpu(length, mask=True)
         loss = call(**given).loss
         loss.backward()
         ours = gradients(model)
@@ -75,103 +152,29 @@ def test_gradients_at_lengths_that_vary_are_eagers(family, mask):
     assert any("length 64 recorded" in note for note in notes()), notes()
 
 
-def losses(model, options, steps=20, autocast=False):
-    start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    call = compiled(model, **options)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    found = []
-    for step in range(steps):
-        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            loss = call(**on_gpu(LENGTHS[step % len(LENGTHS)], seed=step)).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=step % 3 > 0)
-        found.append(loss.detach())
-    model.load_state_dict(start, strict=False)
-    return torch.stack(found)
-
-
-def test_twenty_steps_of_training_have_the_losses_of_the_program_without_recordings(llama):
-    with_graphs = losses(llama, {})
-    assert any("length 128 recorded" in note for note in notes()), notes()
-    without = losses(llama, {"cuda_graphs": False})
-    assert not any("recorded" in note for note in notes())
-    torch.testing.assert_close(with_graphs, without, rtol=1e-4, atol=1e-5)
-
-
-def test_so_they_have_in_4_bits_through_inductor():
+def test_in_4_bits_through_inductor_losses_are_those_without_recordings():
     model = build("llama", dtype=torch.bfloat16, lora=True, nf4=True, double_quant=True, device="cuda")
-    ours = losses(model, {"lowering": "inductor"}, steps=12, autocast=True)
+    start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+    def losses(**options):
+        model.load_state_dict(start, strict=False)
+        call = compiled(model, lowering="inductor", **options)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        found = []
+        for step in range(8):
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = call(**on_gpu(LENGTHS[step], seed=step)).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.detach())
+        return torch.stack(found)
+
+    ours = losses()
     assert any("length 128 recorded" in note for note in notes()), notes()
-    without = losses(model, {"lowering": "inductor", "cuda_graphs": False}, steps=12, autocast=True)
+    without = losses(cuda_graphs=False)
+    assert not any("recorded" in note for note in notes())
     torch.testing.assert_close(ours, without, rtol=torch.finfo(torch.bfloat16).eps / 2, atol=0.0)
-
-
-def test_gradients_accumulate_and_what_the_user_holds_stays(llama):
-    call = compiled(llama)
-    warm(llama, call)
-    seeds = (1, 2, 3)
-    held = []
-    for seed in seeds:
-        result = call(**on_gpu(30 + seed, seed))
-        result.loss.backward()
-        held.append((result.loss, result.logits))
-    ours = gradients(llama)
-    for seed, (loss, logits) in zip(seeds, held, strict=True):
-        true = llama(**on_gpu(30 + seed, seed))
-        true.loss.backward()
-        torch.testing.assert_close(loss, true.loss, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(logits, true.logits, rtol=1e-4, atol=1e-4)
-    assert_same(ours, gradients(llama))
-
-
-def test_evaluation_in_between_changes_nothing(llama):
-    call = compiled(llama)
-    warm(llama, call)
-    loss = call(**on_gpu(45)).loss
-    with torch.no_grad():
-        llama.eval()
-        evaluated = call(**on_gpu(50)).loss
-        llama.train()
-    loss.backward()
-    ours = gradients(llama)
-    true = llama(**on_gpu(45)).loss
-    true.backward()
-    assert_same(ours, gradients(llama))
-    torch.testing.assert_close(evaluated, llama(**on_gpu(50)).loss, rtol=1e-5, atol=1e-6)
-
-
-def test_two_forwards_before_their_backwards_are_both_right(llama):
-    call = compiled(llama)
-    warm(llama, call)
-    first, second = call(**on_gpu(45)).loss, call(**on_gpu(60, 2)).loss
-    first.backward()
-    second.backward()
-    ours = gradients(llama)
-    (llama(**on_gpu(45)).loss + llama(**on_gpu(60, 2)).loss).backward()
-    assert_same(ours, gradients(llama))
-
-
-def test_logits_can_be_trained_through(llama):
-    call = compiled(llama)
-    warm(llama, call)
-    result = call(**on_gpu(45))
-    (result.loss + result.logits.square().mean()).backward()
-    ours = gradients(llama)
-    true = llama(**on_gpu(45))
-    (true.loss + true.logits.square().mean()).backward()
-    assert_same(ours, gradients(llama))
-
-
-def test_weights_that_move_are_followed(llama):
-    call = compiled(llama)
-    warm(llama, call)
-    for p in llama.parameters():
-        p.data = p.detach().clone().mul_(0.9)
-    call(**on_gpu(45)).loss.backward()
-    ours = gradients(llama)
-    llama(**on_gpu(45)).loss.backward()
-    assert_same(ours, gradients(llama))
 
 
 def test_dropout_draws_other_numbers_at_each_step_and_the_same_under_a_seed():
@@ -221,9 +224,10 @@ def test_a_deleted_model_is_not_kept_alive_by_its_recordings():
     before = torch.cuda.memory_allocated()
     model = build("llama", lora=True, device="cuda")
     call = compiled(model)
-    warm(model, call)
+    for length in (40, 57, 33, 50):
+        call(**on_gpu(length)).loss.backward()
+    assert any("length 64 recorded" in note for note in notes()), notes()
     del model, call
     torch._dynamo.reset()
-    rewriter.report()
     gc.collect()
     assert torch.cuda.memory_allocated() - before < 2**26

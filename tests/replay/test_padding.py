@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from rewriter.replay.padding import CutOutput, PaddedInput, read, separate_labels
 from tests.capture import capture
@@ -53,6 +54,12 @@ def reading_of(body, *, lengths=(12, 17)):
         (lambda m, x, ids: x.reshape(-1, 8).tanh().view(2, -1, 8), CutOutput(0, 1, 0)),
         (lambda m, x, ids: F.softmax(x, dim=-1).mean(-1, keepdim=True), CutOutput(0, 1, 0)),
         (lambda m, x, ids: x.cumsum(1), CutOutput(0, 1, 0)),
+        (lambda m, x, ids: x - x[:, :1] + x[:, 0, None], CutOutput(0, 1, 0)),
+        (lambda m, x, ids: ids.diff(dim=1, prepend=ids[:, :1] - 1) != 1, CutOutput(0, 1, 0)),
+        (
+            lambda m, x, ids: checkpoint(lambda h: m.head(h.tanh()), x, use_reentrant=False),
+            CutOutput(0, 1, 0),
+        ),
         (lambda m, x, ids: torch.cat((x, -x), dim=-1).chunk(2, dim=-1)[1], CutOutput(0, 1, 0)),
         (lambda m, x, ids: m.table(ids[:, 1:]) + x[:, 1:], CutOutput(0, 1, -1)),
         (
@@ -77,10 +84,12 @@ def test_what_treats_tokens_one_by_one_or_sees_earlier_ones_alone_is_padded(body
         (lambda m, x, ids: x.mean(1), "reduces over tokens"),
         (lambda m, x, ids: x.sum(), "reduces over tokens"),
         (lambda m, x, ids: x[:, -1], "takes single tokens"),
+        (lambda m, x, ids: x[:, ::2], "takes single tokens"),
         (lambda m, x, ids: x[:, -3:], "takes tokens from the end"),
         (lambda m, x, ids: x / x.shape[1], "computes with the length"),
         (lambda m, x, ids: x.reshape(-1, 8), "several rows on one axis"),
         (lambda m, x, ids: x.transpose(1, 2) @ x, "multiplies tokens with tokens"),
+        (lambda m, x, ids: checkpoint(lambda h: h.sum(1), x, use_reentrant=False), "reduces over tokens"),
         (lambda m, x, ids: F.softmax(x, dim=1), "reduces over tokens"),
         (lambda m, x, ids: torch.cat((x, x), dim=1), "joins tokens"),
         (lambda m, x, ids: F.pad(x, (0, 0, 0, 1)), "appends to the tokens"),
