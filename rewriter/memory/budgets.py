@@ -16,9 +16,11 @@ from rewriter.memory.arena import default_limit
 from rewriter.memory.costs import value_bytes
 from rewriter.regions.program import Program
 
-# Of the driver's context, cuBLAS's workspaces and what the allocator cannot use for being in pieces.
 _CONTEXT = 600 << 20
-_PIECES = 0.01
+# cuBLAS's workspaces, one a handle and stream, come from the allocator at the first product.
+_WORKSPACES = 96 << 20
+# What the allocator holds and cannot use, for being in pieces.
+_PIECES = 0.025
 # Gradient, and AdamW's two moments.
 _TENSORS_A_TRAINED_ONE = 3
 
@@ -46,7 +48,7 @@ def budgets(
 
 def usable_bytes(card: int) -> int:
     """What tensors may take of a card: all but the driver's context, and what is lost in pieces."""
-    return max(int((card - _CONTEXT) * (1 - _PIECES)), 0)
+    return max(int((card - _CONTEXT) * (1 - _PIECES)) - _WORKSPACES, 0)
 
 
 def foreseen_bytes(weights: int, trained: int) -> int:
