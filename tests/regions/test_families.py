@@ -15,8 +15,6 @@ ADAPTED_ALTERNATING = (4, "beginning a b c b end")
 
 PLAIN = {
     "llama": ONE_KIND,
-    "llama_bias": ONE_KIND,
-    "llama_rope_llama3": ONE_KIND,
     "mistral": ONE_KIND,
     "qwen2": ONE_KIND,
     "qwen3": ONE_KIND,
@@ -30,7 +28,6 @@ PLAIN = {
     "olmo2": (4, "beginning a a a end"),
     "granite": ONE_KIND,
     "cohere": ONE_KIND,
-    "cohere_qk_norm": ONE_KIND,
     "cohere2": ALTERNATING,
     "glm4": ONE_KIND,
     "phi": ONE_KIND,
@@ -46,7 +43,6 @@ PLAIN = {
 ADAPTERS = {
     "llama": ADAPTED,
     "gemma2": ADAPTED_ALTERNATING,
-    "deepseek_v3": (4, "beginning a a a end"),
 }
 QUANTISED = {
     "llama": ADAPTED,

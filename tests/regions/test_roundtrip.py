@@ -27,7 +27,7 @@ def assert_program_computes(case: Outlined, truth: Numbers, *, one_order: bool) 
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3 * (1 + b.abs().max().item()))
 
 
-@settings(max_examples=40, **_few)
+@settings(max_examples=30, **_few)
 @given(chain=chains(), dynamic=st.sampled_from((None, True)))
 def test_outlining_then_inlining_gives_back_an_equal_graph(chain: Chain, dynamic):
     case = outlined(chain, *chain.inputs(), dynamic=dynamic)
@@ -42,7 +42,7 @@ def test_outlining_then_inlining_gives_back_an_equal_graph(chain: Chain, dynamic
     assert_equal(Numbers(ours.results, []), Numbers(truth.results, []))
 
 
-@settings(max_examples=8, **_few)
+@settings(max_examples=6, **_few)
 @given(chain=chains(), dynamic=st.sampled_from((None, True)))
 def test_compiled_regions_compute_what_the_graph_does(chain: Chain, dynamic):
     case = outlined(chain, *chain.inputs(), dynamic=dynamic, lowered=True)
@@ -52,7 +52,7 @@ def test_compiled_regions_compute_what_the_graph_does(chain: Chain, dynamic):
     assert_program_computes(case, numbers(case.body, case.values), one_order=one_order)
 
 
-@settings(max_examples=10, **_few)
+@settings(max_examples=8, **_few)
 @given(chain=chains(skips=(0,), repeats=(4, 6)))
 def test_layers_in_a_row_are_always_found(chain: Chain):
     case = outlined(chain, *chain.inputs())
