@@ -25,7 +25,7 @@ _GIB = 2**30
 # AdamW reads parameter, gradient and two moments, and writes all but the gradient.
 _UPDATE_PASSES = 7
 # What a machine with one GPU has to spare, where it is not said.
-_HOST = 64 * _GIB
+_HOST = 128 * _GIB
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def plan(
             training as it will be; on "meta" it needs no memory. Left as it was.
         tokens: None for the most that fit, to within one in a hundred.
         memory_budget: bytes, "24GB", or a fraction of the machine's memory, as the backend's option.
-        host_budget: bytes or a size, for activations in host memory; None for 64 GiB.
+        host_budget: bytes or a size, for activations in host memory; None for 128 GiB.
         machine: a ``Machine``, the name of a known card, or a file that ``Machine.save`` wrote. None: this
             machine's GPU, measured; without one, an H200.
         lora_rank: freeze the model and put LoRA adapters of that rank on all linears but the head. None: a

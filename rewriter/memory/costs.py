@@ -19,6 +19,9 @@ from torch.utils.flop_counter import flop_registry
 
 from rewriter.memory.fakes import StageFakes
 
+# Bytes of logits that ``linear_cross_entropy`` holds at once on a GPU where its weight is frozen.
+_LOGITS = 2**28
+
 
 class Rates(Protocol):
     """Of a machine: operations and bytes a second."""
@@ -135,12 +138,15 @@ def _peak(module: GraphModule, sizes: dict[Node, int], results: set[Node]) -> in
 
 
 def _workspace(node: Node) -> int:
-    """What attention's backward needs beside its results, on a GPU.
+    """What the head's loss, or attention's backward, needs beside its results, on a GPU.
 
     The gradient of the queries in fp32, and of keys that heads share one for each head.
     """
     name = _name(node)
-    if "attention" not in name or "backward" not in name:
+    if name == "linear_cross_entropy":
+        return _buffer_of_logits(node)
+    # The kernel of masked attention sums in registers.
+    if not _is_attention(node) or "backward" not in name or name == "attention_backward":
         return 0
     query, key = [n.meta["val"] for n in node.args if isinstance(n, Node) and _is_heads(n)][1:3]
     if not query.is_cuda:
@@ -159,7 +165,7 @@ def _seconds(
     count = _flops(node)
     if count:
         rate = rates.matrix_flops
-        if "attention" in _name(node):
+        if _is_attention(node):
             backward = "backward" in _name(node)
             rate = rates.attention_backward_flops if backward else rates.attention_forward_flops
         return count * (scale if _has(node, symbol) else 1.0) / rate
@@ -193,8 +199,10 @@ def _has(node: Node, symbol: Any) -> bool:
 @lru_cache(maxsize=4096)
 def _flops(node: Node) -> float:
     """Operations at the sizes that tracing expected: products by PyTorch's own formulas."""
-    if "attention" in _name(node):
+    if _is_attention(node):
         return _attention_flops(node)
+    if _name(node) == "linear_cross_entropy":
+        return _head_flops(node)
     formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
     if formula is None:
         return 0.0
@@ -203,7 +211,7 @@ def _flops(node: Node) -> float:
 
 
 def _attention_flops(node: Node) -> float:
-    """Two products forward and five backward, half of each where it is causal; heads may share keys.
+    """Two products forward and five backward, of the pairs that are seen; heads may share keys.
 
     PyTorch's formula refuses shared keys.
     """
@@ -211,8 +219,37 @@ def _attention_flops(node: Node) -> float:
     given = [n.meta["val"].shape for n in node.args if isinstance(n, Node) and _is_heads(n)]
     query, key = given[1:3] if backward else given[:2]
     rows, heads, length, size = map(int_hint, query)
-    product = 2.0 * rows * heads * length * int_hint(key[2]) * size
-    return product * (5 if backward else 2) * (0.5 if argument_of(node, "is_causal") else 1.0)
+    keys = int_hint(key[2])
+    product = 2.0 * rows * heads * length * keys * size
+    return product * (5 if backward else 2) * _share_seen(node, keys)
+
+
+def _share_seen(node: Node, keys: int) -> float:
+    """Of all pairs of a query and a key; packed documents count as one, their lengths are not known."""
+    if not (argument_of(node, "is_causal") or argument_of(node, "causal")):
+        return 1.0
+    reach = min(argument_of(node, "window") or keys, keys) / keys
+    chunk = min(argument_of(node, "chunk") or keys, keys) / keys
+    return min(reach - reach * reach / 2, chunk / 2)
+
+
+def _head_flops(node: Node) -> float:
+    """The head's product, and one more for each gradient, which its forward makes."""
+    x, weight = (n.meta["val"] for n in node.all_input_nodes[:2])
+    gradients = sum(bool(argument_of(node, name)) for name in ("needs_x", "needs_weight"))
+    return 2.0 * int_hint(x.numel()) * int_hint(weight.shape[0]) * (1 + gradients)
+
+
+def _buffer_of_logits(node: Node) -> int:
+    """Logits of a chunk of rows."""
+    x, weight = (n.meta["val"] for n in node.all_input_nodes[:2])
+    trained = value_bytes(weight) // 2 if argument_of(node, "needs_weight") else 0
+    logits = int_hint(x.shape[0]) * int_hint(weight.shape[0]) * x.element_size()
+    return min(max(_LOGITS, trained), logits)
+
+
+def _is_attention(node: Node) -> bool:
+    return "attention" in _name(node) and sum(_is_heads(n) for n in node.all_input_nodes) > 1
 
 
 def _is_heads(node: Node) -> bool:
