@@ -88,6 +88,16 @@ class StageGraphs:
         results = (_once(self.stage.rows_out[i]) for i in self.saved.results)
         return (*inputs, *results, *self.forward_rows[len(self.signature.results) :])
 
+    @property
+    def saves_tiles(self) -> bool:
+        """Whether each thing that a row-wise stage saves is a tile of something, or has no tokens."""
+        if not self.stage.row_wise:
+            return True
+        tokens = self.fakes.tokens.node.expr
+        extras = [x for x in self.results[len(self.signature.results) :] if self._rows(x) is None]
+        sizes = [s for x in extras if isinstance(x, Tensor) for s in x.shape if isinstance(s, SymInt)]
+        return all(tokens not in s.node.expr.free_symbols for s in sizes)
+
     def _rows(self, value: Any) -> Rows | None:
         if not self.stage.row_wise or not isinstance(value, Tensor):
             return None
@@ -101,6 +111,11 @@ class StageGraphs:
     @cached_property
     def orders(self) -> tuple[tuple[int, ...] | None, ...]:
         return tuple(memory_order(x) if isinstance(x, Tensor) else None for x in self.signature.inputs)
+
+    @cached_property
+    def result_orders(self) -> tuple[tuple[int, ...], ...]:
+        """The same of each result, and of what is saved beside them; nothing of what is no tensor."""
+        return tuple(memory_order(x) if isinstance(x, Tensor) else () for x in self.results)
 
     def forward_inputs(self) -> list[Any]:
         """Fake inputs of ``forward``."""
@@ -158,7 +173,10 @@ def stage_graphs(
             graphs = _traced(module, signature, saving or not stage.row_wise)
     if name := _random(graphs[0]):
         raise Unstaged(f"`{name}` draws random numbers, which its recomputation would have to draw again")
-    return StageGraphs(stage, fakes, signature, *graphs)
+    made = StageGraphs(stage, fakes, signature, *graphs)
+    if saving and not made.saves_tiles:
+        return stage_graphs(stage, inputs, needs, longest_tile, silent=silent)
+    return made
 
 
 def _traced(

@@ -1,7 +1,7 @@
 """Runs one compiled stage, forward and backward, whole or in tiles of the sequence.
 
-In tiles, a row-wise stage needs memory for its inside once for ``tile`` tokens instead of once for all: an MLP of
-14336 channels takes 2.3 GB at 8192 tokens, 58 GB at 200,000. Results are the same numbers: tokens do not meet in such
+In tiles, a row-wise stage needs memory for its inside for ``tile`` tokens instead of for all: an MLP of 14336
+channels takes 2.3 GB at 8192 tokens, 58 GB at 200,000. Results are the same numbers: tokens do not meet in such
 a stage. Gradients of weights are sums over tiles; they are taken in fp32, and rounded once at the end.
 """
 
@@ -40,15 +40,15 @@ class StageRun:
         tokens = _tokens(values, self._rows_in)
         if tile is None or tokens is None or tokens <= tile:
             return self._packed(self.forward(*values))
-        rows_out = self.graphs.forward_rows
+        rows_out, orders = self.graphs.forward_rows, self.graphs.result_orders
         wholes: list[Any] = []
         for start in range(0, tokens, tile):
             length = min(tile, tokens - start)
             results = self._packed(self.forward(*_sliced(values, self._rows_in, start, length)))
             if not wholes:
                 wholes = [
-                    r if rows is None else _room(r, rows, tokens)
-                    for r, rows in zip(results, rows_out, strict=True)
+                    r if rows is None else _room(r, rows, tokens, order)
+                    for r, rows, order in zip(results, rows_out, orders, strict=True)
                 ]
             for whole, result, rows in zip(wholes, results, rows_out, strict=True):
                 if rows is not None:
@@ -74,11 +74,12 @@ class StageRun:
         """
         assert self.backward is not None
         tangents = self._tangents(tangents)
-        values = self._laid_out(read) if self.graphs.saved is None else read
+        values = self._read(read)
         tokens = _tokens(values, self.graphs.read_rows)
         if tile is None or tokens is None or tokens <= tile:
             return _add(self.backward(*values, *tangents), tangents, into)
-        spare = [t for t, own in zip(tangents, ours, strict=True) if own]
+        rows = (r for r, has in zip(self._rows_out, self.graphs.signature.differentiable, strict=True) if has)
+        spare = [(t, r) for t, own, r in zip(tangents, ours, rows, strict=True) if own]
         return self._tiled_backward(values, tangents, tile, tokens, into, spare)
 
     def _tiled_backward(
@@ -88,13 +89,14 @@ class StageRun:
         tile: int,
         tokens: int,
         into: Sequence[Tensor | None],
-        spare: list[Tensor],
+        spare: list[tuple[Tensor, Rows | None]],
     ) -> list[Tensor | None]:
-        stage, signature = self.graphs.stage, self.graphs.signature
-        rows_out = self.graphs.forward_rows[: len(stage.rows_out)]
-        rows_of_tangents = [r for r, has in zip(rows_out, signature.differentiable, strict=True) if has]
+        signature = self.graphs.signature
+        rows_of_tangents = [r for r, has in zip(self._rows_out, signature.differentiable, strict=True) if has]
         rows_of_gradients = [r for r, need in zip(self._rows_in, signature.needs, strict=True) if need]
-        totals = list(into)
+        orders = [o for o, need in zip(self.graphs.orders, signature.needs, strict=True) if need]
+        wholes = zip(into, rows_of_gradients, strict=True)
+        totals = [_widened(t) if t is not None and rows is None else t for t, rows in wholes]
         for start in range(0, tokens, tile):
             length = min(tile, tokens - start)
             inputs = _sliced(values, self.graphs.read_rows, start, length)
@@ -104,12 +106,13 @@ class StageRun:
                     continue
                 rows, total = rows_of_gradients[i], totals[i]
                 if rows is None:
-                    totals[i] = _widened(gradient) if total is None else total.add_(gradient)
+                    # A compiled graph may hand out one tensor for two equal gradients.
+                    totals[i] = _widened(gradient).clone() if total is None else total.add_(gradient)
                 elif into[i] is not None:
                     rows.narrowed(into[i], start, length).add_(gradient)
                 else:
                     if total is None:
-                        total = totals[i] = _take(spare, gradient, rows, tokens)
+                        total = totals[i] = _take(spare, gradient, rows, tokens, orders[i])
                     rows.narrowed(total, start, length).copy_(gradient)
         return totals
 
@@ -119,6 +122,16 @@ class StageRun:
             densely(x, order) if row is not None and order is not None else x
             for x, row, order in zip(inputs, rows, self.graphs.orders, strict=True)
         ]
+
+    def _read(self, read: Sequence[Any]) -> list[Any]:
+        """What the backward reads beside gradients, the stage's inputs in their memory order."""
+        saved = self.graphs.saved
+        if saved is None:
+            return self._laid_out(read)
+        orders = [self.graphs.orders[i] if self._rows_in[i] is not None else None for i in saved.inputs]
+        count = len(orders)
+        inputs = [x if o is None else densely(x, o) for x, o in zip(read[:count], orders, strict=True)]
+        return [*inputs, *read[count:]]
 
     def _tangents(self, tangents: Sequence[Tensor]) -> list[Tensor]:
         return [
@@ -131,6 +144,10 @@ class StageRun:
         count = len(self.graphs.signature.results)
         extras = (densely(x, memory_order(x)) if isinstance(x, Tensor) else x for x in results[count:])
         return [*results[:count], *extras]
+
+    @property
+    def _rows_out(self) -> Sequence[Rows | None]:
+        return self.graphs.forward_rows[: len(self.graphs.stage.rows_out)]
 
     @property
     def _rows_in(self) -> list[Rows | None]:
@@ -165,19 +182,22 @@ def _add(
     return found
 
 
-def _room(like: Tensor, rows: Rows, tokens: int) -> Tensor:
+def _room(like: Tensor, rows: Rows, tokens: int, order: Sequence[int]) -> Tensor:
     shape = [tokens * rows.times if d == rows.dim else size for d, size in enumerate(like.shape)]
-    return like.new_empty_strided(shape, dense_strides(shape, memory_order(like)))
+    return like.new_empty_strided(shape, dense_strides(shape, order))
 
 
-def _take(spare: list[Tensor], like: Tensor, rows: Rows, tokens: int) -> Tensor:
-    """One of ``spare`` that looks as the whole of ``like`` does, else room of its own."""
+def _take(
+    spare: list[tuple[Tensor, Rows | None]], like: Tensor, rows: Rows, tokens: int, order: Sequence[int]
+) -> Tensor:
+    """One of ``spare`` that looks as the whole of ``like`` does, tile for tile, else room of its own."""
     shape = [tokens * rows.times if d == rows.dim else size for d, size in enumerate(like.shape)]
-    strides = dense_strides(shape, memory_order(like))
-    for index, given in enumerate(spare):
-        if list(given.shape) == shape and list(given.stride()) == strides and given.dtype == like.dtype:
-            return spare.pop(index)
-    return _room(like, rows, tokens)
+    strides = dense_strides(shape, order)
+    for index, (given, counted) in enumerate(spare):
+        same = list(given.shape) == shape and list(given.stride()) == strides and given.dtype == like.dtype
+        if same and counted == rows:
+            return spare.pop(index)[0]
+    return _room(like, rows, tokens, order)
 
 
 def _widened(gradient: Tensor) -> Tensor:

@@ -8,13 +8,14 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import SymInt, Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Interpreter, Node, Proxy
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.proxy import GraphAppendingTracer
 
 from rewriter.memory.arena import HostArena
+from rewriter.memory.fakes import dense_strides, is_dense, memory_order
 from rewriter.memory.layer import LayerStages, ScheduledLayer
 from rewriter.memory.layer_graphs import LayerGraphs, layer_graphs
 from rewriter.memory.schedule import Fate, schedule
@@ -80,8 +81,8 @@ class SmallLayer:
 
     @functools.cached_property
     def compiled(self) -> LayerStages:
-        """The layer's stages, run as PyTorch runs them."""
-        return self.graphs.compiled(lambda module, inputs, mode: module.forward)
+        """The layer's stages, run as PyTorch runs them, given what a compiler would have been promised."""
+        return self.graphs.compiled(as_promised)
 
     def eager(self, inputs: Sequence[Any] | None = None) -> tuple:
         """The results of the layer in one."""
@@ -128,6 +129,25 @@ def _star(function: Callable, names: Sequence[str]) -> nn.Module:
     arguments = ", ".join(names)
     exec(f"def forward(self, {arguments}):\n    return tuple(function({arguments}))", scope)
     return type("Piece", (nn.Module,), {"forward": scope["forward"]})()
+
+
+def as_promised(module: GraphModule, inputs: Sequence[Any], mode: Any) -> Callable:
+    """``module``, given tensors in the memory order of the fake ``inputs`` alone, as Inductor checks."""
+
+    def run(*values: Any) -> Any:
+        for number, (value, fake) in enumerate(zip(values, inputs, strict=True)):
+            if not isinstance(fake, Tensor):
+                continue
+            strides = fake.stride()
+            if any(isinstance(s, SymInt) for s in (*fake.shape, *strides)):
+                assert is_dense(fake), f"input {number} was promised to have gaps"
+                strides = dense_strides(value.shape, memory_order(fake))
+            told = zip(value.shape, value.stride(), strides, strict=True)
+            same = all(size == 1 or stride == promised for size, stride, promised in told)
+            assert same and value.dtype == fake.dtype, f"input {number}: {value.stride()}, not {strides}"
+        return module.forward(*values)
+
+    return run
 
 
 def scheduled(

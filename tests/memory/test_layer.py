@@ -6,6 +6,8 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._functorch.compile_utils import fx_graph_cse
+from torch.fx import GraphModule
 
 from rewriter.memory.stage_graphs import Unstaged
 from tests.memory.decoder import decoder, randn
@@ -309,8 +311,13 @@ def test_two_weights_with_one_gradient(tile):
     pieces = (Piece(lambda x, v, w: (x + v + w,), ("x", "v", "w"), ("y",), {"x": 1, "y": 1}),)
     inputs = {"x": randn(2, 6, 4, grad=True), "v": randn(4, grad=True), "w": randn(4, grad=True, seed=1)}
     layer = SmallLayer(pieces, inputs, ("y",), frozenset("vw"))
-    ours = _step(scheduled(layer, {}, tile), layer)
-    _assert_same(ours, _whole(layer), exact=tile is None)
+    for stages in (None, layer.graphs.compiled(_with_equal_results_merged)):
+        ours = _step(scheduled(layer, {}, tile, stages=stages), layer)
+        _assert_same(ours, _whole(layer), exact=tile is None)
+
+
+def _with_equal_results_merged(module, inputs, mode):
+    return GraphModule(module, fx_graph_cse(module.graph)).forward
 
 
 @pytest.mark.parametrize("tile", [None, 4])
