@@ -108,7 +108,7 @@ class Step:
     gradients: list[torch.Tensor]
 
 
-def step(*, opaque: bool, checkpointing: bool = False, layers: int = 2, **options) -> Step:
+def step(*, opaque: bool, checkpointing: bool = False, layers: int = 1, **options) -> Step:
     model = build("llama", lora=True, nf4=True, double_quant=True, layers=layers, dtype=torch.bfloat16)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -128,17 +128,17 @@ def step(*, opaque: bool, checkpointing: bool = False, layers: int = 2, **option
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"checkpointing": True}, {"passes": []}], ids=["plain", "checkpoints", "no pass"]
+    "settings", [{"checkpointing": True}, {"passes": []}], ids=["checkpoints", "no pass"]
 )
 def test_a_model_of_opaque_layers_trains_as_one_of_plain_layers(settings):
     ours, theirs = (step(opaque=opaque, **settings) for opaque in (True, False))
     assert (ours.loss, ours.rewrites) == (theirs.loss, theirs.rewrites)
-    assert len(ours.gradients) == len(theirs.gradients) == 2 * 2 * 7
+    assert len(ours.gradients) == len(theirs.gradients) == 2 * 7
     assert all(torch.equal(a, b) for a, b in zip(ours.gradients, theirs.gradients, strict=True))
 
 
 def test_a_prepared_model_passes_verification():
-    (note,) = step(opaque=True, layers=1, verify=True).notes
+    (note,) = step(opaque=True, verify=True).notes
     assert note.startswith("verified: ")
 
 
