@@ -81,7 +81,7 @@ def planned(program: Program, given: Budgets, machine: Link, device: torch.devic
     everything = MemoryPlan(problem, tuple(part.choices[0] for part in problem.parts))
     if everything.peak <= given.device:
         return PlannedProgram(program, {}, everything, (), transfers)
-    ways, notes = all_ways(program, machine)
+    ways, notes = all_ways(program, machine, kept)
     found = plan(_problem(program, ways, given))
     staged_program, staged = _apply(program, ways, found)
     return PlannedProgram(staged_program, staged, found, tuple(notes), transfers)
@@ -103,10 +103,12 @@ def kept_ways(program: Program, machine: Link) -> dict[Region, list[StagedChoice
     }
 
 
-def all_ways(program: Program, machine: Link) -> tuple[dict[Region, list[StagedChoice]], list[str]]:
-    """Every way to run each region, and why some cannot run in stages."""
+def all_ways(
+    program: Program, machine: Link, kept: Mapping[Region, list[StagedChoice]] | None = None
+) -> tuple[dict[Region, list[StagedChoice]], list[str]]:
+    """Every way to run each region, and why some cannot run in stages; ``kept`` where it is known already."""
     layers, notes = _layers(program)
-    ways = kept_ways(program, machine)
+    ways = {region: list(found) for region, found in (kept or kept_ways(program, machine)).items()}
     for region in program.regions:
         owns = _owns_gradient(program, region)
         for layer in layers.get(region, ()):
