@@ -52,7 +52,9 @@ def test_an_unknown_option_is_an_error_with_the_nearest_name():
         OptionError, match="unknown option 'memory_buget'; did you mean 'memory_budget'"
     ) as caught:
         parse(memory_buget="24GB")
-    assert "Known: cuda_graphs, host_budget, lowering, memory_budget, passes, regions, verify." in str(caught.value)
+    assert "Known: cuda_graphs, host_budget, lowering, memory_budget, passes, regions, verify." in str(
+        caught.value
+    )
 
 
 def test_an_unknown_option_reaches_the_user_of_torch_compile():
@@ -86,6 +88,12 @@ def test_passes_run_alone_or_are_left_out():
 def test_verify_is_true_or_false(value):
     with pytest.raises(OptionError, match="option 'verify' is True or False"):
         parse(verify=value)
+
+
+def test_cuda_graphs_are_on_unless_turned_off():
+    assert parse().cuda_graphs and not parse(cuda_graphs=False).cuda_graphs
+    with pytest.raises(OptionError, match="option 'cuda_graphs' is True or False"):
+        parse(cuda_graphs="no")
 
 
 def test_an_unknown_lowering_or_mode_is_an_error():

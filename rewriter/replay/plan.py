@@ -10,6 +10,7 @@ gradient and are no parameters; tensors off the one device; several processes, w
 the backward runs.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,8 @@ from rewriter.replay.capture import CudaRecorder
 from rewriter.replay.padding import Reading, read, separate_labels
 from rewriter.replay.program import Limits, Replayed, is_batch
 from rewriter.replay.step import Recorder
+
+log = logging.getLogger(__name__)
 
 _OPERATIONS_PER_SECOND = 690e12
 _SECONDS_PER_LAUNCH = 100e-6
@@ -69,8 +72,13 @@ def planned(module: GraphModule, example_inputs: Sequence[Any], notes: list[str]
     if (reason := refusal(module, example_inputs)) is not None:
         notes.append(f"CUDA graphs: none, {reason}")
         return Plan(module, example_inputs)
-    separated, examples, doubled = separate_labels(module, example_inputs)
-    reading = read(separated, doubled)
+    try:
+        separated, examples, doubled = separate_labels(module, example_inputs)
+        reading = read(separated, doubled)
+    except Exception as error:
+        log.warning("reading failed, the graph is not recorded: %s", error, exc_info=True)
+        notes.append(f"CUDA graphs: none, reading failed: {type(error).__name__}: {error}")
+        return Plan(module, example_inputs)
     if reading.unknown is not None:
         notes.append(f"CUDA graphs: none, {reading.unknown}")
         return Plan(module, example_inputs)
