@@ -116,7 +116,8 @@ def main() -> None:
     name = f"context_{result['case']}_{arguments.card:g}_{arguments.system}.json"
     (arguments.results / name).write_text(json.dumps(result, indent=1) + "\n")
     print(
-        f"{arguments.system} {result['case']} on {arguments.card:g} GiB: {result['tokens'] / result['tokens_per_s']:.2f} s, "
+        f"{arguments.system} {result['case']} on {arguments.card:g} GiB: "
+        f"{result['tokens'] / result['tokens_per_s']:.2f} s, "
         f"{result['tokens_per_s']:.0f} tokens/s, peak {result['peak_gib']} GiB, "
         f"reserved {result['reserved_gib']} GiB"
     )

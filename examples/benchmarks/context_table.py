@@ -7,7 +7,6 @@ what was measured: the plan's peak, made before the first step.
 """
 
 import json
-from pathlib import Path
 
 from models import Case
 from peers import SYSTEMS
