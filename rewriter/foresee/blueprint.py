@@ -9,6 +9,7 @@ import copy
 import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class Blueprint:
         left_out: layers that are missing in it; None where all are there.
         weight_bytes: of all parameters and buffers, those of layers left out included.
         trained_bytes: of the parameters that need a gradient.
-        parameters, trained: how many numbers the model has, adapters left out, and how many are trained.
+        parameters, trained: how many numbers the model has as it was given, and how many are trained.
     """
 
     name: str
@@ -69,7 +70,7 @@ def blueprint(
             "plan: lora_rank and quantise say how a whole model will be adapted; this one has frozen weights "
             "already. Leave them out, and it is planned as it is."
         )
-    name, parameters = type(model).__name__, sum(p.numel() for p in model.parameters())
+    name, parameters = type(model).__name__, sum(map(_numbers, model.parameters()))
     model = _on_meta(model).train()
     path = None if whole else longest_list(model)
     left_out = shorten(model, path) if path else None
@@ -108,6 +109,11 @@ def _from_config(config: Any, dtype: torch.dtype) -> nn.Module:
 def _on_meta(model: nn.Module) -> nn.Module:
     """A copy of a model whose tensors have no memory; ties stay, and what hangs on tensors does too."""
     return copy.deepcopy(model, {id(t): _to_meta(t) for t in _tensors(model)})
+
+
+def _numbers(parameter: nn.Parameter) -> int:
+    packed = getattr(parameter, "quant_state", None)
+    return parameter.numel() if packed is None else prod(packed.shape)
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:

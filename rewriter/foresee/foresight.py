@@ -33,7 +33,7 @@ class Foresight:
     """A step as it will run, in predicted numbers; prints as text.
 
     Attributes:
-        model: its class; ``parameters`` of it, without adapters, ``trained`` of them or of adapters.
+        model: its class, with so many ``parameters`` as it was given; ``trained`` of them, or of adapters.
         rows, tokens: of a batch.
         machine: whose rates were taken.
         memory_budget: bytes of the card, or of the share of it that may be taken.
@@ -75,10 +75,10 @@ class Foresight:
         return "\n".join(
             [
                 f"{self.model}, {_count(self.parameters)} parameters, {_count(self.trained)} trained: "
-                f"{self.rows} × {self.tokens:,} tokens in {_gib(self.memory_budget)} of {self.machine}",
-                f"  {self.seconds:.2f} s a step, {self.tokens_per_second:,.0f} tokens/s",
-                f"  {_gib(plan.peak)} on the device at the {plan.where}, {_gib(plan.problem.static)} of it "
-                f"all the time; {_gib(plan.hosted)} in host memory",
+                f"{self.rows} × {self.tokens:,} tokens in {_size(self.memory_budget)} of {self.machine}",
+                f"  {self.seconds:.3g} s a step, {self.tokens_per_second:,.0f} tokens/s",
+                f"  {_size(plan.peak)} on the device at the {plan.where}, {_size(plan.problem.static)} of it "
+                f"all the time; {_size(plan.hosted)} in host memory",
                 *ways,
                 *(f"  {note}" for note in self.notes),
                 text(plan),
@@ -185,5 +185,5 @@ def _count(number: int) -> str:
     return str(number)
 
 
-def _gib(size: int) -> str:
-    return f"{size / _GIB:.1f} GiB"
+def _size(size: int) -> str:
+    return f"{size / _GIB:.1f} GiB" if size >= _GIB / 10 or not size else f"{size / 2**20:.1f} MiB"
