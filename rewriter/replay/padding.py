@@ -21,7 +21,9 @@ from torch.fx import Graph, GraphModule, Node
 
 from rewriter.canonical import value_of
 from rewriter.nested import duplicate
-from rewriter.replay.tokens import COPY, Abstract, Reader, Tokens, Unproven, expression
+from rewriter.replay.arguments import Unproven
+from rewriter.replay.rules import RULES
+from rewriter.replay.tokens import COPY, Abstract, Reader, Tokens, expression
 from rewriter.signatures import target_name
 
 _LABEL_STEPS = frozenset(
@@ -132,7 +134,7 @@ def read(module: GraphModule, doubled: tuple[int, ...] = ()) -> Reading:
 
 
 def _interpret(graph: Graph, symbol: sympy.Symbol | None, fills: dict[Node, int] | None = None) -> Reader:
-    reader = Reader(symbol, {})
+    reader = Reader(symbol, RULES)
     for node in graph.nodes:
         if node.op == "placeholder":
             reader.known[node] = _input(node, reader, (fills or {}).get(node))
