@@ -1,6 +1,6 @@
 """What operations do to tokens: the rules of ``tokens`` by the name of an operation.
 
-A rule takes the node, its name, its arguments in order and the reader; it says what the node computes, or raises.
+A rule takes the node, its name, its arguments in order and the reader, and says what the node computes.
 """
 
 from rewriter.replay import fused_rules, value_rules, view_rules
