@@ -7,6 +7,7 @@ as AdamW has, are taken to be there all the time; where they are there already, 
 
 import os
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -40,15 +41,31 @@ def budgets(
     """What the options ask for, on the device that runs the program."""
     total = device_bytes(device)
     card = int(memory_budget * total) if isinstance(memory_budget, float) else min(memory_budget, total)
-    usable = usable_bytes(card) if device.type == "cuda" else int(card * (1 - _PIECES))
+    usable = usable_bytes(card, device)
     host = int(host_budget * host_bytes()) if isinstance(host_budget, float) else host_budget
     host = default_limit() if host is None else host
     return Budgets(usable, host, static_bytes(program, device))
 
 
-def usable_bytes(card: int) -> int:
-    """What tensors may take of a card: all but the driver's context, and what is lost in pieces."""
-    return max(int((card - _CONTEXT) * (1 - _PIECES)) - _WORKSPACES, 0)
+def usable_bytes(card: int, device: torch.device | None = None) -> int:
+    """What tensors may take of a card: all but the driver's context, and what is lost in pieces.
+
+    Args:
+        device: None for a GPU.
+    """
+    context, workspaces = _taken(device)
+    return max(int((card - context) * (1 - _PIECES)) - workspaces, 0)
+
+
+def card_bytes(usable: int, device: torch.device | None = None) -> int:
+    """The card on which tensors may take ``usable`` bytes: what ``usable_bytes`` is asked with."""
+    context, workspaces = _taken(device)
+    return ceil((usable + workspaces) / (1 - _PIECES)) + context + 1
+
+
+def _taken(device: torch.device | None) -> tuple[int, int]:
+    """Of the device, and of what the allocator has."""
+    return (_CONTEXT, _WORKSPACES) if device is None or device.type == "cuda" else (0, 0)
 
 
 def foreseen_bytes(weights: int, trained: int) -> int:

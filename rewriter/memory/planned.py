@@ -75,16 +75,34 @@ def planned(program: Program, given: Budgets, machine: Link, device: torch.devic
     Raises:
         Infeasible: no plan stays within the budgets.
     """
-    transfers = functools.partial(transfers_of, str(device), given.host)
     kept = kept_ways(program, machine)
-    problem = _problem(program, kept, given)
-    everything = MemoryPlan(problem, tuple(part.choices[0] for part in problem.parts))
-    if everything.peak <= given.device:
-        return PlannedProgram(program, {}, everything, (), transfers)
+    if found := _everything_kept(program, kept, given, device):
+        return found
     ways, notes = all_ways(program, machine, kept)
     found = plan(_problem(program, ways, given))
     staged_program, staged = _apply(program, ways, found)
-    return PlannedProgram(staged_program, staged, found, tuple(notes), transfers)
+    return PlannedProgram(staged_program, staged, found, tuple(notes), _transfers(given, device))
+
+
+def everything_kept(
+    program: Program, given: Budgets, machine: Link, device: torch.device
+) -> PlannedProgram | None:
+    """``program`` as it runs without a budget; None where that does not fit."""
+    return _everything_kept(program, kept_ways(program, machine), given, device)
+
+
+def _everything_kept(
+    program: Program, kept: Mapping[Region, list[StagedChoice]], given: Budgets, device: torch.device
+) -> PlannedProgram | None:
+    problem = _problem(program, kept, given)
+    found = MemoryPlan(problem, tuple(part.choices[0] for part in problem.parts))
+    if found.peak > given.device:
+        return None
+    return PlannedProgram(program, {}, found, (), _transfers(given, device))
+
+
+def _transfers(given: Budgets, device: torch.device) -> Callable[[], Transfers]:
+    return functools.partial(transfers_of, str(device), given.host)
 
 
 def _problem(program: Program, ways: Mapping[Region, list[StagedChoice]], given: Budgets) -> Problem:
@@ -134,7 +152,11 @@ def _layers(program: Program) -> tuple[dict[Region, list[LayerGraphs]], list[str
 
 
 def _shared(program: Program, region: Region) -> frozenset[int]:
-    """Inputs that live anyway: all but those that one call makes and this one alone reads."""
+    """Inputs that live anyway: all but those that one call makes and this one alone reads.
+
+    Where that differs between the region's calls, as where the first layer reads an input of the graph, they are
+    the layer's own.
+    """
     readers: dict[Any, int] = {}
     for call in program.calls:
         for node in call.inputs:
@@ -146,7 +168,7 @@ def _shared(program: Program, region: Region) -> frozenset[int]:
         i
         for i, value in enumerate(region.inputs)
         if not isinstance(value, Tensor)
-        or any(call.inputs[i] not in made or readers[call.inputs[i]] > 1 for call in calls)
+        or all(call.inputs[i] not in made or readers[call.inputs[i]] > 1 for call in calls)
     )
 
 
