@@ -1,7 +1,7 @@
 """A layer that runs by a schedule: one autograd function around its stages.
 
-What its backward reads is kept, sent to host memory or computed again, as ``schedule.py`` lists it. Gradients are
-those of the layer run as one: stages are cut where values are made, and nothing is approximated.
+What its backward reads is kept, sent to host memory or computed again, as ``schedule.py`` lists it. Gradients
+are those of the layer run as one: stages are cut where values are made, and nothing is approximated.
 
 A kept activation is given up as soon as the backward has read it, so that there is one backward a forward:
 ``retain_graph=True`` and second derivatives are refused.
@@ -9,12 +9,14 @@ A kept activation is given up as soon as the backward has read it, so that there
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rewriter.memory.randomness import device_of, random_state, replaying
 from rewriter.memory.schedule import Schedule, StageValues
 from rewriter.memory.stage_run import StageRun
 from rewriter.memory.transfer import Transfers
@@ -45,8 +47,20 @@ class LayerStages:
 
     def run(self, index: int, here: dict[str, Any], tile: int | None) -> None:
         """Run stage ``index`` on the values that are ``here``, and put its results there."""
-        results = self.runs[index].run([here[name] for name in self.takes[index]], tile)
+        inputs = [here[name] for name in self.takes[index]]
+        with self.drawing(index, inputs, here):
+            results = self.runs[index].run(inputs, tile)
         here.update(zip(self.gives[index], results, strict=True))
+
+    def drawing(self, index: int, values: Sequence[Any], here: dict[str, Any]) -> AbstractContextManager:
+        """Random numbers for stage ``index``: new ones the first time, noted ``here``, then the same."""
+        if not self.runs[index].graphs.draws:
+            return nullcontext()
+        name, device = _state_of(index), device_of(values)
+        if name in here:
+            return replaying(here[name], device)
+        here[name] = random_state(device)
+        return nullcontext()
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +91,7 @@ class ScheduledLayer:
     def forward(
         self, inputs: Sequence[Any], transfers: Transfers | None
     ) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
-        """The results; what is left on the device; tickets of what is not. Without ``transfers`` nothing is kept."""
+        """The results; what is left on the device; tickets of what is not. Without ``transfers``: nothing."""
         here = dict(zip(self.stages.inputs, inputs, strict=True))
         tickets: dict[str, Any] = {}
         for step in self.schedule.forward:
@@ -88,7 +102,8 @@ class ScheduledLayer:
             elif step.kind == "free":
                 del here[step.value]
         results = tuple(here[name] for name in self.stages.outputs)
-        kept = {name: here[name] for name in self.schedule.kept} if transfers is not None else {}
+        states = [n for n in map(_state_of, range(len(self.stages.runs))) if n in here]
+        kept = {name: here[name] for name in (*self.schedule.kept, *states)} if transfers is not None else {}
         # Autograd makes the results the layer's own: what the layer keeps of them must not hold the layer.
         kept |= {name: here[name].detach() for name in self.stages.outputs if name in kept}
         return results, kept, tickets
@@ -133,13 +148,11 @@ class ScheduledLayer:
             gradients[name] = gradients[name].clone()
         given.difference_update(leaves)
         lent.difference_update(leaves)
-        found = run.run_backward(
-            [here[name] for name in self.stages.reads_back[index]],
-            [gradients.pop(name) for name in roots],
-            self.tile,
-            [gradients.get(name) for name in leaves],
-            [name not in lent for name in roots],
-        )
+        read = [here[name] for name in self.stages.reads_back[index]]
+        tangents = [gradients.pop(name) for name in roots]
+        ours = [name not in lent for name in roots]
+        with self.stages.drawing(index, tangents, here):
+            found = run.run_backward(read, tangents, self.tile, [gradients.get(n) for n in leaves], ours)
         gradients.update((n, g) for n, g in zip(leaves, found, strict=True) if g is not None)
 
 
@@ -168,8 +181,8 @@ class _Layer(torch.autograd.Function):
         layer: ScheduledLayer = ctx.layer
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "rewriter: create_graph=True through a layer that runs in stages; second derivatives need a run "
-                "without memory_budget"
+                "rewriter: create_graph=True through a layer that runs in stages; second derivatives need a "
+                "run without memory_budget"
             )
         if ctx.kept is None:
             raise RuntimeError(
@@ -184,6 +197,11 @@ class _Layer(torch.autograd.Function):
         found = layer.backward(here, ctx.tickets, gradients, layer.transfers())
         wanted = zip(layer.stages.inputs, ctx.needs_input_grad[1:], ctx.dtypes, strict=True)
         return None, *(_as(found[name], dtype) if need else None for name, need, dtype in wanted)
+
+
+def _state_of(index: int) -> str:
+    """The name of the generator's state before stage ``index``, among the values of a layer."""
+    return f"random state of stage {index + 1}"
 
 
 def _sharing(gradients: dict[str, Tensor]) -> set[str]:

@@ -27,6 +27,7 @@ from rewriter.memory.joint import (
     partitioned_graphs,
     signature_of,
 )
+from rewriter.memory.randomness import draws
 from rewriter.memory.stages import Stage
 
 
@@ -117,6 +118,18 @@ class StageGraphs:
         """The same of each result, and of what is saved beside them; nothing of what is no tensor."""
         return tuple(memory_order(x) if isinstance(x, Tensor) else () for x in self.results)
 
+    @cached_property
+    def draws(self) -> bool:
+        """Whether a run draws random numbers."""
+        return bool(draws(self.forward))
+
+    @property
+    def draws_again(self) -> bool:
+        """Whether the backward draws what the forward did, or nothing where it reads what was saved."""
+        if self.backward is None:
+            return True
+        return draws(self.backward) == (draws(self.forward) if self.saved is None else [])
+
     def forward_inputs(self) -> list[Any]:
         """Fake inputs of ``forward``."""
         return list(self.signature.inputs)
@@ -158,7 +171,7 @@ def stage_graphs(
         silent: names of results that get no gradient, though they could have one.
 
     Raises:
-        Unstaged: it draws random numbers, which a second run would have to draw again.
+        Unstaged: it draws random numbers, and its backward would draw others.
     """
     fakes = StageFakes(longest_tile)
     module = stage.module
@@ -171,11 +184,11 @@ def stage_graphs(
                 signature, differentiable=tuple(has and n.name not in silent for n, has in flags)
             )
             graphs = _traced(module, signature, saving or not stage.row_wise)
-    if name := _random(graphs[0]):
-        raise Unstaged(f"`{name}` draws random numbers, which its recomputation would have to draw again")
     made = StageGraphs(stage, fakes, signature, *graphs)
-    if saving and not made.saves_tiles:
+    if saving and stage.row_wise and not (made.saves_tiles and made.draws_again):
         return stage_graphs(stage, inputs, needs, longest_tile, silent=silent)
+    if not made.draws_again:
+        raise Unstaged("its backward would draw other random numbers than its forward")
     return made
 
 
@@ -202,22 +215,9 @@ LONG = 16384
 def attend_by_groups(module: GraphModule) -> None:
     """Long attention's backward, one group of heads after the other: it needs less memory at a time."""
     for node in module.graph.nodes:
-        if node.target in by_groups and int_hint(node.args[1].meta["val"].shape[2]) >= LONG:
-            # Another head's random numbers would be drawn in its place.
-            if not argument_of(node, "dropout_p"):
-                node.target = by_groups[node.target]
+        # With dropout, another head's random numbers would be drawn in a head's place.
+        if node.target not in by_groups or argument_of(node, "dropout_p"):
+            continue
+        if int_hint(node.args[1].meta["val"].shape[2]) >= LONG:
+            node.target = by_groups[node.target]
     module.recompile()
-
-
-def _random(module: GraphModule) -> str | None:
-    for node in module.graph.nodes:
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not _is_certain(node):
-            return node.name
-    return None
-
-
-def _is_certain(node: Any) -> bool:
-    """Attention ops are tagged as random for a dropout that they may not have."""
-    if "attention" not in str(node.target):
-        return False
-    return not argument_of(node, "dropout_p")
