@@ -77,8 +77,6 @@ class Foresight:
                 f"{self.model}, {_count(self.parameters)} parameters, {_count(self.trained)} trained: "
                 f"{self.rows} × {self.tokens:,} tokens in {_size(self.memory_budget)} of {self.machine}",
                 f"  {self.seconds:.3g} s a step, {self.tokens_per_second:,.0f} tokens/s",
-                f"  {_size(plan.peak)} on the device at the {plan.where}, {_size(plan.problem.static)} of it "
-                f"all the time; {_size(plan.hosted)} in host memory",
                 *ways,
                 *(f"  {note}" for note in self.notes),
                 text(plan),
