@@ -154,8 +154,7 @@ def _layers(program: Program) -> tuple[dict[Region, list[LayerGraphs]], list[str
 def _shared(program: Program, region: Region) -> frozenset[int]:
     """Inputs that live anyway: all but those that one call makes and this one alone reads.
 
-    Where that differs between the region's calls, as where the first layer reads an input of the graph, they are
-    the layer's own.
+    Where calls differ, as where the first layer reads an input of the graph, they are the layer's own.
     """
     readers: dict[Any, int] = {}
     for call in program.calls:

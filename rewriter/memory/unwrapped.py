@@ -2,9 +2,9 @@
 
     checkpoint(layer, h, ...) -> h'      ->      the layer's own operations
 
-``gradient_checkpointing=True`` says that memory is short, and one way to save it: keep the input of each layer,
-run all of it again. A budget says the first better, and the plan does the second better: where everything fits
-nothing is run again, and where it does not, what is dear to compute and small to keep is not.
+``gradient_checkpointing=True`` says that memory is short, and one way to save it: keep the input of each
+layer, run all of it again. A budget says the first better, and the plan does the second better: where everything
+fits nothing is run again, and where it does not, what is dear to compute and small to keep is not.
 """
 
 from torch.fx import GraphModule, Node
