@@ -359,7 +359,6 @@ def test_slices_of_one_tensor_are_parted_where_they_cross_stages(tile):
 
 
 REFUSED = {
-    "draws random numbers": (lambda x: (F.dropout(x, 0.5),), {"x": 1, "y": 1}),
     "none of it works token by token": (lambda x: (x.softmax(1),), {}),
     "`y` of a stage that runs in tiles does not depend on tokens": (lambda x: (x.sum(1),), {"x": 1}),
     "its result `y` is part of a larger tensor": (lambda x: (x.sin()[..., :2],), {"x": 1, "y": 1}),
