@@ -1,0 +1,80 @@
+"""What a graph costs, from shapes: as counted by hand, and as much memory as running it takes."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._guards import TracingContext, tracing
+
+from rewriter.memory.costs import graph_cost
+from rewriter.memory.fakes import StageFakes
+from rewriter.memory.joint import forward_graph, signature_of
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A second for each thousand: operations, bytes."""
+
+    matrix_flops: float = 1000.0
+    attention_forward_flops: float = 100.0
+    attention_backward_flops: float = 50.0
+    bandwidth: float = 1000.0
+
+
+def _cost(function, shapes, tokens=7, hint=7):
+    """Of ``function`` of tensors whose first dimension counts tokens where it is None."""
+    fakes = StageFakes(hint)
+    inputs = []
+    for shape in shapes:
+        rows = shape.index(None) if None in shape else None
+        inputs.append(fakes.like(torch.empty([hint if s is None else s for s in shape]), rows))
+    with tracing(TracingContext(fakes.mode)), torch.no_grad(), fakes.mode:
+        graph = forward_graph(function, signature_of(function, inputs, [False] * len(inputs)))
+    return graph_cost(graph, fakes, tokens, Machine())
+
+
+def test_a_product_costs_its_operations():
+    cost = _cost(lambda x, w: (x @ w,), [(None, 8), (8, 4)])
+    assert cost.seconds == pytest.approx(2 * 7 * 8 * 4 / 1000)
+    assert cost.result_bytes == cost.peak_bytes == 4 * 7 * 4
+
+
+def test_twice_the_tokens_cost_twice_the_operations_and_bytes():
+    once, twice = (_cost(lambda x, w: (x @ w,), [(None, 8), (8, 4)], tokens) for tokens in (7, 14))
+    assert twice.seconds == pytest.approx(2 * once.seconds)
+    assert twice.peak_bytes == 2 * once.peak_bytes
+
+
+def test_a_product_of_weights_does_not_grow_with_the_tokens():
+    once, twice = (_cost(lambda x, v, w: (v @ w,), [(None, 8), (8, 8), (8, 4)], t) for t in (7, 14))
+    assert once == twice
+
+
+def test_attention_has_a_rate_of_its_own():
+    shapes = [(1, 2, None, 8)] * 3
+    cost = _cost(lambda q, k, v: (F.scaled_dot_product_attention(q, k, v),), shapes)
+    assert cost.seconds == pytest.approx(2 * 2 * 2 * 7 * 7 * 8 / 100)
+
+
+def test_views_are_free():
+    cost = _cost(lambda x: (x.view(-1, 2, 4).transpose(0, 1),), [(None, 8)])
+    assert cost.seconds == 0 and cost.result_bytes == 0
+
+
+def test_what_is_dead_is_not_counted_at_the_worst_moment():
+    def chain(x, w):
+        first = x @ w
+        second = first @ w
+        return (second @ w,)
+
+    assert _cost(chain, [(None, 8), (8, 8)]).peak_bytes == 2 * 4 * 7 * 8
+
+
+def test_a_view_keeps_what_it_views_alive():
+    def held(x, w):
+        first = (x @ w).view(-1)
+        second = x @ w @ w
+        return (first + second.view(-1),)
+
+    assert _cost(held, [(None, 8), (8, 8)]).peak_bytes >= 3 * 4 * 7 * 8

@@ -1,0 +1,76 @@
+"""A program under a plan: calls that run differently are regions of their own, the rest is as it was."""
+
+import pytest
+import torch
+
+from rewriter.memory.borders import parted_at_borders
+from rewriter.memory.budgets import Budgets, card_bytes, usable_bytes
+from rewriter.memory.plan import Infeasible
+from rewriter.memory.planned import everything_kept, planned
+from rewriter.regions.outline import outline
+from rewriter.regions.program import source_of
+from tests.families import build
+from tests.memory.test_borders import _program
+from tests.memory.test_choices import Linked
+
+CPU = torch.device("cpu")
+AMPLE = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def program():
+    made, inputs = _program(build("llama", layers=4))
+    return outline(parted_at_borders(made), inputs)
+
+
+@pytest.fixture(scope="module")
+def least(program):
+    with pytest.raises(Infeasible) as caught:
+        planned(program, Budgets(0, AMPLE, 1000), Linked(), CPU)
+    return caught.value.least_device
+
+
+def test_where_everything_fits_the_program_is_as_it_was(program):
+    found = planned(program, Budgets(AMPLE, AMPLE, 1000), Linked(), CPU)
+    assert found.program is program and not found.staged
+    assert set(found.plan.counts) == {(region.name, "keep all") for region in program.regions}
+    assert everything_kept(program, Budgets(found.plan.peak - 1, AMPLE, 1000), Linked(), CPU) is None
+
+
+def test_layers_that_run_differently_have_names_of_their_own(program, least):
+    found = planned(program, Budgets(int(least * 1.15), AMPLE, 1000), Linked(), CPU)
+    names = [region.name for region in found.program.regions]
+    assert len(set(names)) == len(names) > len(program.regions)
+    assert not set(names) & {n.name for n in program.source.graph.nodes}
+    assert all(name in source_of(found.program) for name in names)
+    for before, after in zip(program.calls, found.program.calls, strict=True):
+        assert (before.inputs, before.outputs) == (after.inputs, after.outputs)
+        assert before.region.module is after.region.module
+    assert found.plan.peak <= int(least * 1.15)
+
+
+def test_the_least_budget_would_do_and_a_byte_less_would_not(program, least):
+    assert planned(program, Budgets(least, AMPLE, 1000), Linked(), CPU).plan.peak == least
+    with pytest.raises(Infeasible):
+        planned(program, Budgets(least - 1, AMPLE, 1000), Linked(), CPU)
+
+
+def test_a_hidden_state_is_the_layers_own_and_weights_and_tables_are_not(program, least):
+    found = planned(program, Budgets(least, AMPLE, 1000), Linked(), CPU)
+    for staged in found.staged.values():
+        assert len(staged.layer.own_inputs) == 1
+        assert staged.owns_gradient
+
+
+def test_without_host_memory_nothing_is_offloaded(program, least):
+    with pytest.raises(Infeasible) as caught:
+        planned(program, Budgets(0, 0, 1000), Linked(), CPU)
+    assert caught.value.least_device >= least
+    found = planned(program, Budgets(caught.value.least_device, 0, 1000), Linked(), CPU)
+    assert found.plan.hosted == 0
+
+
+@pytest.mark.parametrize("device", [CPU, None])
+@pytest.mark.parametrize("usable", [1, 12345, 10**9, 23 * 2**30 + 7])
+def test_the_card_for_some_bytes_has_them(usable, device):
+    assert usable <= usable_bytes(card_bytes(usable, device), device) <= usable + 4
