@@ -87,6 +87,10 @@ def blueprint(
         raise ValueError("plan: nothing is trained; give lora_rank, or a model with parameters to train.")
     weight_bytes, trained_bytes = sum(x.nbytes for x in weights), sum(x.nbytes for x in trained)
     numbers = sum(x.numel() for x in trained)
+    for module in model.modules():
+        # What to compute again is the plan's to decide.
+        if vars(module).get("gradient_checkpointing"):
+            vars(module)["gradient_checkpointing"] = False
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     _make_fake(model, mode)
     prepare(model)

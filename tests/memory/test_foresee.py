@@ -90,6 +90,14 @@ def test_a_config_is_left_as_it_was():
     assert given.to_dict() == before and given.use_cache is not None
 
 
+def test_what_to_compute_again_is_left_to_the_plan():
+    model = build("llama", layers=2, dtype=torch.bfloat16)
+    model.gradient_checkpointing_enable()
+    made = blueprint(model)
+    assert model.is_gradient_checkpointing
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in made.model.modules())
+
+
 def test_bytes_of_weights_are_those_of_the_whole_model():
     model = build("llama", layers=8, dtype=torch.bfloat16)
     given = sum(x.nbytes for x in {*model.parameters(), *model.buffers()})
