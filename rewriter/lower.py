@@ -88,7 +88,7 @@ def lower_planned(planned: "PlannedProgram", options: Options, say: Callable[[st
     def compile_graph(module: GraphModule, inputs: Sequence[Any], fake_mode: Any) -> Callable:
         return lower_stage(module, inputs, fake_mode, options)
 
-    stages: dict["LayerGraphs", "LayerStages"] = {}
+    stages: dict[LayerGraphs, LayerStages] = {}
     compiled: dict[Region, Callable] = {}
     regions = planned.program.regions
     for number, region in enumerate(regions, 1):

@@ -21,7 +21,7 @@ def _grouped(op: torch._ops.OpOverload) -> torch._ops.OpOverload:
     """An op of ``op``'s schema that calls it once a group; (batch, heads, tokens, size) throughout."""
 
     def kernel(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **settings: Any) -> Any:
-        out, logsumexp, *rest = rest
+        out, logsumexp, *others = rest
         results = fake(grad, query, key, value)
         groups = key.shape[1]
         share = query.shape[1] // groups
@@ -29,7 +29,7 @@ def _grouped(op: torch._ops.OpOverload) -> torch._ops.OpOverload:
             heads, shared = slice(group * share, (group + 1) * share), slice(group, group + 1)
             parts = op(
                 grad[:, heads], query[:, heads], key[:, shared], value[:, shared], out[:, heads],
-                logsumexp[:, heads], *rest, **settings,
+                logsumexp[:, heads], *others, **settings,
             )  # fmt: skip
             for result, part, place in zip(results, parts, (heads, shared, shared), strict=True):
                 result[:, place].copy_(part)

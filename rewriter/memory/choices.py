@@ -1,8 +1,8 @@
 """The ways to run one class of layers, and what each costs: what the planner chooses from.
 
-Every stage's results are kept, sent to host memory or computed again, the layer's own input is kept or sent; tiles are
-of a few lengths. A layer that keeps everything its backward reads, compiled as it is without a budget, is
-the fastest, and one of them.
+Every stage's results are kept, sent to host memory or computed again, the layer's own input is kept or sent;
+tiles are of a few lengths. A layer that keeps everything its backward reads, compiled as it is without a
+budget, is the fastest, and one of them.
 """
 
 import itertools

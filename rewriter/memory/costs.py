@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
-import torch
 from torch import SymInt, Tensor
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 from torch.utils.flop_counter import flop_registry
 
 from rewriter.memory.fakes import StageFakes
@@ -206,7 +206,7 @@ def _flops(node: Node) -> float:
     formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
     if formula is None:
         return 0.0
-    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     return float(int_hint(formula(*args, **kwargs, out_val=node.meta["val"])))
 
 
@@ -262,7 +262,12 @@ def argument_of(node: Node, name: str) -> Any:
     """The argument called ``name`` in the op's schema; None where it is not given or not there."""
     if name in node.kwargs:
         return node.kwargs[name]
-    for given, argument in zip(node.args, node.target._schema.arguments, strict=False):
+    for given, argument in zip(node.args, _arguments(node), strict=False):
         if argument.name == name:
             return given
     return None
+
+
+def _arguments(node: Node) -> list[Any]:
+    schema = getattr(node.target, "_schema", None)
+    return schema.arguments if schema is not None else []

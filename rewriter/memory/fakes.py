@@ -86,7 +86,7 @@ def dense_strides(shape: Sequence[Any], order: Sequence[int]) -> list[Any]:
 
 
 def is_dense(value: Tensor) -> bool:
-    """Whether its elements lie in memory without gaps, whatever the order of its dimensions, and each alone."""
+    """Whether its elements lie in memory without gaps, each alone, in whatever order of dimensions."""
     given = zip(value.shape, value.stride(), dense_strides(value.shape, memory_order(value)), strict=True)
     return all(statically_known_true(size == 1) or statically_known_true(a == b) for size, a, b in given)
 

@@ -124,7 +124,7 @@ _CHEAP = ("norm", "gate", "activation", "rotary")
 
 
 def _recompute_what_is_cheap(module: GraphModule) -> None:
-    """Our own pointwise kernels run again; the partitioner would save what any op gives that it cannot fuse."""
+    """Our own pointwise kernels run again; the partitioner would save the result of any op it cannot fuse."""
     for node in module.graph.nodes:
         name = str(node.target)
         if name.startswith("rewriter.") and "backward" not in name and any(word in name for word in _CHEAP):
@@ -178,7 +178,7 @@ def _writes_for_nobody(node: Node) -> bool:
 
 
 def _add_out_of_place(module: GraphModule) -> None:
-    """``add_product_`` to the product that it stands for: the partitioner copies nodes, and one write is one."""
+    """``add_product_`` to the product that it stands for: the partitioner copies nodes, a write is one."""
     renamed: dict[Node, Node] = {}
     for node in list(module.graph.nodes):
         node.args = map_arg(node.args, lambda n: renamed.get(n, n))

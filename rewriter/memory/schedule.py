@@ -1,9 +1,9 @@
 """The order of a layer's work: what runs, what leaves the device and what comes back, as plain steps.
 
-A layer runs in stages. What the backward reads is *kept* on the device, *offloaded* to host memory, or *recomputed*
-by running again the stage that made it; a value's ``fate`` says which. From the fates follow two lists of steps,
-one for the forward and one for the backward, in which every value is let go after its last use. The same lists
-are run (``layer.py``) and costed (``choices.py``).
+A layer runs in stages. What the backward reads is *kept* on the device, *offloaded* to host memory, or
+*recomputed* by running again the stage that made it; a value's ``fate`` says which. From the fates follow two
+lists of steps, one for the forward and one for the backward, in which every value is let go after its last
+use. The same lists are run (``layer.py``) and costed (``choices.py``).
 
 Pure: stages and values are names, nothing here knows a tensor.
 """

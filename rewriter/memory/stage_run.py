@@ -1,8 +1,8 @@
 """Runs one compiled stage, forward and backward, whole or in tiles of the sequence.
 
 In tiles, a row-wise stage needs memory for its inside for ``tile`` tokens instead of for all: an MLP of 14336
-channels takes 2.3 GB at 8192 tokens, 58 GB at 200,000. Results are the same numbers: tokens do not meet in such
-a stage. Gradients of weights are sums over tiles; they are taken in fp32, and rounded once at the end.
+channels takes 2.3 GB at 8192 tokens, 58 GB at 200,000. Results are the same numbers: tokens do not meet in
+such a stage. Gradients of weights are sums over tiles; they are taken in fp32, and rounded once at the end.
 """
 
 from collections.abc import Callable, Sequence
@@ -91,7 +91,8 @@ class StageRun:
         into: Sequence[Tensor | None],
         spare: list[tuple[Tensor, Rows | None]],
     ) -> list[Tensor | None]:
-        signature = self.graphs.signature
+        signature, backward = self.graphs.signature, self.backward
+        assert backward is not None
         rows_of_tangents = [r for r, has in zip(self._rows_out, signature.differentiable, strict=True) if has]
         rows_of_gradients = [r for r, need in zip(self._rows_in, signature.needs, strict=True) if need]
         orders = [o for o, need in zip(self.graphs.orders, signature.needs, strict=True) if need]
@@ -101,19 +102,18 @@ class StageRun:
             length = min(tile, tokens - start)
             inputs = _sliced(values, self.graphs.read_rows, start, length)
             above = _sliced(tangents, rows_of_tangents, start, length)
-            for i, gradient in enumerate(self.backward(*inputs, *above)):
+            for i, gradient in enumerate(backward(*inputs, *above)):
                 if gradient is None:
                     continue
-                rows, total = rows_of_gradients[i], totals[i]
-                if rows is None:
+                rows, order, total = rows_of_gradients[i], orders[i], totals[i]
+                if rows is None or order is None:
                     # A compiled graph may hand out one tensor for two equal gradients.
                     totals[i] = _widened(gradient).clone() if total is None else total.add_(gradient)
-                elif into[i] is not None:
-                    rows.narrowed(into[i], start, length).add_(gradient)
-                else:
-                    if total is None:
-                        total = totals[i] = _take(spare, gradient, rows, tokens, orders[i])
-                    rows.narrowed(total, start, length).copy_(gradient)
+                    continue
+                if total is None:
+                    total = totals[i] = _take(spare, gradient, rows, tokens, order)
+                place = rows.narrowed(total, start, length)
+                place.copy_(gradient) if into[i] is None else place.add_(gradient)
         return totals
 
     def _laid_out(self, inputs: Sequence[Any]) -> list[Any]:
@@ -173,8 +173,11 @@ def _add(
     taken = {t.untyped_storage().data_ptr() for t in tangents}
     found: list[Tensor | None] = []
     for gradient, total in zip(gradients, into, strict=True):
-        if gradient is None or total is not None:
-            found.append(total if gradient is None else total.add_(gradient))
+        if gradient is None:
+            found.append(total)
+            continue
+        if total is not None:
+            found.append(total.add_(gradient))
             continue
         place = gradient.untyped_storage().data_ptr()
         found.append(gradient.clone() if place in taken else gradient)

@@ -3,9 +3,11 @@
     checkpoint(layer, h, ...) -> h'      ->      the layer's own operations
 
 ``gradient_checkpointing=True`` says that memory is short, and one way to save it: keep the input of each
-layer, run all of it again. A budget says the first better, and the plan does the second better: where everything
-fits nothing is run again, and where it does not, what is dear to compute and small to keep is not.
+layer, run all of it again. A budget says the first better, and the plan does the second better: where
+everything fits nothing is run again, and where it does not, what is dear to compute and small to keep is not.
 """
+
+from typing import Any
 
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
@@ -28,7 +30,7 @@ def _unwrap(source: GraphModule, node: Node, prefix: str) -> None:
     body = checkpoint_body(node)
     assert body is not None
     graph, wrapped = source.graph, node.args[0]
-    env = dict(zip(body.graph.find_nodes(op="placeholder"), node.args[1:], strict=True))
+    env: dict[Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), node.args[1:], strict=True))
     with graph.inserting_before(node):
         for inner in body.graph.nodes:
             if inner.op == "get_attr":
