@@ -92,7 +92,7 @@ def test_a_config_is_left_as_it_was():
 
 def test_what_to_compute_again_is_left_to_the_plan():
     model = build("llama", layers=2, dtype=torch.bfloat16)
-    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_enable()  # type: ignore[operator]
     made = blueprint(model)
     assert model.is_gradient_checkpointing
     assert not any(getattr(m, "gradient_checkpointing", False) for m in made.model.modules())
