@@ -157,7 +157,9 @@ def plan_memory(
     from rewriter.memory.under_budget import memory_record, under_budget
 
     try:
-        plan = under_budget(program, example_inputs, options.memory_budget, options.host_budget)
+        plan = under_budget(
+            program, example_inputs, options.memory_budget, options.host_budget, options.max_tokens
+        )
     except Infeasible:
         raise
     except Exception as error:

@@ -35,6 +35,8 @@ class Options:
         memory_budget: device memory to stay within, in bytes, as "24GB", or a fraction of the device; None
             for no bound.
         host_budget: host memory that offloaded activations may take, likewise.
+        max_tokens: the most tokens of a batch, rows times length, that the memory plan has to hold for where
+            lengths vary; None: those of the batch at hand. A larger batch is planned anew.
         passes: names of the passes to run; None for all. Names with a leading "-" are left out instead.
         verify: compare loss and gradients with the unrewritten graph on each graph's first call.
         lowering: "inductor", or "eager" for AOTAutograd without Inductor.
@@ -45,6 +47,7 @@ class Options:
 
     memory_budget: int | float | None = None
     host_budget: int | float | None = None
+    max_tokens: int | None = None
     passes: tuple[str, ...] | None = None
     verify: bool = False
     lowering: str = "inductor"
@@ -76,6 +79,7 @@ class Options:
         return cls(
             memory_budget=parse_budget("memory_budget", given.get("memory_budget")),
             host_budget=parse_budget("host_budget", given.get("host_budget")),
+            max_tokens=_parse_count("max_tokens", given.get("max_tokens")),
             passes=_parse_passes(given.get("passes"), known_passes),
             verify=_parse_switch("verify", given.get("verify", False)),
             lowering=lowering,
@@ -91,6 +95,12 @@ class Options:
         excluded = {p[1:] for p in self.passes if p.startswith("-")}
         included = {p for p in self.passes if not p.startswith("-")}
         return pass_name not in excluded and (not included or pass_name in included)
+
+
+def _parse_count(name: str, value: Any) -> int | None:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise OptionError(f"rewriter: {name} is {value!r}; it takes a whole number above 0, as 8192")
 
 
 def parse_budget(name: str, value: Any) -> int | float | None:

@@ -28,11 +28,15 @@ _TENSORS_A_TRAINED_ONE = 3
 
 @dataclass(frozen=True)
 class Budgets:
-    """Bytes: that plans may fill, that offloads may take, and that are there all the time."""
+    """Bytes: that plans may fill, that offloads may take, and that are there all the time.
+
+    ``growth``: how many times the tokens at hand the plan has to hold for.
+    """
 
     device: int
     host: int
     static: int
+    growth: float = 1.0
 
 
 def budgets(

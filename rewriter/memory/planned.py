@@ -20,6 +20,7 @@ from rewriter.memory.choices import Link, StagedChoice, staged_choices
 from rewriter.memory.kept import kept_choice
 from rewriter.memory.layer import LayerStages, ScheduledLayer
 from rewriter.memory.layer_graphs import LayerGraphs, layer_graphs
+from rewriter.memory.lengths import grown
 from rewriter.memory.plan import MemoryPlan, Part, Problem
 from rewriter.memory.planner import plan
 from rewriter.memory.stage_graphs import Unstaged
@@ -106,8 +107,11 @@ def _transfers(given: Budgets, device: torch.device) -> Callable[[], Transfers]:
 
 
 def _problem(program: Program, ways: Mapping[Region, list[StagedChoice]], given: Budgets) -> Problem:
+    choices = {
+        region: tuple(grown(way.choice, given.growth) for way in found) for region, found in ways.items()
+    }
     parts = [
-        Part(f"{call.region.name} {i}", call.region.name, tuple(w.choice for w in ways[call.region]))
+        Part(f"{call.region.name} {i}", call.region.name, choices[call.region])
         for i, call in enumerate(program.calls)
     ]
     return Problem(tuple(parts), given.static, given.device, given.host)

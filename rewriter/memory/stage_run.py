@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewriter.memory.costs import int_hint
 from rewriter.memory.fakes import dense_strides, densely, memory_order
 from rewriter.memory.stage_graphs import Rows, StageGraphs
 
@@ -37,8 +38,8 @@ class StageRun:
             tile: tokens a tile; None or enough for all: one run.
         """
         values = self._laid_out(inputs)
-        tokens = _tokens(values, self._rows_in)
-        if tile is None or tokens is None or tokens <= tile:
+        tokens, tile = _tokens(values, self._rows_in), self._at_most(tile)
+        if tokens is None or tokens <= tile:
             return self._packed(self.forward(*values))
         rows_out, orders = self.graphs.forward_rows, self.graphs.result_orders
         wholes: list[Any] = []
@@ -75,8 +76,8 @@ class StageRun:
         assert self.backward is not None
         tangents = self._tangents(tangents)
         values = self._read(read)
-        tokens = _tokens(values, self.graphs.read_rows)
-        if tile is None or tokens is None or tokens <= tile:
+        tokens, tile = _tokens(values, self.graphs.read_rows), self._at_most(tile)
+        if tokens is None or tokens <= tile:
             return _add(self.backward(*values, *tangents), tangents, into)
         rows = (r for r, has in zip(self._rows_out, self.graphs.signature.differentiable, strict=True) if has)
         spare = [(t, r) for t, own, r in zip(tangents, ours, rows, strict=True) if own]
@@ -115,6 +116,11 @@ class StageRun:
                 place = rows.narrowed(total, start, length)
                 place.copy_(gradient) if into[i] is None else place.add_(gradient)
         return totals
+
+    def _at_most(self, tile: int | None) -> int:
+        """No tile is longer than what the kernels were compiled to index."""
+        longest = int_hint(self.graphs.fakes.tokens)
+        return longest if tile is None else min(tile, longest)
 
     def _laid_out(self, inputs: Sequence[Any]) -> list[Any]:
         rows = self.graphs.stage.rows_in

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rewriter.memory.borders import parted_at_borders
 from rewriter.memory.budgets import budgets, card_bytes
+from rewriter.memory.lengths import growth_of
 from rewriter.memory.machine import machine_for
 from rewriter.memory.plan import Infeasible, MemoryPlan
 from rewriter.memory.planned import PlannedProgram, everything_kept, planned
@@ -23,8 +24,9 @@ def under_budget(
     example_inputs: Sequence[Any],
     memory_budget: int | float,
     host_budget: int | float | None,
+    max_tokens: int | None = None,
 ) -> PlannedProgram:
-    """Plan ``program``, checkpoints unwrapped.
+    """Plan ``program``, checkpoints unwrapped, for batches of at most ``max_tokens`` where lengths vary.
 
     Where not everything fits, layers begin with their own norms, so that one tensor passes each border.
 
@@ -33,6 +35,7 @@ def under_budget(
     """
     device = next((x.device for x in example_inputs if isinstance(x, Tensor)), torch.device("cpu"))
     machine, given = machine_for(device), budgets(program, memory_budget, host_budget, device)
+    given = replace(given, growth=growth_of(program, max_tokens))
     notes = []
     if (unwrapped := without_checkpoints(program)) is not None:
         program = outline(unwrapped, example_inputs) or program

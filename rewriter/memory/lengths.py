@@ -1,0 +1,51 @@
+"""Batches that vary in length: the plan is made for the longest, and a guard holds it to that.
+
+A graph of symbolic lengths serves batches that nobody has seen. Its plan is made for ``max_tokens``, or for
+the batch that it is compiled with where that is not said; a guard on the number of tokens sends a larger one
+back to the compiler, which plans again. What a way to run a layer costs was worked out for the batch at hand:
+bytes and seconds are taken to grow with the tokens, which is more than bytes do (weights do not grow).
+"""
+
+from dataclasses import replace
+from math import ceil, prod
+
+from torch import SymInt, Tensor
+
+from rewriter.memory.plan import Choice
+from rewriter.regions.program import Program
+
+
+def growth_of(program: Program, max_tokens: int | None) -> float:
+    """How many times the tokens at hand the plan has to hold for; installs the guard.
+
+    1 where lengths do not vary: another batch is then another graph.
+    """
+    tokens = _tokens(program)
+    if not isinstance(tokens, SymInt):
+        return 1.0
+    here = tokens.node.hint
+    most = max(here, max_tokens or 0)
+    # Asked of a symbol, the question becomes a guard.
+    within = bool(tokens <= most)
+    assert within, f"a batch of {here} tokens is not within {most}"
+    return most / here
+
+
+def grown(choice: Choice, times: float) -> Choice:
+    """``choice`` for ``times`` as many tokens."""
+    if times == 1.0:
+        return choice
+    names = ("saved", "hosted", "forward_peak", "backward_peak")
+    sizes = {name: ceil(getattr(choice, name) * times) for name in names}
+    names = ("forward_seconds", "backward_seconds", "offload_seconds", "reload_seconds")
+    return replace(choice, **sizes, **{name: getattr(choice, name) * times for name in names})
+
+
+def _tokens(program: Program) -> int | SymInt | None:
+    """Rows times length of a batch: all but the channels of a hidden state that passes between regions."""
+    made = {node for call in program.calls for node in call.outputs}
+    for call in program.calls:
+        for node, value in zip(call.inputs, call.region.inputs, strict=True):
+            if node in made and isinstance(value, Tensor) and value.dim() == 3 and value.is_floating_point():
+                return prod(value.shape[:-1])
+    return None
