@@ -52,8 +52,9 @@ def test_an_unknown_option_is_an_error_with_the_nearest_name():
         OptionError, match="unknown option 'memory_buget'; did you mean 'memory_budget'"
     ) as caught:
         parse(memory_buget="24GB")
-    assert "Known: cuda_graphs, host_budget, lowering, memory_budget, passes, regions, verify." in str(
-        caught.value
+    assert (
+        "Known: cuda_graphs, host_budget, lowering, max_tokens, memory_budget, passes, regions, verify."
+        in str(caught.value)
     )
 
 
