@@ -64,9 +64,8 @@ def _fates(layer: LayerGraphs) -> Iterator[dict[str, Fate]]:
         groups.append((layer.own_inputs, ("keep", "offload")))
     read = {name for stage in layer.values() for name in stage.backward_reads}
     for stage in layer.values():
-        if given := tuple(n for n in stage.gives if n in read):
+        if read.intersection(stage.gives):
             groups.append((stage.gives, ("keep", "offload", "recompute")))
-            del given
     for fates in itertools.product(*(choices for _, choices in groups)):
         yield {name: fate for (names, _), fate in zip(groups, fates, strict=True) for name in names}
 

@@ -8,7 +8,7 @@ A kept activation is given up as soon as the backward has read it, so that there
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -213,7 +213,3 @@ def _sharing(gradients: dict[str, Tensor]) -> set[str]:
 
 def _as(gradient: Tensor | None, dtype: Any) -> Tensor | None:
     return gradient if gradient is None else gradient.to(dtype)
-
-
-def names_of(nodes: Iterable[Any]) -> tuple[str, ...]:
-    return tuple(node.name for node in nodes)

@@ -1,5 +1,6 @@
 """A region as traced stages: what a layer consists of, before it is known how it will run."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,10 +61,16 @@ class LayerGraphs:
         return found
 
     def label(self, name: str) -> str:
-        """What a value is, for people."""
+        """What a value is, for people: by the whole stage, as attention, that makes it or is next to it."""
         if name in self.inputs:
             return "its input"
-        return next(f"results of stage {i + 1}" for i, given in enumerate(self.gives) if name in given)
+        place = next(i for i, given in enumerate(self.gives) if name in given)
+        whole = {i: _operation(g.stage) for i, g in enumerate(self.graphs) if not g.stage.row_wise}
+        if place in whole:
+            return f"results of {whole[place]}"
+        if after := [i for i in whole if i > place]:
+            return f"what is before {whole[after[0]]}"
+        return f"what is after {whole[max(whole)]}" if whole else "what is inside"
 
     def values(self) -> tuple[StageValues, ...]:
         """What each stage reads and gives, without what is shared."""
@@ -192,6 +199,12 @@ def _answered(graphs: StageGraphs, takes: Sequence[str]) -> list[str]:
     (output,) = graphs.backward.graph.find_nodes(op="output")
     wanted = [n for n, need in zip(takes, graphs.signature.needs, strict=True) if need]
     return [n for n, made in zip(wanted, output.args[0], strict=True) if made is not None]
+
+
+def _operation(stage: Stage) -> str:
+    """What a whole stage is whole for: the first name in its reason."""
+    quoted = stage.reason.split("`")
+    return re.sub(r"_\d+$", "", quoted[1]) if len(quoted) > 1 else "the rest"
 
 
 def longest_tile(tokens: int) -> int:
