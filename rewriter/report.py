@@ -94,6 +94,7 @@ class MemoryRecord:
         hosted: what is offloaded to host memory.
         ways: kind of layer, how it runs, and how many run so.
         timeline: (moment, device bytes, host bytes) over a step.
+        chart, picture: the timeline as text of 100 columns, and as SVG.
     """
 
     peak: int
@@ -105,6 +106,8 @@ class MemoryRecord:
     seconds: float
     ways: tuple[tuple[str, str, int], ...]
     timeline: tuple[tuple[str, int, int], ...]
+    chart: str
+    picture: str
 
     def __str__(self) -> str:
         lines = [
@@ -162,6 +165,12 @@ class Report:
         """The program of the largest graph that was outlined: ``print(report().program)``."""
         found = [g for g in self.graphs if g.program is not None]
         return max(found, key=lambda g: g.nodes_before).program if found else None
+
+    @property
+    def memory(self) -> MemoryRecord | None:
+        """The memory plan of the largest graph that has one: ``print(report().memory.chart)``."""
+        found = [g for g in self.graphs if g.memory is not None]
+        return max(found, key=lambda g: g.nodes_before).memory if found else None
 
     def to_dict(self) -> dict:
         """For JSON."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewriter.memory import timeline
 from rewriter.memory.borders import parted_at_borders
 from rewriter.memory.budgets import budgets, card_bytes
 from rewriter.memory.lengths import growth_of
@@ -70,4 +71,6 @@ def memory_record(plan: MemoryPlan) -> MemoryRecord:
         plan.seconds,
         tuple((kind, choice, count) for (kind, choice), count in plan.counts.items()),
         tuple(plan.timeline()),
+        timeline.text(plan),
+        timeline.svg(plan),
     )

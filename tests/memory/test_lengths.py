@@ -97,3 +97,10 @@ def test_a_number_of_tokens_that_is_none_is_an_error(value):
 
     with pytest.raises(OptionError, match="max_tokens is .* whole number above 0"):
         Options.parse({"max_tokens": value}, None, ["norm"])
+
+
+def test_the_report_has_the_plan_as_a_chart_and_as_a_picture():
+    _, (plan,) = _trained([20, 12], max_tokens=80)
+    assert plan is not None and plan.peak <= plan.device_budget
+    assert "forward" in plan.chart and plan.chart.count("\n") > 5
+    assert plan.picture.startswith("<svg") and plan.picture.rstrip().endswith("</svg>")
