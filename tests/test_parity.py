@@ -18,6 +18,11 @@ KINDS = {
     "nf4": {"dtype": torch.bfloat16, "lora": True, "nf4": True, "double_quant": True},
 }
 QUANTISED = ("llama", "phi3", "gemma3", "glm4", "gpt_neox", "falcon", "mixtral")
+# Of each structure one: with adapters, all run.
+BARE = (
+    "llama", "llama_rope_llama3", "llama_rope_yarn", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2",
+    "gemma3", "mixtral", "olmo2", "cohere", "gpt_oss", "falcon", "gpt_neox", "deepseek_v3",
+)  # fmt: skip
 BATCHES = [batch(seed=seed) for seed in range(1, 5)]
 
 
@@ -26,10 +31,14 @@ def test_every_family_trains_as_eager_does_in_fp32(name):
     trains_as_eager_does(build(name))
 
 
-@pytest.mark.parametrize("kind", ["bf16", "lora"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_trains_as_eager_does_in_16_bit(name, kind):
-    trains_as_eager_does(build(name, **KINDS[kind], all_experts=True))
+def test_every_family_with_adapters_trains_as_eager_does_in_16_bit(name):
+    trains_as_eager_does(build(name, **KINDS["lora"], all_experts=True))
+
+
+@pytest.mark.parametrize("name", BARE)
+def test_all_weights_train_as_eager_does_in_16_bit(name):
+    trains_as_eager_does(build(name, **KINDS["bf16"], all_experts=True))
 
 
 @pytest.mark.parametrize("name", QUANTISED)
