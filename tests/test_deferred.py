@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import rewriter
 from rewriter.deferred import DeferredTensor, deferred, split_deferred
+from tests.doubled import Doubled
 from tests.families import batch, build
 
 VOCABULARY, HIDDEN = 7, 4
@@ -323,16 +324,6 @@ def test_trainer_evaluates_with_metrics(tmp_path):
     assert seen["shape"] == (4, 8, 128)
     for name in ("eval_loss", "eval_accuracy", "eval_total"):
         assert got[name] == pytest.approx(wanted[name], rel=1e-3, abs=1e-3)
-
-
-class Doubled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x * 2
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient * 2
 
 
 def test_autograd_functions_inside_checkpoints_stay():

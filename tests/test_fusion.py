@@ -11,6 +11,7 @@ from rewriter.fusion import Applied, CrossingPass, Pass, apply_all, pattern_pass
 from rewriter.nested import duplicate, graphs_of
 from rewriter.pattern import declare
 from rewriter.replace import drop_dead
+from tests.doubled import Doubled
 from tests.golden import calls, trace
 
 X = torch.randn(4, 8)
@@ -40,16 +41,6 @@ BROKEN = Pass("broken", breaks)
 
 def function(x):
     return torch.tanh(F.relu(x).pow(2))
-
-
-class Doubled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x * 2
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient * 2
 
 
 def with_bodies(x):

@@ -5,15 +5,19 @@ tiles are of a few lengths. A layer that keeps everything its backward reads, co
 budget, is the fastest, and one of them.
 """
 
+import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from rewriter.memory.costs import Rates, graph_cost
+from rewriter.memory.costs import GraphCost, Rates, graph_cost
 from rewriter.memory.layer_graphs import LayerGraphs, longest_tile
 from rewriter.memory.plan import Choice
 from rewriter.memory.schedule import Fate, Schedule, schedule
+
+# Of a graph, its fakes and a number of tokens; kept for the choices of one layer, which share their graphs.
+_Cost = Callable[..., GraphCost]
 
 _TILES = (None, 32768, 16384, 8192, 4096, 2048)
 
@@ -47,12 +51,13 @@ def staged_choices(layer: LayerGraphs, tokens: int, machine: Link, owns_gradient
         tokens: of the sequence.
         owns_gradient: as in ``ScheduledLayer``.
     """
+    cost = functools.cache(lambda graph, fakes, length: graph_cost(graph, fakes, length, machine))
     tiles = [t for t in _TILES if (t or tokens) <= longest_tile(tokens) and t != tokens]
     found: dict[tuple, StagedChoice] = {}
     for fates in _fates(layer):
-        plan = schedule(layer.values(), layer.own_inputs, layer.outputs, fates)
+        plan = schedule(layer.values(), layer.own_inputs, layer.wiring.outputs, fates)
         for tile in tiles:
-            made = _costed(layer, plan, fates, tile, tokens, machine, owns_gradient)
+            made = _costed(layer, plan, fates, tile, tokens, machine, owns_gradient, cost)
             found.setdefault((plan, tile), made)
     return list(found.values())
 
@@ -78,8 +83,9 @@ def _costed(
     tokens: int,
     machine: Link,
     owns_gradient: bool,
+    cost: _Cost,
 ) -> StagedChoice:
-    walk = _Walk(layer, tile, tokens, machine, owns_gradient)
+    walk = _Walk(layer, tile, tokens, owns_gradient, cost)
     size = walk.size
     forward_peak, forward_seconds = walk.forward(plan)
     backward_peak, backward_seconds = walk.backward(plan)
@@ -101,8 +107,8 @@ def _costed(
 class _Walk:
     """Walks a schedule's steps with the bytes that live at each."""
 
-    def __init__(self, layer: LayerGraphs, tile: int | None, tokens: int, machine: Link, owns_gradient: bool):
-        self.layer, self.tokens, self.machine = layer, tokens, machine
+    def __init__(self, layer: LayerGraphs, tile: int | None, tokens: int, owns_gradient: bool, cost: _Cost):
+        self.layer, self.tokens, self.cost = layer, tokens, cost
         self.tile = None if tile is None or tile >= tokens else tile
         self.owns_gradient = owns_gradient
         self.values = layer.values()
@@ -122,7 +128,7 @@ class _Walk:
 
     def backward(self, plan: Schedule) -> tuple[int, float]:
         live = {name: self.size[name] for name in plan.kept}
-        above = {n for n in self.layer.outputs if n in self.layer.differentiable}
+        above = {n for n in self.layer.wiring.outputs if n in self.layer.wiring.differentiable}
         gradients = {name: self.size[name] for name in above}
         worst, seconds = sum(live.values()) + sum(gradients.values()), 0.0
         for step in plan.backward:
@@ -143,8 +149,8 @@ class _Walk:
     def _run(self, index: int, live: dict[str, int]) -> tuple[int, float]:
         graphs = self.layer.graphs[index]
         tile, count = self._tiles(index)
-        cost = graph_cost(graphs.forward, graphs.fakes, tile, self.machine)
-        gives = {name: self.size[name] for name in self.layer.gives[index]}
+        cost = self.cost(graphs.forward, graphs.fakes, tile)
+        gives = {name: self.size[name] for name in self.layer.wiring.gives[index]}
         whole = sum(size for name, size in gives.items() if name not in live) if count > 1 else 0
         peak = sum(live.values()) + whole + cost.peak_bytes
         live.update(gives)
@@ -157,7 +163,7 @@ class _Walk:
         if graphs.backward is None:
             return 0, 0.0
         tile, count = self._tiles(index)
-        cost = graph_cost(graphs.backward, graphs.fakes, tile, self.machine)
+        cost = self.cost(graphs.backward, graphs.fakes, tile)
         before = sum(live.values()) + sum(gradients.values())
         made = {name: self.size[name] for name in stage.gradients if name not in gradients}
         spare = [n for n in stage.gives if n in gradients and (self.owns_gradient or n not in above)]

@@ -9,7 +9,6 @@ sums the gradient of the queries in fp32.
 
 import operator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Protocol
 
 from torch import SymInt, Tensor
@@ -45,7 +44,6 @@ class GraphCost:
     peak_bytes: int
 
 
-@lru_cache(maxsize=4096)
 def graph_cost(module: GraphModule, fakes: StageFakes, tokens: int, rates: Rates) -> GraphCost:
     """Cost of ``module`` with ``tokens`` for the length of a tile."""
     symbol = fakes.tokens.node.expr
@@ -196,7 +194,6 @@ def _has(node: Node, symbol: Any) -> bool:
     )
 
 
-@lru_cache(maxsize=4096)
 def _flops(node: Node) -> float:
     """Operations at the sizes that tracing expected: products by PyTorch's own formulas."""
     if _is_attention(node):

@@ -17,40 +17,24 @@ import torch
 from torch import Tensor
 
 from rewriter.memory.randomness import device_of, random_state, replaying
-from rewriter.memory.schedule import Schedule, StageValues
+from rewriter.memory.schedule import Schedule, Wiring
 from rewriter.memory.stage_run import StageRun
 from rewriter.memory.transfer import Transfers
 
 
 @dataclass(frozen=True, eq=False)
 class LayerStages:
-    """What a layer consists of, however it is scheduled.
-
-    Attributes:
-        runs: the stages.
-        values: what each reads and gives, by name.
-        takes: of each stage, the names of all its inputs in order, weights included.
-        gives: of each stage, the names of all its results in order, and of what it saves beside them.
-        reads_back: of each stage, the names of what its backward takes before the gradients.
-        inputs: the layer's, in order.
-        outputs: the layer's, in order.
-    """
+    """What a layer consists of, however it is scheduled: compiled stages, and what passes between them."""
 
     runs: tuple[StageRun, ...]
-    values: tuple[StageValues, ...]
-    takes: tuple[tuple[str, ...], ...]
-    gives: tuple[tuple[str, ...], ...]
-    reads_back: tuple[tuple[str, ...], ...]
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    differentiable: frozenset[str]
+    wiring: Wiring
 
     def run(self, index: int, here: dict[str, Any], tile: int | None) -> None:
         """Run stage ``index`` on the values that are ``here``, and put its results there."""
-        inputs = [here[name] for name in self.takes[index]]
+        inputs = [here[name] for name in self.wiring.takes[index]]
         with self.drawing(index, inputs, here):
             results = self.runs[index].run(inputs, tile)
-        here.update(zip(self.gives[index], results, strict=True))
+        here.update(zip(self.wiring.gives[index], results, strict=True))
 
     def drawing(self, index: int, values: Sequence[Any], here: dict[str, Any]) -> AbstractContextManager:
         """Random numbers for stage ``index``: new ones the first time, noted ``here``, then the same."""
@@ -92,7 +76,7 @@ class ScheduledLayer:
         self, inputs: Sequence[Any], transfers: Transfers | None
     ) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
         """The results; what is left on the device; tickets of what is not. Without ``transfers``: nothing."""
-        here = dict(zip(self.stages.inputs, inputs, strict=True))
+        here = dict(zip(self.stages.wiring.inputs, inputs, strict=True))
         tickets: dict[str, Any] = {}
         for step in self.schedule.forward:
             if step.kind == "run":
@@ -101,11 +85,11 @@ class ScheduledLayer:
                 tickets[step.value] = transfers.offload(here[step.value])
             elif step.kind == "free":
                 del here[step.value]
-        results = tuple(here[name] for name in self.stages.outputs)
+        results = tuple(here[name] for name in self.stages.wiring.outputs)
         states = [n for n in map(_state_of, range(len(self.stages.runs))) if n in here]
         kept = {name: here[name] for name in (*self.schedule.kept, *states)} if transfers is not None else {}
         # Autograd makes the results the layer's own: what the layer keeps of them must not hold the layer.
-        kept |= {name: here[name].detach() for name in self.stages.outputs if name in kept}
+        kept |= {name: here[name].detach() for name in self.stages.wiring.outputs if name in kept}
         return results, kept, tickets
 
     def backward(
@@ -127,7 +111,7 @@ class ScheduledLayer:
                 self._backward_of(step.stage, here, gradients, given, lent)
             elif step.kind == "free":
                 del here[step.value]
-        return {name: gradients.get(name) for name in self.stages.inputs}
+        return {name: gradients.get(name) for name in self.stages.wiring.inputs}
 
     def _backward_of(
         self,
@@ -137,18 +121,22 @@ class ScheduledLayer:
         given: set[str],
         lent: set[str],
     ) -> None:
-        run, takes = self.stages.runs[index], self.stages.takes[index]
+        run, takes = self.stages.runs[index], self.stages.wiring.takes[index]
         signature = run.graphs.signature
         if run.backward is None:
             return
-        roots = [n for n, has in zip(self.stages.gives[index], signature.differentiable, strict=False) if has]
+        roots = [
+            n
+            for n, has in zip(self.stages.wiring.gives[index], signature.differentiable, strict=False)
+            if has
+        ]
         leaves = [n for n, need in zip(takes, signature.needs, strict=True) if need]
         for name in given.intersection(leaves):
             # It is added to, and others may read it.
             gradients[name] = gradients[name].clone()
         given.difference_update(leaves)
         lent.difference_update(leaves)
-        read = [here[name] for name in self.stages.reads_back[index]]
+        read = [here[name] for name in self.stages.wiring.reads_back[index]]
         tangents = [gradients.pop(name) for name in roots]
         ours = [name not in lent for name in roots]
         with self.stages.drawing(index, tangents, here):
@@ -162,14 +150,14 @@ class _Layer(torch.autograd.Function):
         transfers = layer.transfers()
         with transfers.group():
             results, kept, ctx.tickets = layer.forward(inputs, transfers)
-        names = layer.stages.inputs
+        names = layer.stages.wiring.inputs
         shared = [x if n in layer.shared else None for n, x in zip(names, inputs, strict=True)]
         ctx.numbers = {
             n: x for n, x in zip(names, shared, strict=True) if x is not None and not isinstance(x, Tensor)
         }
         ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in shared))
         ctx.layer, ctx.kept = layer, kept
-        flags = [name in layer.stages.differentiable for name in layer.stages.outputs]
+        flags = [name in layer.stages.wiring.differentiable for name in layer.stages.wiring.outputs]
         ctx.mark_non_differentiable(
             *(r for r, has in zip(results, flags, strict=True) if not has and isinstance(r, Tensor))
         )
@@ -190,12 +178,14 @@ class _Layer(torch.autograd.Function):
                 "retain_graph=True needs a run without memory_budget"
             )
         here, ctx.kept = ctx.kept, None
-        here |= {n: x for n, x in zip(layer.stages.inputs, ctx.saved_tensors, strict=True) if x is not None}
+        here |= {
+            n: x for n, x in zip(layer.stages.wiring.inputs, ctx.saved_tensors, strict=True) if x is not None
+        }
         here |= ctx.numbers
-        names = zip(layer.stages.outputs, above, strict=True)
-        gradients = {n: g for n, g in names if n in layer.stages.differentiable}
+        names = zip(layer.stages.wiring.outputs, above, strict=True)
+        gradients = {n: g for n, g in names if n in layer.stages.wiring.differentiable}
         found = layer.backward(here, ctx.tickets, gradients, layer.transfers())
-        wanted = zip(layer.stages.inputs, ctx.needs_input_grad[1:], ctx.dtypes, strict=True)
+        wanted = zip(layer.stages.wiring.inputs, ctx.needs_input_grad[1:], ctx.dtypes, strict=True)
         return None, *(_as(found[name], dtype) if need else None for name, need, dtype in wanted)
 
 

@@ -14,7 +14,7 @@ from rewriter.canonical import value_of
 from rewriter.memory.costs import bytes_at, int_hint, value_bytes
 from rewriter.memory.fakes import dense_strides, is_dense, memory_order
 from rewriter.memory.layer import LayerStages
-from rewriter.memory.schedule import StageValues
+from rewriter.memory.schedule import StageValues, Wiring
 from rewriter.memory.stage_graphs import StageGraphs, Unstaged, stage_graphs
 from rewriter.memory.stage_run import StageRun
 from rewriter.memory.stages import Stage, stages
@@ -29,32 +29,26 @@ class LayerGraphs:
         region: what they compute together.
         tokens: the length of the sequence, as expected where it varies.
         graphs: the stages.
-        takes, gives, reads_back, inputs, outputs, differentiable: as in ``LayerStages``.
-        fakes: of every value, by name: a fake tensor as the region was outlined with.
+        wiring: what passes between them.
         shared: inputs that live anyway.
     """
 
     region: Region
     tokens: int
     graphs: tuple[StageGraphs, ...]
-    takes: tuple[tuple[str, ...], ...]
-    gives: tuple[tuple[str, ...], ...]
-    reads_back: tuple[tuple[str, ...], ...]
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    differentiable: frozenset[str]
+    wiring: Wiring
     shared: frozenset[str]
 
     @property
     def own_inputs(self) -> tuple[str, ...]:
         """Inputs that nobody reads after the layer: made by the one before."""
-        return tuple(name for name in self.inputs if name not in self.shared)
+        return tuple(name for name in self.wiring.inputs if name not in self.shared)
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every value, as long as the sequence was when it was traced."""
         nodes = {n.name: n for n in self.region.module.graph.nodes}
-        found = {n: value_bytes(x) for n, x in zip(self.inputs, self.region.inputs, strict=True)}
-        for graphs, given in zip(self.graphs, self.gives, strict=True):
+        found = {n: value_bytes(x) for n, x in zip(self.wiring.inputs, self.region.inputs, strict=True)}
+        for graphs, given in zip(self.graphs, self.wiring.gives, strict=True):
             for name, value in zip(given, graphs.results, strict=True):
                 size = value_bytes(value_of(nodes[name])) if name in nodes else 0
                 found[name] = size or bytes_at(value, graphs.fakes, self.tokens)
@@ -62,9 +56,9 @@ class LayerGraphs:
 
     def label(self, name: str) -> str:
         """What a value is, for people: by the whole stage, as attention, that makes it or is next to it."""
-        if name in self.inputs:
+        if name in self.wiring.inputs:
             return "its input"
-        place = next(i for i, given in enumerate(self.gives) if name in given)
+        place = next(i for i, given in enumerate(self.wiring.gives) if name in given)
         whole = {i: _operation(g.stage) for i, g in enumerate(self.graphs) if not g.stage.row_wise}
         if place in whole:
             return f"results of {whole[place]}"
@@ -77,11 +71,11 @@ class LayerGraphs:
         found = []
         for index, graphs in enumerate(self.graphs):
             needs = graphs.signature.needs
-            reads = tuple(dict.fromkeys(n for n in self.takes[index] if n not in self.shared))
-            back = tuple(dict.fromkeys(n for n in self.reads_back[index] if n not in self.shared))
-            wanted = dict(zip(self.takes[index], needs, strict=True))
+            reads = tuple(dict.fromkeys(n for n in self.wiring.takes[index] if n not in self.shared))
+            back = tuple(dict.fromkeys(n for n in self.wiring.reads_back[index] if n not in self.shared))
+            wanted = dict(zip(self.wiring.takes[index], needs, strict=True))
             gradients = tuple(n for n in reads if wanted[n])
-            found.append(StageValues(f"stage {index + 1}", reads, self.gives[index], back, gradients))
+            found.append(StageValues(f"stage {index + 1}", reads, self.wiring.gives[index], back, gradients))
         return tuple(found)
 
     def compiled(self, compile_graph: Callable[[GraphModule, list[Any], Any], Callable]) -> LayerStages:
@@ -93,16 +87,7 @@ class LayerGraphs:
             if graphs.backward is not None:
                 backward = compile_graph(graphs.backward, graphs.backward_inputs(), graphs.fakes.mode)
             runs.append(StageRun(graphs, forward, backward))
-        return LayerStages(
-            tuple(runs),
-            self.values(),
-            self.takes,
-            self.gives,
-            self.reads_back,
-            self.inputs,
-            self.outputs,
-            self.differentiable,
-        )
+        return LayerStages(tuple(runs), self.wiring)
 
 
 # Longer tiles do not run faster, and kernels that index what is past 2^31 elements in 64 bits run slower.
@@ -165,18 +150,16 @@ def layer_graphs(
     }
     if unanswered := unanswered.difference(answered, outputs):
         return layer_graphs(region, shared, saving=saving, silent=silent | unanswered)
-    return LayerGraphs(
-        region,
-        tokens,
-        tuple(found),
+    wiring = Wiring(
         tuple(takes),
         tuple(gives),
         tuple(reads_back),
         tuple(n.name for n in placeholders),
         tuple(outputs),
         frozenset(n for n in outputs if needs[n]),
-        frozenset(n.name for i, n in enumerate(placeholders) if i in shared),
     )
+    living = frozenset(n.name for i, n in enumerate(placeholders) if i in shared)
+    return LayerGraphs(region, tokens, tuple(found), wiring, living)
 
 
 def _without_gaps(value: Any) -> Any:

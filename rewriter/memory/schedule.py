@@ -33,6 +33,26 @@ class StageValues:
     gradients: tuple[str, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Wiring:
+    """The values that pass between a layer's stages, by name.
+
+    Attributes:
+        takes: of each stage, all its inputs in order, weights included.
+        gives: of each stage, all its results in order, and after them what it saves beside them.
+        reads_back: of each stage, what its backward takes before the gradients.
+        inputs, outputs: the layer's, in order.
+        differentiable: of the outputs, those that have a gradient.
+    """
+
+    takes: tuple[tuple[str, ...], ...]
+    gives: tuple[tuple[str, ...], ...]
+    reads_back: tuple[tuple[str, ...], ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    differentiable: frozenset[str]
+
+
 @dataclass(frozen=True)
 class Step:
     """``run`` or ``backward`` of a stage, by its place; ``offload``, ``reload`` or ``free`` of a value."""

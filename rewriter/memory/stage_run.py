@@ -1,8 +1,9 @@
 """Runs one compiled stage, forward and backward, whole or in tiles of the sequence.
 
-In tiles, a row-wise stage needs memory for its inside for ``tile`` tokens instead of for all: an MLP of 14336
-channels takes 2.3 GB at 8192 tokens, 58 GB at 200,000. Results are the same numbers: tokens do not meet in
-such a stage. Gradients of weights are sums over tiles; they are taken in fp32, and rounded once at the end.
+In tiles, a row-wise stage needs memory for its inside for ``tile`` tokens instead of for all: the backward of
+an MLP of 14336 channels took 4.9 GiB at 32,768 tokens on an H200, and takes in proportion. Results are the
+same numbers: tokens do not meet in such a stage. Gradients of weights are sums over tiles; they are taken in
+fp32, and rounded once at the end.
 """
 
 from collections.abc import Callable, Sequence

@@ -161,7 +161,7 @@ def scheduled(
 ) -> ScheduledLayer:
     """The layer under ``fates``; what is given up is filled with NaN."""
     graphs = layer.graphs
-    plan = schedule(graphs.values(), graphs.own_inputs, graphs.outputs, fates)
+    plan = schedule(graphs.values(), graphs.own_inputs, graphs.wiring.outputs, fates)
     made = transfers or new_transfers()
     return ScheduledLayer(stages or layer.compiled, plan, tile, graphs.shared, lambda: made, owns_gradient)
 
