@@ -4,6 +4,7 @@ Freed memory is poisoned, and each test can hold back one of the three streams, 
 wait for the others moves or leaves NaN.
 """
 
+import gc
 import warnings
 
 import pytest
@@ -223,15 +224,32 @@ def _step_that_runs_out(transfers: Transfers) -> None:
 def test_a_prefetch_that_finds_no_room_begins_at_its_use():
     transfers, size = _transfers(depth=0), 256 * MiB
     tickets = [transfers.offload(torch.full((size,), i, dtype=torch.uint8, device="cuda")) for i in range(2)]
-    torch.cuda.empty_cache()
+    ballast = _take_free_blocks(size)
     free, total = torch.cuda.mem_get_info()
-    cap = torch.cuda.memory_reserved() + size + size // 2
-    torch.cuda.set_per_process_memory_fraction(cap / total)
+    assert free > 2 * size, "only the cap refuses"
     try:
-        assert free > cap
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + size + size // 2) / total)
         assert transfers.reload(tickets.pop())[:9].sum() == 9
         assert transfers.stats.prefetches_skipped == 1
         assert transfers.reload(tickets.pop())[:9].sum() == 0
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    del ballast
+
+
+def _take_free_blocks(size: int) -> list[torch.Tensor]:
+    """All blocks of ``size`` that the allocator has free, taken: the next one is new memory."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    taken: list[torch.Tensor] = []
+    total = torch.cuda.get_device_properties("cuda").total_memory
+    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total)
+    try:
+        while True:
+            taken.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+    except torch.OutOfMemoryError:
+        return taken
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
