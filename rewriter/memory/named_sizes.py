@@ -13,8 +13,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from rewriter.canonical import fixed, value_of
-from rewriter.memory.row_ruling import same
 from rewriter.nested import duplicate
+from rewriter.rowwise.sizes import same
 
 
 def with_named_sizes(module: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:

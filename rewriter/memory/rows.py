@@ -1,9 +1,10 @@
 """Which dimension of each value of a region counts the tokens of its sequence, and which operations mix them.
 
-Begins at the region's activations, ``(batch, tokens, hidden)``, and follows each operation by its rule
-(``row_rules.py``). What has no tokens of its own, such as tables of cosines, gets them where it meets a value
-that has: a dimension of size 1 is read whole, a longer one is sliced along with it. Where attention or a
-convolution mixed the tokens, they are found again in the same way, when its result meets the residual stream.
+Begins at the region's activations, ``(batch, tokens, hidden)``, and follows each operation by its row-wise
+rule (``rewriter.rowwise``). What has no tokens of its own, such as tables of cosines, gets them where it
+meets a value that has: a dimension of size 1 is read whole, a longer one is sliced along with it. Where
+attention or a convolution mixed the tokens, they are found again in the same way, when its result meets the
+residual stream.
 
 Slices are exact however this begins: a rule holds along any dimension, so that an activation that counts
 something else is sliced along that. Sizes are compared to refuse, never to find a dimension.
@@ -18,8 +19,9 @@ from torch.fx import Graph, Node
 
 from rewriter.canonical import value_of
 from rewriter.effects import is_impure, is_mode_switch
-from rewriter.memory.row_rules import ruling
-from rewriter.memory.row_ruling import Mixes, Ruling, is_one, same
+from rewriter.rowwise.rules import ruling
+from rewriter.rowwise.ruling import Mixes, Ruling
+from rewriter.rowwise.sizes import is_one, same
 from rewriter.signatures import target_name
 
 _RANDOM = frozenset(

@@ -12,9 +12,9 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from rewriter.effects import Effects
-from rewriter.memory.row_ruling import Place
 from rewriter.memory.rows import Tokens
 from rewriter.regions.modes import ModeSwitches
+from rewriter.rowwise.ruling import Place
 
 
 def stage_module(

@@ -24,10 +24,10 @@ from torch.fx import GraphModule, Node
 from rewriter.canonical import value_of
 from rewriter.effects import Effects
 from rewriter.memory.named_sizes import with_named_sizes
-from rewriter.memory.row_rules import PRODUCTS
 from rewriter.memory.rows import Tokens, tokens_of
 from rewriter.memory.stage_module import operands, stage_module
 from rewriter.regions.program import Region
+from rewriter.rowwise.rules import PRODUCTS
 from rewriter.signatures import target_name
 
 

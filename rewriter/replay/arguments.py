@@ -4,12 +4,8 @@ from torch.fx import Node
 
 from rewriter.signatures import positional
 
-REDUCTIONS = ("mean", "sum", "amax", "amin", "softmax", "log_softmax", "var", "any", "all")
-# Keywords that say nothing about where elements come from, and those that the rules read themselves.
-_KEYWORDS = {
-    *("dtype", "device", "layout", "pin_memory", "requires_grad", "memory_format", "non_blocking", "copy"),
-    *("rounding_mode", "alpha", "approximate", "min", "max"),
-}
+# Keywords that say nothing about where elements come from.
+_KEYWORDS = {"dtype", "device", "layout", "pin_memory", "requires_grad", "memory_format"}
 
 
 class Unproven(Exception):
@@ -21,10 +17,14 @@ def refuse(node: Node, name: str, why: str) -> Unproven:
 
 
 def in_order(node: Node, name: str) -> tuple:
-    """The arguments in order, without keywords where their order is not known."""
+    """The arguments in order, without keywords where their order is not known.
+
+    Raises:
+        Unproven: a keyword may say where elements come from.
+    """
     args = positional(name, node)
     if not node.kwargs or name.startswith("rewriter.") or args != (*node.args, *sorted(node.kwargs.items())):
         return args
-    if name not in REDUCTIONS and not _KEYWORDS.issuperset(node.kwargs):
+    if not _KEYWORDS.issuperset(node.kwargs):
         raise refuse(node, name, f"has keywords {', '.join(node.kwargs)}")
     return node.args

@@ -1,4 +1,4 @@
-"""Rules of ``tokens`` for attention and for the ops that passes put into a graph."""
+"""Rules of ``tokens`` for attention and the loss, which read other tokens than their own."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -7,8 +7,9 @@ from typing import Any
 from torch.fx import Node
 
 from rewriter.canonical import value_of
-from rewriter.replay.arguments import refuse
-from rewriter.replay.tokens import ANY, Abstract, Reader, Tokens, equal
+from rewriter.replay.arguments import in_order, refuse
+from rewriter.replay.tokens import ANY, Abstract, Reader, Tokens
+from rewriter.rowwise.sizes import same
 
 
 def _all_at(node: Node, name: str, values: Iterable[Any], from_end: int, reader: Reader) -> Tokens | None:
@@ -20,19 +21,19 @@ def _all_at(node: Node, name: str, values: Iterable[Any], from_end: int, reader:
     first = found[0][1]
     for value, tokens in found:
         placed = tokens.axis == value_of(value).dim() - from_end and not tokens.flat
-        if not placed or not equal(tokens.length, first.length):
+        if not placed or not same(tokens.length, first.length):
             raise refuse(node, name, "combines different tokens")
     if len(found) < len(values):
         raise refuse(node, name, "combines tokens with what has none")
     return replace(first, tail=ANY)
 
 
-def attention(node: Node, name: str, args: tuple, reader: Reader) -> Abstract:
+def attention(node: Node, name: str, reader: Reader) -> Abstract:
     """Causal attention: a query sees no key behind it, so no padding."""
     q, k, v, *rest = node.args
     given = node.kwargs
     if name == "scaled_dot_product_attention":
-        _, _, _, mask, dropout, causal, *_ = args
+        _, _, _, mask, dropout, causal, *_ = in_order(node, name)
         causal = causal is True and mask is None
     elif name.endswith(".attention"):
         causal, dropout = given.get("causal") is True, 0.0
@@ -52,46 +53,13 @@ def attention(node: Node, name: str, args: tuple, reader: Reader) -> Abstract:
     return found and replace(found, axis=value_of(node).dim() - 2)
 
 
-def rows(node: Node, name: str, args: tuple, reader: Reader) -> Abstract:
-    """Our fused ops over the last dimension: norms, gates, linears. All tensors with tokens are of a form."""
-    found = reader.tokens_in([*node.args, *node.kwargs.values()])
-    if not found:
-        return None
-    first = found[0][1]
-    for operand, tokens in found:
-        if tokens.axis == value_of(operand).dim() - 1 or replace(tokens, tail=ANY) != replace(
-            first, tail=ANY
-        ):
-            raise refuse(node, name, "combines different tokens")
-    result, value = replace(first, tail=ANY), value_of(node)
-    return (result,) * len(value) if isinstance(value, (tuple, list)) else result
-
-
-def rotation(node: Node, name: str, args: tuple, reader: Reader) -> Abstract:
-    found = reader.tokens_in([*node.args, *node.kwargs.values()])
-    if not found:
-        return None
-    first = found[0][1]
-    rank = value_of(node.args[0]).dim()
-    for operand, tokens in found:
-        aligned = tokens.axis - value_of(operand).dim() == first.axis - rank
-        if not aligned or tokens.flat or tokens.axis == value_of(operand).dim() - 1:
-            raise refuse(node, name, "combines different tokens")
-        if not equal(tokens.length, first.length):
-            raise refuse(node, name, "combines different tokens")
-    result, value = replace(first, tail=ANY), value_of(node)
-    if not isinstance(value, (tuple, list)):
-        return result
-    return tuple(None if v is None else result for v in value)
-
-
-def head_and_loss(node: Node, name: str, args: tuple, reader: Reader) -> Abstract:
+def head_and_loss(node: Node, name: str, reader: Reader) -> Abstract:
     x, _, _, target = node.args
     rows, labels = reader.of(x), reader.of(target)
     if rows is None and labels is None:
         return None
     others = reader.tokens_in([*node.args[1:3], *node.kwargs.values()])
-    if rows is None or labels is None or others or not equal(rows.length, labels.length):
+    if rows is None or labels is None or others or not same(rows.length, labels.length):
         raise refuse(node, name, "combines different tokens")
     if rows.axis != value_of(x).dim() - 2 or labels.axis != value_of(target).dim() - 1:
         raise refuse(node, name, "has rows of another order")

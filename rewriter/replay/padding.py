@@ -22,8 +22,9 @@ from torch.fx import Graph, GraphModule, Node
 from rewriter.canonical import value_of
 from rewriter.nested import duplicate
 from rewriter.replay.arguments import Unproven
-from rewriter.replay.rules import RULES
-from rewriter.replay.tokens import COPY, Abstract, Reader, Tokens, expression
+from rewriter.replay.rules import rule_of
+from rewriter.replay.tokens import COPY, Abstract, Reader, Tokens
+from rewriter.rowwise.sizes import expression, same
 from rewriter.signatures import target_name
 
 _LABEL_STEPS = frozenset(
@@ -134,7 +135,7 @@ def read(module: GraphModule, doubled: tuple[int, ...] = ()) -> Reading:
 
 
 def _interpret(graph: Graph, symbol: sympy.Symbol | None, fills: dict[Node, int] | None = None) -> Reader:
-    reader = Reader(symbol, RULES)
+    reader = Reader(symbol, rule_of)
     for node in graph.nodes:
         if node.op == "placeholder":
             reader.known[node] = _input(node, reader, (fills or {}).get(node))
@@ -163,7 +164,7 @@ def _input(node: Node, reader: Reader, fill: int | None) -> Abstract:
 def _is_dense(value: Tensor) -> bool:
     stride = sympy.Integer(1)
     for size, found in zip(reversed(value.shape), reversed(value.stride()), strict=True):
-        if size != 1 and sympy.expand(expression(found) - stride) != 0:
+        if size != 1 and not same(found, stride):
             return False
         stride *= expression(size)
     return True

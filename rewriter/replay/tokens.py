@@ -8,13 +8,13 @@ cumulative sums). A loss does where the rows behind the prefix have the label th
 the weights the two runs are then one, so their gradients are equal too, up to the order of sums.
 
 The proof is an abstract interpretation of the graph: a value is free of tokens (None) or ``Tokens``. An
-operation without a rule here, or that mixes tokens in another way, raises ``Unproven`` with its name. Sizes
-are compared as expressions; no guard is installed.
+operation without a rule, or that mixes tokens in another way, raises ``Unproven`` with its name. Sizes are
+compared as expressions; no guard is installed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,8 @@ from torch.fx import GraphModule, Node
 from rewriter.canonical import value_of
 from rewriter.effects import mutated_argument
 from rewriter.nested import checkpoint_body
-from rewriter.replay.arguments import Unproven, in_order, refuse
+from rewriter.replay.arguments import Unproven, refuse
+from rewriter.rowwise.sizes import same
 from rewriter.signatures import target_name
 
 COPY, ANY = "copy", "any"
@@ -38,8 +39,8 @@ class Tokens:
 
     Attributes:
         length: of the prefix, as an expression.
-        tail: what rows behind the prefix hold: a number; ``COPY``, values that the prefix holds too, so that
-            they are as good an index; or ``ANY``.
+        tail: what rows behind the prefix hold: a number; ``COPY``, the last row once more, which is as good
+            an index; or ``ANY``.
         flat: batch and tokens are one axis, of ``length`` tokens each.
     """
 
@@ -50,25 +51,7 @@ class Tokens:
 
 
 Abstract = Any  # None, Tokens, or a tuple of these
-Rule = Callable[[Node, str, tuple, "Reader"], Abstract]
-
-
-def expression(size: Any) -> sympy.Expr:
-    """A size as an expression of symbols."""
-    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
-
-
-def equal(a: sympy.Expr, b: sympy.Expr) -> bool:
-    return sympy.expand(a - b) == 0
-
-
-def sizes(value: Tensor) -> list[sympy.Expr]:
-    return [expression(size) for size in value.shape]
-
-
-def axes(dims: Any, rank: int) -> list[int]:
-    """One axis or several, counted from the front."""
-    return [d % rank for d in (dims if isinstance(dims, (tuple, list)) else [dims])]
+Rule = Callable[[Node, str, "Reader"], Abstract]
 
 
 @dataclass
@@ -77,12 +60,12 @@ class Reader:
 
     Attributes:
         symbol: the length, None where the graph has none.
-        rules: what is known of operations, by name; see ``rules``.
+        rule_of: what is known of the operation that a node calls; see ``rules``.
         draws: whether random numbers were drawn, for each element its own.
     """
 
     symbol: sympy.Symbol | None
-    rules: Mapping[str, Rule]
+    rule_of: Callable[[Node], Rule | None]
     known: dict[Node, Abstract] = field(default_factory=dict)
     draws: bool = False
 
@@ -127,12 +110,12 @@ class Reader:
             return self._read_body(node, body)
         if mutated_argument(node) is not None:
             raise Unproven(f"`{node.name}` writes in place")
-        rule = self.rules.get(name)
+        rule = self.rule_of(node)
         if rule is None:
             raise Unproven(
                 f"`{node.name}`, {name.rpartition('.')[2]}, is not known to treat tokens one by one"
             )
-        found = rule(node, name, in_order(node, name), self)
+        found = rule(node, name, self)
         self._check(node, value_of(node), found)
         return found
 
@@ -142,7 +125,7 @@ class Reader:
         if len(inputs) != len(node.args) - 1:
             raise refuse(node, "checkpoint", "has inputs that are not in its graph")
         known = {i: self.of(arg) for i, arg in zip(inputs, node.args[1:], strict=True)}
-        inner = Reader(self.symbol, self.rules, known)
+        inner = Reader(self.symbol, self.rule_of, known)
         for each in body.graph.nodes:
             if each.op in ("call_function", "call_method"):
                 inner.known[each] = inner.read(each)
@@ -162,9 +145,5 @@ class Reader:
         axes = self.axes(value)
         if axes != ([] if found is None else [found.axis]):
             raise Unproven(f"`{node.name}` of shape {tuple(value.shape)} has no single axis of tokens")
-        if (
-            found is not None
-            and not found.flat
-            and not equal(expression(value.shape[found.axis]), found.length)
-        ):
+        if found is not None and not found.flat and not same(value.shape[found.axis], found.length):
             raise Unproven(f"`{node.name}` of shape {tuple(value.shape)} has another number of tokens")

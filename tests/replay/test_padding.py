@@ -54,6 +54,8 @@ def reading_of(body, *, lengths=(12, 17)):
         (lambda m, x, ids: x.reshape(-1, 8).tanh().view(2, -1, 8), CutOutput(0, 1, 0)),
         (lambda m, x, ids: F.softmax(x, dim=-1).mean(-1, keepdim=True), CutOutput(0, 1, 0)),
         (lambda m, x, ids: x.cumsum(1), CutOutput(0, 1, 0)),
+        (lambda m, x, ids: x.reshape(-1, 8).cumsum(1).view(2, -1, 8), CutOutput(0, 1, 0)),
+        (lambda m, x, ids: torch.sort(x, dim=-1)[0] + m.head.bias[:8].expand_as(x), CutOutput(0, 1, 0)),
         (lambda m, x, ids: x - x[:, :1] + x[:, 0, None], CutOutput(0, 1, 0)),
         (lambda m, x, ids: ids.diff(dim=1, prepend=ids[:, :1] - 1) != 1, CutOutput(0, 1, 0)),
         (
@@ -81,17 +83,18 @@ def test_what_treats_tokens_one_by_one_or_sees_earlier_ones_alone_is_padded(body
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        (lambda m, x, ids: x.mean(1), "reduces over tokens"),
-        (lambda m, x, ids: x.sum(), "reduces over tokens"),
+        (lambda m, x, ids: x.mean(1), "works along the sequence"),
+        (lambda m, x, ids: x.sum(), "works along all dimensions"),
         (lambda m, x, ids: x[:, -1], "takes single tokens"),
         (lambda m, x, ids: x[:, ::2], "takes single tokens"),
         (lambda m, x, ids: x[:, -3:], "takes tokens from the end"),
         (lambda m, x, ids: x / x.shape[1], "computes with the length"),
+        (lambda m, x, ids: x.reshape(-1, 8).cumsum(0).view(2, -1, 8), "runs over the tokens of several rows"),
         (lambda m, x, ids: x.reshape(-1, 8), "several rows on one axis"),
-        (lambda m, x, ids: x.transpose(1, 2) @ x, "multiplies tokens with tokens"),
-        (lambda m, x, ids: checkpoint(lambda h: h.sum(1), x, use_reentrant=False), "reduces over tokens"),
-        (lambda m, x, ids: F.softmax(x, dim=1), "reduces over tokens"),
-        (lambda m, x, ids: torch.cat((x, x), dim=1), "joins tokens"),
+        (lambda m, x, ids: x.transpose(1, 2) @ x, "multiplies tokens by tokens"),
+        (lambda m, x, ids: checkpoint(lambda h: h.sum(1), x, use_reentrant=False), "along the sequence"),
+        (lambda m, x, ids: F.softmax(x, dim=1), "works along the sequence"),
+        (lambda m, x, ids: torch.cat((x, x), dim=1), "joins sequences"),
         (lambda m, x, ids: F.pad(x, (0, 0, 0, 1)), "appends to the tokens"),
         (lambda m, x, ids: x + m.positions(torch.arange(ids.shape[1])), "indices of padding"),
         (
@@ -109,7 +112,7 @@ def test_what_mixes_tokens_is_not_padded_and_says_why(body, reason):
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        (lambda m, x, ids: torch.sort(x, dim=-1)[0], "sort, is not known"),
+        (lambda m, x, ids: torch.fft.fft(x).real, "fft_fft, is not known"),
         (lambda m, x, ids: x.mul_(2.0), "writes in place"),
         (lambda m, x, ids: x + torch.rand_like(x), "rand_like, is not known"),
     ],

@@ -4,6 +4,7 @@ What they refuse: to merge tokens with another dimension, or to split, pick, rep
 """
 
 from collections.abc import Callable, Sequence
+from types import EllipsisType, NoneType
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import SymInt
 from torch.fx import Node
 
 from rewriter.canonical import value_of
-from rewriter.memory.row_ruling import (
+from rewriter.rowwise.ruling import (
     Mixes,
     Place,
     Rows,
@@ -20,12 +21,11 @@ from rewriter.memory.row_ruling import (
     argument,
     from_start,
     own_rows,
-    product,
     rank,
     result_rank,
-    same,
     tensors_in,
 )
+from rewriter.rowwise.sizes import product, same
 from rewriter.signatures import target_name
 
 
@@ -172,31 +172,37 @@ def repeat_interleaved(node: Node, rows: Rows) -> Ruling:
 
 def indexed(node: Node, rows: Rows) -> Ruling:
     x, index = argument(node, 0), argument(node, 1)
-    if isinstance(value_of(x), (tuple, list)):
-        return Ruling(own_rows(x, rows), {x: own_rows(x, rows)})
     found = own_rows(x, rows)
+    if isinstance(value_of(x), (tuple, list)):
+        return Ruling(found, {x: found})
+    taken = taken_of_each(index, rank(x))
+    if taken is None:
+        return _picked(x, list(index) if isinstance(index, tuple) else [index], found)
+    item, place = taken[found]
+    if item != slice(None):
+        raise Mixes("it takes some of the tokens")
+    return Ruling(place, {x: found})
+
+
+def taken_of_each(index: Any, ndim: int) -> list[tuple[int | slice, int]] | None:
+    """What ``index`` takes of each of ``ndim`` dimensions, and which dimension of the result that is.
+
+    None where it holds anything but numbers, slices, None and ``...``.
+    """
     items = list(index) if isinstance(index, tuple) else [index]
-    if not all(
-        i is None or i is Ellipsis or isinstance(i, (int, slice)) and not isinstance(i, bool) for i in items
-    ):
-        return _picked(x, items, found)
-    taken = sum(i is not None and i is not Ellipsis for i in items)
+    if any(isinstance(i, bool) or not isinstance(i, (int, slice, NoneType, EllipsisType)) for i in items):
+        return None
+    named = sum(isinstance(i, (int, slice)) for i in items)
     if Ellipsis not in items:
         items.append(Ellipsis)
     at = items.index(Ellipsis)
-    items[at : at + 1] = [slice(None)] * (rank(x) - taken)
-    dim = out = 0
+    items[at : at + 1] = [slice(None)] * (ndim - named)
+    taken, place = [], 0
     for item in items:
-        if item is None:
-            out += 1
-            continue
-        if dim == found:
-            if item != slice(None):
-                raise Mixes("it takes some of the tokens")
-            return Ruling(out, {x: found})
-        out += isinstance(item, slice)
-        dim += 1
-    raise AssertionError("tokens have no dimension")
+        if item is not None:
+            taken.append((item, place))
+        place += not isinstance(item, int)
+    return taken
 
 
 def _picked(x: Node, items: list[Any], found: int) -> Ruling:

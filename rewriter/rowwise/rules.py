@@ -1,6 +1,8 @@
 """Which operations treat tokens independently: a rule each.
 
-An operation without a rule mixes tokens, or may do so: attention, convolutions, the routing of experts.
+An operation without a rule mixes tokens, or may do so: attention, convolutions, the routing of experts. Two
+ask: the planner, which cuts a layer into tiles of tokens (``rewriter.memory.rows``), and the proof that more
+tokens behind the last change nothing (``rewriter.replay``), which is so for whatever is row-wise.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,8 +10,9 @@ from typing import Any
 
 from torch.fx import Node
 
-from rewriter.memory import row_shapes as shapes
-from rewriter.memory.row_ruling import (
+from rewriter.quantised import packed_linear_inside
+from rewriter.rowwise import shape_rules as shapes
+from rewriter.rowwise.ruling import (
     Mixes,
     Rows,
     Rule,
@@ -21,7 +24,6 @@ from rewriter.memory.row_ruling import (
     result_rank,
     tensors_in,
 )
-from rewriter.quantised import packed_linear_inside
 from rewriter.signatures import target_name
 
 
@@ -31,13 +33,21 @@ def ruling(node: Node, rows: Rows) -> Ruling:
     Raises:
         Mixes: it is not.
     """
-    name = target_name(node)
-    rule = RULES.get(name)
-    if rule is None and packed_linear_inside(node) is not None:
-        rule = _quantised_linear
+    rule = _rule_of(node)
     if rule is None:
-        raise Mixes(f"`{name}` is not known to treat tokens apart")
+        raise Mixes(f"`{target_name(node)}` is not known to treat tokens apart")
     return rule(node, rows)
+
+
+def has_rule(node: Node) -> bool:
+    return _rule_of(node) is not None
+
+
+def _rule_of(node: Node) -> Rule | None:
+    rule = RULES.get(target_name(node))
+    if rule is None and packed_linear_inside(node) is not None:
+        return _quantised_linear
+    return rule
 
 
 def _pointwise(node: Node, rows: Rows) -> Ruling:
@@ -47,6 +57,12 @@ def _pointwise(node: Node, rows: Rows) -> Ruling:
 def _of_two_tensors(node: Node, rows: Rows) -> Ruling:
     if not tensors_in([argument(node, 1, "other")]):
         raise Mixes(f"`{target_name(node)}` reduces")
+    return _pointwise(node, rows)
+
+
+def _where(node: Node, rows: Rows) -> Ruling:
+    if len(node.args) + len(node.kwargs) == 1:
+        raise Mixes("it picks tokens")
     return _pointwise(node, rows)
 
 
@@ -148,20 +164,21 @@ _POINTWISE = (
     "add", "sub", "mul", "div", "pow", "rsqrt", "sqrt", "neg", "abs", "exp", "expm1", "log", "log1p",
     "sin", "cos", "tanh", "sigmoid", "silu", "gelu", "relu", "relu6", "softplus", "leaky_relu", "elu",
     "selu", "mish", "hardtanh", "hardswish", "hardsigmoid", "logsigmoid", "softsign", "erf",
-    "reciprocal", "square", "sign", "floor", "ceil", "round", "clamp", "clamp_min", "clamp_max", "where",
+    "reciprocal", "square", "sign", "floor", "ceil", "round", "clamp", "clamp_min", "clamp_max",
     "masked_fill", "maximum", "minimum", "fmod", "remainder", "floordiv", "floor_divide", "lerp",
-    "addcmul", "addcdiv", "and_", "or_", "xor", "not_", "invert", "bitwise_not", "bitwise_and",
-    "bitwise_or", "logical_not", "logical_or", "logical_xor", "eq", "ne", "lt", "le", "gt", "ge",
-    "isnan", "isinf", "isfinite", "nan_to_num", "dropout", "native_dropout", "add_", "sub_", "mul_",
-    "div_", "clamp_", "masked_fill_", "relu_", "neg_", "float", "half", "bfloat16", "double", "bool",
-    "int", "long", "contiguous", "clone", "detach", "zeros_like", "ones_like", "empty_like", "full_like",
-    "expand_as", "rewriter.kernels.gated_activation.gated_activation",
+    "addcmul", "addcdiv", "and_", "or_", "xor", "not_", "invert", "__invert__", "bitwise_not",
+    "bitwise_and", "bitwise_or", "logical_not", "logical_or", "logical_xor", "eq", "ne", "lt", "le",
+    "gt", "ge", "isnan", "isinf", "isfinite", "nan_to_num", "dropout", "native_dropout", "add_", "sub_",
+    "mul_", "div_", "clamp_", "masked_fill_", "relu_", "neg_", "float", "half", "bfloat16", "double",
+    "bool", "int", "long", "contiguous", "clone", "detach", "alias", "zeros_like", "ones_like",
+    "empty_like", "full_like", "expand_as", "rewriter.kernels.gated_activation.gated_activation",
 )  # fmt: skip
 
 _REDUCTIONS = ("mean", "sum", "amax", "amin", "prod", "all", "any", "argmax", "argmin", "logsumexp")
 
 RULES: Mapping[str, Rule] = {
     **dict.fromkeys(_POINTWISE, _pointwise),
+    "where": _where,
     **dict.fromkeys(("min", "max"), _of_two_tensors),
     **dict.fromkeys(("to", "type", "type_as"), _like_first),
     **dict.fromkeys(("linear", "gemm_4bit", "rewriter.kernels.lora_linear.linear_4bit"), _linear),
@@ -202,7 +219,7 @@ RULES: Mapping[str, Rule] = {
         ),
         _attention,
     ),
-    **dict.fromkeys(("view", "reshape"), shapes.viewed),
+    **dict.fromkeys(("view", "reshape", "_unsafe_view"), shapes.viewed),
     **dict.fromkeys(("flatten", "unsqueeze"), shapes.reshaped),
     "unflatten": shapes.unflattened,
     "squeeze": shapes.squeezed,

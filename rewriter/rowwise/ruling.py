@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
 from torch import Tensor
 from torch.fx import Node
 
-from rewriter.canonical import fixed, value_of
+from rewriter.canonical import value_of
+from rewriter.rowwise.sizes import is_one
 
 # The index of an argument and, where that is a sequence, of an element of it.
 Place = tuple[int, ...]
@@ -55,15 +55,6 @@ Rows = Callable[[Any], int | None]
 Rule = Callable[[Node, Rows], Ruling]
 
 
-def same(a: Any, b: Any) -> bool:
-    """Whether two sizes are equal whatever the lengths; no guard is made."""
-    return _expression(a) == _expression(b)
-
-
-def is_one(size: Any) -> bool:
-    return fixed(size) == 1
-
-
 def rank(x: Any) -> int:
     return value_of(x).dim()
 
@@ -73,10 +64,6 @@ def argument(node: Node, index: int, *names: str, default: Any = None) -> Any:
     if index < len(node.args):
         return node.args[index]
     return next((node.kwargs[n] for n in names if n in node.kwargs), default)
-
-
-def product(sizes: Iterable[Any]) -> Any:
-    return sympy.prod([_expression(s) for s in sizes])
 
 
 def tensors_in(values: Iterable[Any]) -> list[Node]:
@@ -113,8 +100,3 @@ def aligned(tensors: Sequence[Node], rows: Rows, ndim: int) -> Ruling:
         place = dim - (ndim - rank(x))
         takes[x] = place if place >= 0 and not is_one(value_of(x).shape[place]) else None
     return Ruling(dim, takes)
-
-
-def _expression(size: Any) -> Any:
-    number = fixed(size)
-    return sympy.Integer(number) if number is not None else size.node.expr
