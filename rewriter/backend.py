@@ -17,6 +17,7 @@ from rewriter.deferred import split_deferred
 from rewriter.fusion import apply_all
 from rewriter.lower import lower, lower_beside, lower_planned, lower_program, records_cuda_graphs
 from rewriter.memory.plan import Infeasible
+from rewriter.memory.room import fits_unplanned
 from rewriter.nested import count_operations
 from rewriter.options import Options
 from rewriter.passes import ordered_passes, pass_names
@@ -85,7 +86,13 @@ def _compile(
         program = outline_regions(recorded.module, recorded.example_inputs, options, record)
     line.now("planning")
     with record.timed("planning"):
-        plan = plan_memory(program, recorded.example_inputs, options, record)
+        short = is_short_of_memory(program, recorded.example_inputs, options, record)
+    if short and recorded.module is not body:
+        record.notes.append("CUDA graphs: none after all, since memory is planned")
+        recorded = Plan(body, example_inputs)
+        program = outline_regions(body, example_inputs, options, record)
+    with record.timed("planning"):
+        plan = plan_memory(program, example_inputs, options, record) if program and short else None
     with record.timed("lowering"):
         if program is None:
             line.now("compiling")
@@ -140,31 +147,50 @@ def outline_regions(
     return program
 
 
-def plan_memory(
+def is_short_of_memory(
     program: Program | None, example_inputs: Sequence[Any], options: Options, record: GraphRecord
+) -> bool:
+    """Whether to plan: where a budget is given, or where keeping everything would not fit what is free."""
+    if options.memory_budget == "off":
+        return False
+    if program is None:
+        if options.memory_budget is not None:
+            record.notes.append("memory_budget: nothing to plan with, no layer of this graph repeats")
+        return False
+    if options.memory_budget is not None:
+        return True
+    try:
+        return not fits_unplanned(
+            program, example_inputs, options.host_budget, options.max_tokens, record.notes
+        )
+    except Exception as error:
+        log.warning("foreseeing memory failed, nothing is planned: %s", error, exc_info=True)
+        record.notes.append(f"memory: nothing is planned, foreseeing it failed: {error}")
+        return False
+
+
+def plan_memory(
+    program: Program, example_inputs: Sequence[Any], options: Options, record: GraphRecord
 ) -> "PlannedProgram | None":
-    """How the program runs within ``options.memory_budget``; None where it is not asked for or cannot be.
+    """How the program runs within ``options.memory_budget`` or what is free; None where that fails.
 
     Raises:
         Infeasible: the budget is too small for any plan.
     """
-    if options.memory_budget is None:
-        return None
-    if program is None:
-        record.notes.append("memory_budget: nothing to plan with, no layer of this graph repeats")
-        return None
+    budget = None if options.memory_budget == "off" else options.memory_budget
     # Scheduling imports more of PyTorch than a run without a budget needs.
     from rewriter.memory.under_budget import memory_record, under_budget
 
     try:
-        plan = under_budget(
-            program, example_inputs, options.memory_budget, options.host_budget, options.max_tokens
-        )
+        plan = under_budget(program, example_inputs, budget, options.host_budget, options.max_tokens)
     except Infeasible:
-        raise
+        if budget is not None:
+            raise
+        record.notes.append("memory: everything is kept, there is no plan within the host's memory")
+        return None
     except Exception as error:
         log.warning("planning memory failed, everything is kept: %s", error, exc_info=True)
-        record.notes.append(f"memory_budget: everything is kept, planning failed: {error}")
+        record.notes.append(f"memory: everything is kept, planning failed: {error}")
         return None
     record.notes += plan.notes
     record.memory = memory_record(plan.plan)
@@ -176,7 +202,8 @@ def plan_replay(
     module: GraphModule, example_inputs: Sequence[Any], options: Options, record: GraphRecord
 ) -> Plan:
     """What of the program is recorded as CUDA graphs, and why not, on record."""
-    if not options.cuda_graphs or options.memory_budget is not None or records_cuda_graphs(options):
+    planned = options.memory_budget not in (None, "off")
+    if not options.cuda_graphs or planned or records_cuda_graphs(options):
         return Plan(module, example_inputs)
     return plan_recordings(module, example_inputs, record.notes)
 

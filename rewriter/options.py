@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal
 
 _UNITS = {
     "B": 1,
@@ -33,7 +33,7 @@ class Options:
 
     Attributes:
         memory_budget: device memory to stay within, in bytes, as "24GB", or a fraction of the device; None
-            for no bound.
+            for what is free on a GPU, where nothing is planned that fits; "off" to keep everything unasked.
         host_budget: host memory that offloaded activations may take, likewise.
         max_tokens: the most tokens of a batch, rows times length, that the memory plan has to hold for where
             lengths vary; None: those of the batch at hand. A larger batch is planned anew.
@@ -41,11 +41,11 @@ class Options:
         verify: compare loss and gradients with the unrewritten graph on each graph's first call.
         lowering: "inductor", or "eager" for AOTAutograd without Inductor.
         regions: outline repeated layers, and compile each kind once.
-        cuda_graphs: record steps on few tokens as CUDA graphs; not with a memory budget.
+        cuda_graphs: record steps on few tokens as CUDA graphs; not where memory is planned.
         mode: Inductor's mode, as ``torch.compile(mode=...)`` takes it.
     """
 
-    memory_budget: int | float | None = None
+    memory_budget: int | float | Literal["off"] | None = None
     host_budget: int | float | None = None
     max_tokens: int | None = None
     passes: tuple[str, ...] | None = None
@@ -77,7 +77,7 @@ class Options:
         if lowering not in _LOWERINGS:
             raise OptionError(f"rewriter: unknown lowering {lowering!r}{_nearest(str(lowering), _LOWERINGS)}")
         return cls(
-            memory_budget=parse_budget("memory_budget", given.get("memory_budget")),
+            memory_budget=_parse_memory_budget(given.get("memory_budget")),
             host_budget=parse_budget("host_budget", given.get("host_budget")),
             max_tokens=_parse_count("max_tokens", given.get("max_tokens")),
             passes=_parse_passes(given.get("passes"), known_passes),
@@ -103,8 +103,15 @@ def _parse_count(name: str, value: Any) -> int | None:
     raise OptionError(f"rewriter: {name} is {value!r}; it takes a whole number above 0, as 8192")
 
 
-def parse_budget(name: str, value: Any) -> int | float | None:
+def _parse_memory_budget(value: Any) -> int | float | Literal["off"] | None:
+    return "off" if value == "off" else parse_budget("memory_budget", value, '; or "off" to plan nothing')
+
+
+def parse_budget(name: str, value: Any, otherwise: str = "") -> int | float | None:
     """Bytes from 24_000_000_000, "24GB" or "22GiB"; a fraction of the device in (0, 1] from a float.
+
+    Args:
+        otherwise: what the option takes beside, for the message.
 
     Raises:
         OptionError: for anything else, with the forms that are understood.
@@ -127,7 +134,7 @@ def parse_budget(name: str, value: Any) -> int | float | None:
         else None
     )
     if matched is None or float(matched[1]) == 0.0:
-        raise OptionError(f"rewriter: option {name!r} is {value!r}; give {forms}.")
+        raise OptionError(f"rewriter: option {name!r} is {value!r}; give {forms}{otherwise}.")
     return int(float(matched[1]) * _UNITS[matched[2].upper()])
 
 

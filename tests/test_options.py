@@ -47,6 +47,14 @@ def test_a_malformed_budget_is_an_error_with_the_forms_that_are_understood(name,
         parse(**{name: value})
 
 
+def test_planning_is_turned_off_by_a_word():
+    assert parse(memory_budget="off").memory_budget == "off"
+    with pytest.raises(OptionError, match='or "off" to plan nothing'):
+        parse(memory_budget="none")
+    with pytest.raises(OptionError, match="option 'host_budget' is 'off'"):
+        parse(host_budget="off")
+
+
 def test_an_unknown_option_is_an_error_with_the_nearest_name():
     with pytest.raises(
         OptionError, match="unknown option 'memory_buget'; did you mean 'memory_budget'"

@@ -1,13 +1,16 @@
 """What there is to plan with: bytes of the device and of the host, and what is taken already.
 
 A budget is the share of the device that the process may take, the driver's context included, as if the card
-were that large. Beside weights, gradients of what is trained and two tensors of its size for the optimizer,
-as AdamW has, are taken to be there all the time; where they are there already, they are not counted twice.
+were that large; without one it is what this process has and what is free beside it. Beside weights, gradients
+of what is trained and two tensors of its size for the optimizer, as AdamW has, are taken to be there all the
+time; where they are there already, they are not counted twice.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +21,8 @@ from rewriter.memory.costs import value_bytes
 from rewriter.regions.program import Program
 
 _CONTEXT = 600 << 20
+# Of it, what comes after the first allocation: kernels are loaded at their first launch.
+_KERNELS = 200 << 20
 # cuBLAS's workspaces, one a handle and stream, come from the allocator at the first product.
 _WORKSPACES = 96 << 20
 # What the allocator holds and cannot use, for being in pieces.
@@ -40,12 +45,15 @@ class Budgets:
 
 
 def budgets(
-    program: Program, memory_budget: int | float, host_budget: int | float | None, device: torch.device
+    program: Program, memory_budget: int | float | None, host_budget: int | float | None, device: torch.device
 ) -> Budgets:
-    """What the options ask for, on the device that runs the program."""
-    total = device_bytes(device)
-    card = int(memory_budget * total) if isinstance(memory_budget, float) else min(memory_budget, total)
-    usable = usable_bytes(card, device)
+    """What the options ask for, on the device that runs the program; what is free where that is None."""
+    usable = free_bytes(device) if memory_budget is None else None
+    if usable is None:
+        total = device_bytes(device)
+        share = 1.0 if memory_budget is None else memory_budget
+        card = int(share * total) if isinstance(share, float) else min(share, total)
+        usable = usable_bytes(card, device)
     host = int(host_budget * host_bytes()) if isinstance(host_budget, float) else host_budget
     host = default_limit() if host is None else host
     return Budgets(usable, host, static_bytes(program, device))
@@ -59,6 +67,24 @@ def usable_bytes(card: int, device: torch.device | None = None) -> int:
     """
     context, workspaces = _taken(device)
     return max(int((card - context) * (1 - _PIECES)) - workspaces, 0)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What tensors may take, those that are there included, of what nobody else has; None on a CPU.
+
+    A CPU's memory is not planned unasked: it is shared, and can be swapped.
+    """
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    room = free - _KERNELS + torch.cuda.memory_reserved(device)
+    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device))
+    return max(int(min(room, allowed) * (1 - _PIECES)) - _WORKSPACES, 0)
+
+
+def device_of(example_inputs: Sequence[Any]) -> torch.device:
+    """That of a program's tensors."""
+    return next((x.device for x in example_inputs if isinstance(x, Tensor)), torch.device("cpu"))
 
 
 def card_bytes(usable: int, device: torch.device | None = None) -> int:

@@ -2,8 +2,9 @@
 
 A graph of symbolic lengths serves batches that nobody has seen. Its plan is made for ``max_tokens``, or for
 the batch that it is compiled with where that is not said; a guard on the number of tokens sends a larger one
-back to the compiler, which plans again. What a way to run a layer costs was worked out for the batch at hand:
-bytes and seconds are taken to grow with the tokens, which is more than bytes do (weights do not grow).
+back to the compiler, which plans again. Where everything is kept, the guard is the longest that fits. What a
+way to run a layer costs was worked out for the batch at hand: bytes and seconds are taken to grow with the
+tokens, which is more than bytes do (weights do not grow).
 """
 
 from dataclasses import replace
@@ -16,19 +17,26 @@ from rewriter.regions.program import Program
 
 
 def growth_of(program: Program, max_tokens: int | None) -> float:
-    """How many times the tokens at hand the plan has to hold for; installs the guard.
-
-    1 where lengths do not vary: another batch is then another graph.
-    """
+    """How many times the tokens at hand the plan has to hold for: 1 where lengths do not vary."""
     tokens = _tokens(program)
     if not isinstance(tokens, SymInt):
         return 1.0
     here = tokens.node.hint
-    most = max(here, max_tokens or 0)
+    return max(here, max_tokens or 0) / here
+
+
+def hold_to(program: Program, growth: float) -> None:
+    """Guard the graph: batches of more than ``growth`` (1 or more) times the tokens at hand come back.
+
+    Where lengths do not vary there is nothing to guard, since another batch is another graph.
+    """
+    tokens = _tokens(program)
+    if not isinstance(tokens, SymInt):
+        return
     # Asked of a symbol, the question becomes a guard.
+    most = int(round(tokens.node.hint * growth, 3))
     within = bool(tokens <= most)
-    assert within, f"a batch of {here} tokens is not within {most}"
-    return most / here
+    assert within, f"a batch of {tokens.node.hint} tokens is not within {most}"
 
 
 def grown(choice: Choice, times: float) -> Choice:

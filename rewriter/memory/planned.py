@@ -95,11 +95,20 @@ def everything_kept(
 def _everything_kept(
     program: Program, kept: Mapping[Region, list[StagedChoice]], given: Budgets, device: torch.device
 ) -> PlannedProgram | None:
-    problem = _problem(program, kept, given)
-    found = MemoryPlan(problem, tuple(part.choices[0] for part in problem.parts))
+    found = _kept_plan(program, kept, given)
     if found.peak > given.device:
         return None
     return PlannedProgram(program, {}, found, (), _transfers(given, device))
+
+
+def kept_plan(program: Program, given: Budgets, machine: Link) -> MemoryPlan:
+    """The plan that keeps everything, whether it fits or not."""
+    return _kept_plan(program, kept_ways(program, machine), given)
+
+
+def _kept_plan(program: Program, kept: Mapping[Region, list[StagedChoice]], given: Budgets) -> MemoryPlan:
+    problem = _problem(program, kept, given)
+    return MemoryPlan(problem, tuple(part.choices[0] for part in problem.parts))
 
 
 def _transfers(given: Budgets, device: torch.device) -> Callable[[], Transfers]:

@@ -1,19 +1,18 @@
 """A program, its budgets and the machine to a plan: what the backend calls, once a graph."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from rewriter.memory import timeline
 from rewriter.memory.borders import parted_at_borders
-from rewriter.memory.budgets import budgets, card_bytes
-from rewriter.memory.lengths import growth_of
+from rewriter.memory.budgets import budgets, card_bytes, device_of
+from rewriter.memory.lengths import growth_of, hold_to
 from rewriter.memory.machine import machine_for
 from rewriter.memory.plan import Infeasible, MemoryPlan
 from rewriter.memory.planned import PlannedProgram, everything_kept, planned
+from rewriter.memory.room import Need
 from rewriter.memory.unwrapped import without_checkpoints
 from rewriter.regions.outline import outline
 from rewriter.regions.program import Program
@@ -23,25 +22,30 @@ from rewriter.report import MemoryRecord
 def under_budget(
     program: Program,
     example_inputs: Sequence[Any],
-    memory_budget: int | float,
+    memory_budget: int | float | None,
     host_budget: int | float | None,
     max_tokens: int | None = None,
 ) -> PlannedProgram:
     """Plan ``program``, checkpoints unwrapped, for batches of at most ``max_tokens`` where lengths vary.
 
     Where not everything fits, layers begin with their own norms, so that one tensor passes each border.
+    Without a ``memory_budget`` what the device has free is taken; where that is too small by the planner's
+    numbers, the least that would do, with a warning.
 
     Raises:
         Infeasible: the budget is too small for any plan; ``least_device`` is what to ask for.
     """
-    device = next((x.device for x in example_inputs if isinstance(x, Tensor)), torch.device("cpu"))
+    device = device_of(example_inputs)
     machine, given = machine_for(device), budgets(program, memory_budget, host_budget, device)
     given = replace(given, growth=growth_of(program, max_tokens))
-    notes = []
+    whole, notes = program, []
     if (unwrapped := without_checkpoints(program)) is not None:
         program = outline(unwrapped, example_inputs) or program
         notes.append("gradient checkpointing: what is computed again is as the memory plan says")
-    if found := everything_kept(program, given, machine, device):
+    # Without a budget, that it does not fit as it is was seen before.
+    asked = memory_budget is not None or program is not whole
+    if asked and (found := everything_kept(program, given, machine, device)):
+        hold_to(whole, given.growth * Need.of(found.plan).growth)
         return replace(found, notes=(*notes, *found.notes))
     if (parted := parted_at_borders(program)) is not None:
         program = outline(parted, example_inputs) or program
@@ -54,7 +58,12 @@ def under_budget(
         message = (
             f"{error} With what driver and allocator take, memory_budget={card} is the least that would do."
         )
-        raise Infeasible(message, card, error.least_host) from None
+        if memory_budget is not None:
+            raise Infeasible(message, card, error.least_host) from None
+        warnings.warn(f"rewriter: this step may run out of memory. {message}", stacklevel=2)
+        notes.append(f"memory: this step may run out of it. {message}")
+        found = planned(program, replace(given, device=error.least_device), machine, device)
+    hold_to(whole, given.growth)
     return replace(found, notes=(*notes, *found.notes))
 
 

@@ -1,0 +1,141 @@
+"""Whether a step fits what the device has free, with everything kept: what decides if there is a plan at all.
+
+Most steps fit by far, and are compiled as if there were no planner: that they do is seen from the sizes of
+the values in the graph, in milliseconds. All that the forward makes, half as much again for what operations
+save inside, twice the largest region's (the gradients of one region's values live at a time, and what they
+are computed from) and what kernels need is more than is ever there at once: 1.1 to 5 times the planner's
+number (tiny models of seven families). Where that is too much, the planner's own number decides, in seconds.
+
+A graph of symbolic lengths fits up to some length: a guard sends longer batches back to the compiler, and the
+question is asked again. Graphs without gradients keep nothing, and are not asked about.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves
+
+from rewriter.canonical import value_of
+from rewriter.memory.budgets import Budgets, budgets, device_of, free_bytes
+from rewriter.memory.costs import int_hint, value_bytes
+from rewriter.memory.lengths import growth_of, hold_to
+from rewriter.nested import graphs_of
+from rewriter.regions.program import Program
+
+if TYPE_CHECKING:
+    from rewriter.memory.plan import MemoryPlan
+
+# Logits in chunks, attention's sums in fp32, and the like.
+_INSIDE_KERNELS = 1 << 30
+# A packed 4-bit weight in 16 bit.
+_UNPACKED = 4
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of a step, in the order of ``budgets``.
+
+    Attributes:
+        static: there all the time.
+        beside: the most that there is beside that.
+        usable: what tensors may take.
+    """
+
+    static: int
+    beside: int
+    usable: int
+
+    @classmethod
+    def of(cls, plan: "MemoryPlan") -> "Need":
+        problem = plan.problem
+        return cls(problem.static, plan.peak - problem.static, problem.device_budget)
+
+    @property
+    def fits(self) -> bool:
+        return self.static + self.beside <= self.usable
+
+    @property
+    def growth(self) -> float:
+        """How many times the tokens would fit: ``beside`` grows with them."""
+        return (self.usable - self.static) / max(self.beside, 1)
+
+
+def fits_unplanned(
+    program: Program,
+    example_inputs: Sequence[Any],
+    host_budget: int | float | None,
+    max_tokens: int | None,
+    notes: list[str],
+) -> bool:
+    """Whether the step fits what is free with everything kept, as it is compiled without a plan.
+
+    Args:
+        max_tokens: batches of so many have to fit, where lengths vary.
+        notes: told the two sizes that decided.
+    """
+    device = device_of(example_inputs)
+    if free_bytes(device) is None or not _is_trained(example_inputs):
+        return True
+    given = budgets(program, None, host_budget, device)
+    growth = growth_of(program, max_tokens)
+    need = Need(given.static, int(most_bytes(program) * growth), given.device)
+    if not need.fits:
+        need = _planners(program, replace(given, growth=growth), device)
+    size = f"{_gib(need.static + need.beside)} of the {_gib(need.usable)} GiB that are free"
+    if not need.fits:
+        notes.append(f"memory: planned, since keeping everything takes {size}")
+        return False
+    notes.append(f"memory: nothing to plan, a step takes at most {size}")
+    hold_to(program, growth * need.growth)
+    return True
+
+
+def _is_trained(example_inputs: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs)
+
+
+def _planners(program: Program, given: Budgets, device: torch.device) -> Need:
+    # Scheduling imports more of PyTorch than a step that fits needs.
+    from rewriter.memory.machine import machine_for
+    from rewriter.memory.planned import kept_plan
+
+    return Need.of(kept_plan(program, given, machine_for(device)))
+
+
+def most_bytes(program: Program) -> int:
+    """More than a step takes beside weights, gradients and optimizer states, everything kept; from sizes."""
+    made = {region: _made(region.module) for region in program.regions}
+    inside = {region: sum(map(_made, graphs_of(region.module))) for region in program.regions}
+    values = map(value_of, program.source.graph.find_nodes(op="placeholder"))
+    weights = [x for x in values if isinstance(x, Tensor) and x.dim() > 1]
+    # Under autocast, each fp32 weight is kept in 16 bit.
+    cast = sum(value_bytes(x) // 2 for x in weights if x.dtype == torch.float32)
+    largest = max(map(value_bytes, weights), default=0) * _UNPACKED
+    kept = sum(made[call.region] for call in program.calls)
+    return kept * 3 // 2 + 2 * max(inside.values()) + cast + largest + _INSIDE_KERNELS
+
+
+def _made(module: GraphModule) -> int:
+    """Bytes of the memory that a graph's own operations make, each once: views add nothing."""
+    taken = {_storage(value_of(n)) for n in module.graph.find_nodes(op="placeholder")}
+    total = 0
+    for node in module.graph.nodes:
+        if node.op in ("placeholder", "output", "get_attr"):
+            continue
+        for value in tree_leaves(value_of(node)):
+            if isinstance(value, Tensor) and (key := _storage(value)) not in taken:
+                taken.add(key)
+                total += int_hint(value.untyped_storage().nbytes())
+    return total
+
+
+def _storage(value: Any) -> int | None:
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f}"
