@@ -8,18 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .sigmoid_triton import sigmoid
+
 # Two 16-byte loads of the pairs a thread.
 BLOCK = 1024
 WARPS = 4
-
-
-@triton.jit
-def _sigmoid(x):
-    """``sigmoid(x)`` and ``sigmoid(-x)``: no subtraction from 1, and an exponential that cannot overflow."""
-    decay = tl.exp(-tl.abs(x))
-    larger = 1.0 / (1.0 + decay)
-    smaller = decay * larger
-    return tl.where(x < 0.0, smaller, larger), tl.where(x < 0.0, larger, smaller)
 
 
 @triton.jit
@@ -43,7 +36,7 @@ def _forward_kernel(gate_up, out, pairs, alpha, limit, offset, BLOCK: tl.constex
     first = tl.program_id(0).to(tl.int64) * BLOCK
     gate, up = _pairs(gate_up, first, pairs, BLOCK)
     gate, up = _clamped(gate, up, limit)
-    s, _ = _sigmoid(alpha * gate)
+    s, _ = sigmoid(alpha * gate)
     place = first + tl.arange(0, BLOCK)
     value = (up + offset) * (gate * s)
     tl.store(out + place, value.to(out.dtype.element_ty), mask=place < pairs)
@@ -56,7 +49,7 @@ def _backward_kernel(grad, gate_up, d_gate_up, pairs, alpha, limit, offset, BLOC
     dy = tl.load(grad + place, mask=place < pairs, other=0.0).to(tl.float32)
     free_gate, free_up = _pairs(gate_up, first, pairs, BLOCK)
     gate, up = _clamped(free_gate, free_up, limit)
-    s, rest = _sigmoid(alpha * gate)
+    s, rest = sigmoid(alpha * gate)
     d_gate = dy * (up + offset) * (s + alpha * gate * s * rest)
     d_up = dy * (gate * s)
     # As the gradient of `clamp`: a value at the limit passes it, NaN does not.

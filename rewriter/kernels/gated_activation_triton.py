@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .sigmoid_triton import sigmoid
+
 # Two 16-byte loads of gate and of up a thread forward; one of each, and of the gradient, backward. Both keep
 # more loads in flight than the latency of memory asks for.
 BLOCK = 2048
@@ -24,24 +26,15 @@ CUBIC = tl.constexpr(0.044715)
 
 
 @triton.jit
-def _sigmoid(x):
-    """``sigmoid(x)`` and ``sigmoid(-x)``: no subtraction from 1, and an exponential that cannot overflow."""
-    decay = tl.exp(-tl.abs(x))
-    larger = 1.0 / (1.0 + decay)
-    smaller = decay * larger
-    return tl.where(x < 0.0, smaller, larger), tl.where(x < 0.0, larger, smaller)
-
-
-@triton.jit
 def _activate(g, ACTIVATION: tl.constexpr):
     """The activation of fp32 ``g``, and its derivative."""
     if ACTIVATION == "silu":
-        s, rest = _sigmoid(g)
+        s, rest = sigmoid(g)
         value = g * s
         slope = s + value * rest
     elif ACTIVATION == "gelu_tanh":
         # (1 + tanh(u)) / 2 is sigmoid(2u), without the cancellation near tanh = -1.
-        s, rest = _sigmoid(g * TWICE_SQRT_TWO_OVER_PI * (1.0 + g * g * CUBIC))
+        s, rest = sigmoid(g * TWICE_SQRT_TWO_OVER_PI * (1.0 + g * g * CUBIC))
         value = g * s
         slope = s + value * rest * ((1.0 + g * g * (3.0 * CUBIC)) * TWICE_SQRT_TWO_OVER_PI)
     elif ACTIVATION == "gelu":
@@ -58,7 +51,7 @@ def _activate(g, ACTIVATION: tl.constexpr):
         slope = 2.0 * positive
     else:
         tl.static_assert(ACTIVATION == "sigmoid")
-        value, rest = _sigmoid(g)
+        value, rest = sigmoid(g)
         slope = value * rest
     return value, slope
 
