@@ -43,7 +43,7 @@ def test_every_suite_names_cases_and_systems_that_there_are():
 
     for jobs in (jobs for suite in SUITES.values() for jobs in suite):
         case = Case.parse(jobs.case)
-        assert set(jobs.systems) <= set(SYSTEMS) and jobs.systems[0] == "rewriter"
+        assert set(jobs.systems) <= set(SYSTEMS) and next(iter(jobs.systems)) == "rewriter"
         assert {"hf", "hf_gc"} & set(jobs.systems), "losses are held to eager's"
         assert case.shrunk().weights == case.weights
 
@@ -96,3 +96,19 @@ def test_the_table_marks_results_of_other_runs(tmp_path):
     assert lines[3].startswith("|  | eager † | 120.0 | 1.50 |")
     assert lines[4].startswith("|  | Unsloth | 80.0 | 1.00 |")
     assert lines[-1] == "Measured on H200; torch 2.11.0."
+
+
+def test_tables_show_first_steps_where_they_were_measured(tmp_path):
+    from models import Case
+    from results import load
+    from suites import table
+    from table import markdown
+
+    runs = [result("rewriter", first_step_s=None), result("hf", first_step_s=None)]
+    write(tmp_path, *runs)
+    assert "first step" not in markdown(load(tmp_path))
+    assert "–" in table(Case.parse("8x2x2048"), {r["system"]: r for r in runs})
+    write(tmp_path, result("hf"))
+    lines = markdown(load(tmp_path)).splitlines()
+    assert lines[2].endswith("| 80.0 | 1.00 | 8.00 | 1.00 | – | – |")
+    assert lines[3].endswith("| 80.0 | 1.00 | 8.00 | 1.00 | 9.0 | – |")

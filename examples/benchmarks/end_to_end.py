@@ -2,15 +2,18 @@
 
     python examples/benchmarks/end_to_end.py --suite qlora          # all systems of a suite's cases, in turn
     python examples/benchmarks/end_to_end.py --case 8x2x2048 --system rewriter
+    python examples/benchmarks/end_to_end.py --suite lora full --together   # set up side by side
     python examples/benchmarks/end_to_end.py --suite all --tiny     # a dry run on a CPU: no Unsloth, no Liger
 
 A step is forward, backward and a fused AdamW on what is trained, under bf16 autocast, on random tokens and
 random weights that are the same for every system. What a case is stands in ``models.py``, what a suite holds
 in ``suites.py``. Writes ``results/end_to_end_<case>_<system>.json``: device, versions, the median step in ms,
-the first step in s, peak memory in GiB, the losses, and after a suite how they agree with eager's.
+the first step in s (none where set-ups ran side by side), peak memory in GiB, the losses, and after a suite
+how they agree with eager's.
 """
 
 import argparse
+import gc
 import itertools
 import json
 import platform
@@ -23,11 +26,13 @@ from pathlib import Path
 import peers
 import torch
 from models import Case, build, with_random_adapters
+from turns import MEMORY, TIMING, Turn
 
 __all__ = ["RESULTS", "build", "versions", "with_random_adapters"]
 
 RESULTS = Path(__file__).parent / "results"
 WARM = 4  # steps before the clock runs; as many batches where all have one length
+AGAIN = 2  # of them once more where the process has slept since, for the allocator and the clocks
 Step = Callable[[int], torch.Tensor]
 
 
@@ -67,13 +72,26 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def measure(system: str, case: Case, steps: int, options: dict, tiny: bool) -> tuple[dict, Step]:
-    """What the JSON holds, and the step, for a profile."""
+def measure(
+    system: str, case: Case, steps: int, options: dict, tiny: bool, turn: Turn | None
+) -> tuple[dict, Step]:
+    """What the JSON holds, and the step, for a profile.
+
+    With ``turn``, other processes are set up meanwhile, so that what the first step took is left out; before
+    the clock runs this one waits for its turn.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    peers.imports(system)
+    if turn:
+        turn.wait(MEMORY)
     model = peers.prepared(system, case, device, tiny, options)
     step = training_step(model, case, device, steps)
     first, loss = timed(step, 0, device)
     compiling, losses = compile_seconds(), [loss, *(step(i) for i in range(1, WARM))]
+    if turn:
+        give_back_memory(device)
+        turn.wait(TIMING)
+        losses += [step(i) for i in range(WARM - AGAIN, WARM)]
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     runs = [timed(step, i, device) for i in range(WARM, WARM + steps)]
@@ -85,26 +103,24 @@ def measure(system: str, case: Case, steps: int, options: dict, tiny: bool) -> t
         **({"options": options} if options else {}),
         **machine(device),
         "versions": versions(),
+        "together": turn is not None,
         "median_ms": statistics.median(times),
         "min_ms": min(times),
         "times_ms": [round(t, 3) for t in times],
-        "first_step_s": first,
-        "compile_s": compiling,
+        "first_step_s": None if turn else first,
+        **({} if turn else {"compile_s": compiling}),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None,
         "losses": [round(loss.item(), 6) for loss in losses],
     }
-    return result | rewrites(system), step
+    return result, step
 
 
-def rewrites(system: str) -> dict:
-    """What the rewriter says of the model, printed whole."""
-    if system != "rewriter":
-        return {}
-    import rewriter
-
-    found = rewriter.report()
-    print(found)
-    return {"counts": found.counts(), "rewriter_s": [graph.seconds for graph in found.graphs]}
+def give_back_memory(device: str) -> None:
+    """What the allocator keeps for later, to other processes."""
+    synchronise(device)
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def machine(device: str) -> dict[str, str]:
@@ -145,9 +161,18 @@ def result_file(folder: Path, case: Case, system: str) -> Path:
 
 def run_one(arguments: argparse.Namespace) -> None:
     """One system on one case, in this process."""
-    case = Case.parse(arguments.case)
-    result, step = measure(arguments.system, case, arguments.steps, arguments.options, arguments.tiny)
+    case, turn = Case.parse(arguments.case), arguments.turn and Turn(*arguments.turn)
+    result, step = measure(arguments.system, case, arguments.steps, arguments.options, arguments.tiny, turn)
     result = {"run": arguments.run, **result}
+    if arguments.system == "rewriter":
+        import rewriter
+
+        found = rewriter.report()
+        result["counts"] = found.counts()
+        if not turn:
+            result["rewriter_s"] = [graph.seconds for graph in found.graphs]
+        if not arguments.brief:
+            print(found)
     if arguments.profile:
         import rewriter
 
@@ -158,8 +183,8 @@ def run_one(arguments: argparse.Namespace) -> None:
     arguments.results.mkdir(parents=True, exist_ok=True)
     path = result_file(arguments.results, case, arguments.label or arguments.system)
     path.write_text(json.dumps(result, indent=1) + "\n")
-    median, first = result["median_ms"], result["first_step_s"]
-    print(f"{arguments.system}: {median:.1f} ms a step, first {first:.1f} s -> {path}")
+    first = "" if turn else f", first {result['first_step_s']:.1f} s"
+    print(f"{arguments.system}: {result['median_ms']:.1f} ms a step{first} -> {path}")
 
 
 def parse() -> argparse.Namespace:
@@ -177,11 +202,18 @@ def parse() -> argparse.Namespace:
     what.add_argument("--only", nargs="+", choices=peers.SYSTEMS, help="of a suite's systems, these")
     what.add_argument("--options", type=json.loads, default={}, help="the rewriter's options, as JSON")
     what.add_argument("--steps", type=int, default=20)
+    what.add_argument(
+        "--together",
+        action="store_true",
+        help="a suite's processes are set up side by side, and timed in turn",
+    )
+    what.add_argument("--at-once", type=int, help="the most of them; as many as the host has room for")
     what.add_argument("--tiny", action="store_true", help="a tiny shape, to try the script on a CPU")
     out = parser.add_argument_group("what comes of it")
     out.add_argument(
         "--profile", action="store_true", help="also where a step's time goes (rewriter.profile)"
     )
+    out.add_argument("--brief", action="store_true", help="without the rewriter's report")
     out.add_argument("--label", help="the system's name in the file's name, as for a run with options")
     out.add_argument("--results", type=Path, default=RESULTS)
     out.add_argument(
@@ -191,6 +223,7 @@ def parse() -> argparse.Namespace:
         "--seconds", type=float, default=3600, help="a suite starts no system that may pass them"
     )
     out.add_argument("--keep-caches", action="store_true", help="a suite's first steps find warm caches")
+    parser.add_argument("--turn", nargs=2, type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

@@ -4,10 +4,12 @@ Unsloth loads a checkpoint, so that one with random weights and a tokenizer of a
 by a process of its own (``python peers.py <folder> <case>``): Unsloth must be imported before transformers.
 """
 
+import fcntl
 import os
 import subprocess
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -26,10 +28,26 @@ SYSTEMS = {
     "liger_gc": "Liger-Kernel, checkpointing",
     "unsloth_gc": "Unsloth, its checkpointing",
 }
+IMPORTS = {
+    "rewriter": ("rewriter",),
+    "liger": ("liger_kernel.transformers",),
+    "liger_compiled": ("liger_kernel.transformers",),
+}
+
+
+def imports(system: str) -> None:
+    """What its process imports, before it takes memory of the GPU."""
+    name = system.removesuffix("_gc")
+    if name == "unsloth":
+        os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", UNSLOTH_DISABLE_STATISTICS="1")
+        import_module("unsloth")
+        return
+    for module in ("transformers.models.llama.modeling_llama", "peft", *IMPORTS.get(name, ())):
+        import_module(module)
 
 
 def prepared(system: str, case: Case, device: str, tiny: bool, options: dict) -> nn.Module:
-    """The case's model as ``system`` runs it; ``options`` are the rewriter's."""
+    """The case's model as ``system`` runs it, after its ``imports``; ``options`` are the rewriter's."""
     name, checkpointed = system.removesuffix("_gc"), system.endswith("_gc")
     if name == "unsloth":
         return unsloth(case, checkpointed)
@@ -54,7 +72,6 @@ def unsloth(case: Case, checkpointing: bool) -> nn.Module:
     """``FastLanguageModel`` with adapters; ``checkpointing`` is its own offloading one."""
     if case.weights == "full":
         raise ValueError(f"unsloth is measured with adapters alone, not on the case {case.name}")
-    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", UNSLOTH_DISABLE_STATISTICS="1")
     from unsloth import FastLanguageModel
 
     model, _ = FastLanguageModel.from_pretrained(
@@ -76,10 +93,12 @@ def unsloth(case: Case, checkpointing: bool) -> nn.Module:
 
 
 def checkpoint(case: Case) -> Path:
-    """The folder of the case's base model, written where it is not there yet."""
+    """The folder of the case's base model, written where it is not there yet, by one process alone."""
     folder = Path(tempfile.gettempdir()) / f"rewriter_peers_{case.layers}_{case.shape}"
-    if not (folder / "done").exists():
-        subprocess.run([sys.executable, __file__, str(folder), case.name], check=True)
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "done").exists():
+            subprocess.run([sys.executable, __file__, str(folder), case.name], check=True)
     return folder
 
 

@@ -3,27 +3,33 @@
     python examples/benchmarks/table.py
 
 Reads ``results/end_to_end_*.json`` and ``results/regions.json`` beside this file and prints the tables too.
-Ratios are to the rewriter of the same case: above 1 is slower, or larger.
+Ratios are to the rewriter of the same case: above 1 is slower, or larger. First steps stand where they were
+measured, one process at a time.
 """
 
 import json
 from collections.abc import Iterable
+from itertools import compress
 from pathlib import Path
 
 from models import Case
 from results import FOLDER, apart, load, name, ours, setup, words
 
 README = Path(__file__).parents[2] / "README.md"
-HEAD = ("case", "system", "ms a step", "ratio", "peak GiB", "ratio", "first step s", "off eager's loss")
+FIRST = "first step s"
+HEAD = ("case", "system", "ms a step", "ratio", "peak GiB", "ratio", FIRST, "off eager's loss")
 DAGGER = "†"
 
 
 def markdown(cases: dict[Case, list[dict]]) -> str:
     """The table, and under it what the runs ran on."""
-    lines = [row(HEAD), row("---" for _ in HEAD)]
+    first = any(run["first_step_s"] is not None for runs in cases.values() for run in runs)
+    shown = [first or title != FIRST for title in HEAD]
+    lines = [row(compress(HEAD, shown)), row("---" for _ in range(sum(shown)))]
     for case, runs in cases.items():
         base = ours(runs)
-        lines += [row(cells(run, base, words(case) if run is runs[0] else "")) for run in runs]
+        found = (cells(run, base, words(case) if run is runs[0] else "") for run in runs)
+        lines += [row(compress(values, shown)) for values in found]
     if any(apart(run, ours(runs)) for runs in cases.values() for run in runs):
         lines += [
             "",
@@ -51,7 +57,7 @@ def cells(run: dict, base: dict | None, case: str) -> tuple[str, ...]:
         ratio(run["median_ms"], base and base["median_ms"]),
         "–" if peak is None else f"{peak:.2f}",
         ratio(peak, base and base["peak_gib"]),
-        f"{run['first_step_s']:.1f}",
+        "–" if run["first_step_s"] is None else f"{run['first_step_s']:.1f}",
         "–" if eager is None else f"{eager['largest']:.4f}",
     )
 
