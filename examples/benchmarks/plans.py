@@ -3,8 +3,8 @@
     python examples/benchmarks/plans.py                        # some minutes on a CPU
     python examples/benchmarks/plans.py --models 8b --cards 24 80
 
-QLoRA with NF4, r=32 on all linears, one row, an H200's rates, and 128 GiB of host memory less what the process
-itself takes. Writes ``results/plans.json`` and prints the table; what was run stands in ``context_*.json``.
+QLoRA with NF4, r=32 on all linears, one row, an H200's rates, and 128 GiB of host memory less what the
+process itself takes. Writes ``results/plans.json``; what was run stands in ``context_*.json``.
 """
 
 import argparse
@@ -66,10 +66,9 @@ def line(found: dict) -> str:
     name = f"{found['model']:>4s} {found['card_gib']:>5g} GiB"
     if "infeasible" in found:
         return f"{name}  {found['infeasible']}"
-    return (
-        f"{name} {found['tokens']:>9,} tokens {found['seconds']:>7.1f} s {found['tokens_per_s']:>7,.0f} tokens/s"
-        f"  peak {found['peak_gib']:.1f} GiB, host {found['hosted_gib']:.1f} GiB ({found['asked_s']:.0f} s to ask)"
-    )
+    rate = f"{found['seconds']:>7.1f} s {found['tokens_per_s']:>7,.0f} tokens/s"
+    memory = f"peak {found['peak_gib']:.1f} GiB, host {found['hosted_gib']:.1f} GiB"
+    return f"{name} {found['tokens']:>9,} tokens {rate}  {memory} ({found['asked_s']:.0f} s to ask)"
 
 
 def main() -> None:
