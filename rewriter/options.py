@@ -41,7 +41,8 @@ class Options:
         verify: compare loss and gradients with the unrewritten graph on each graph's first call.
         lowering: "inductor", or "eager" for AOTAutograd without Inductor.
         regions: outline repeated layers, and compile each kind once.
-        cuda_graphs: record steps on few tokens as CUDA graphs; not where memory is planned.
+        cuda_graphs: record steps on few tokens, and somewhat longer ones whose size comes back, as CUDA
+            graphs; not where memory is planned.
         mode: Inductor's mode, as ``torch.compile(mode=...)`` takes it.
     """
 

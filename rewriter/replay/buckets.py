@@ -3,12 +3,29 @@
 Steps of 64 tokens up to 512, then eighths of the power of two below: no length is padded by more than an
 eighth, or 63 tokens, and lengths up to 4,096 make 32 buckets. Steps of 32 were no faster (32 layers
 of 8B, two rows, one H200: at 224 tokens 48 ms, at 256 46) and double the recordings.
+
+Long steps are bound by their products, of which padding makes more, and gain some 5% from a recording. Theirs
+are multiples of 8, and beyond 256 thirty-seconds of the power of two below: a length is padded by less than
+1/32, by 1/64 on average.
 """
 
-_STEP = 64
+_STEP, _FINE_STEP = 64, 8
 
 
 def bucket(length: int) -> int:
     """The least length of a bucket that ``length`` fits in."""
-    step = max(_STEP, 1 << max(0, (length - 1).bit_length() - 4))
+    return _rounded(length, max(_STEP, _power_below(length) >> 3))
+
+
+def fine_bucket(length: int) -> int:
+    """The same for long steps, with little padding."""
+    return _rounded(length, max(_FINE_STEP, _power_below(length) >> 5))
+
+
+def _power_below(length: int) -> int:
+    """The largest power of two below ``length``; 0 for 1."""
+    return (1 << (length - 1).bit_length()) >> 1 if length > 1 else 0
+
+
+def _rounded(length: int, step: int) -> int:
     return -(-length // step) * step

@@ -2,13 +2,15 @@
 
 All recordings of a recorder share one memory pool: what one holds between its forward and its backward, the
 next overwrites, so that the pool is as large as the largest needs. Its caller sees to it that one forward's
-backward is done, or can no longer come, before another forward is run.
+backward is done, or can no longer come, before another forward is run. The pool begins as one block of what
+the forward keeps: of blocks as small as the tensors of one length, a longer one could use none.
 
 PyTorch's random numbers are others at each run: a graph reads the generator's state and moves it on, as a run
 of the program would.
 
 Kept beside the graphs: the inputs that are copied in, the results, and one buffer a dtype that every
-recording writes its gradients to. Weights are neither copied nor kept alive; graphs hold their addresses.
+recording writes its gradients to, made where the first recording's activations lay. Weights are neither
+copied nor kept alive; graphs hold their addresses.
 """
 
 import gc
@@ -24,6 +26,10 @@ from torch._utils import _unflatten_dense_tensors
 
 class Unrecordable(Exception):
     """Why a program cannot be recorded."""
+
+
+class NoRoom(Unrecordable):
+    """Why a program's recording would take too much memory."""
 
 
 @dataclass(frozen=True)
@@ -44,17 +50,24 @@ class CudaRecording:
     """
 
     def __init__(
-        self, recorder: "CudaRecorder", program: Callable, inputs: list[Any], trainable: Sequence[int]
+        self,
+        recorder: "CudaRecorder",
+        program: Callable,
+        inputs: list[Any],
+        trainable: Sequence[int],
+        check: Callable[[int], None],
     ):
         leaves = [inputs[i].detach().requires_grad_() for i in trainable]
         inputs = list(inputs)
         for i, leaf in zip(trainable, leaves, strict=True):
             inputs[i] = leaf
         with torch.enable_grad():
-            self.seeded, needed = _warm_up(program, inputs, leaves)
-            self._parts, self._count = _parts(leaves, needed, recorder), len(leaves)
+            self.seeded, kept = _warm_up(program, inputs, leaves, recorder.device)
+            check(kept)
+            self._count = len(leaves)
             self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
             with recorder.recording(self._forward):
+                recorder.enlarge_pool(kept)
                 results = tuple(program(*inputs))
             _refuse_aliases(results, inputs)
             self.seeds = [torch.zeros_like(results[i]) for i in self.seeded]
@@ -62,6 +75,7 @@ class CudaRecording:
                 found = torch.autograd.grad(
                     [results[i] for i in self.seeded], leaves, self.seeds, allow_unused=True
                 )
+                self._parts = _parts(found, recorder)
                 self._store(found)
         self.differentiable = tuple(isinstance(r, Tensor) and r.requires_grad for r in results)
         self.outputs = tuple(r.detach() if isinstance(r, Tensor) else r for r in results)
@@ -88,14 +102,16 @@ class CudaRecording:
 
 
 def _warm_up(
-    program: Callable, inputs: list[Any], leaves: list[Tensor]
-) -> tuple[tuple[int, ...], list[bool]]:
+    program: Callable, inputs: list[Any], leaves: list[Tensor], device: torch.device
+) -> tuple[tuple[int, ...], int]:
     """Run once, so that kernels are compiled and loaded, and plans made, before anything is recorded.
 
     Returns:
-        the results whose gradients the backward starts from, and whether each leaf gets a gradient.
+        the results whose gradients the backward starts from, and the bytes that the forward leaves.
     """
+    before = torch.cuda.memory_allocated(device)
     results = tuple(program(*inputs))
+    kept = torch.cuda.memory_allocated(device) - before
     if not all(isinstance(r, (Tensor, type(None))) for r in results):
         raise Unrecordable("it returns something else than tensors")
     seeded = [i for i, r in enumerate(results) if isinstance(r, Tensor) and r.requires_grad]
@@ -104,20 +120,20 @@ def _warm_up(
     if not seeded:
         raise Unrecordable("no result needs a gradient")
     ends = [results[i] for i in seeded]
-    found = torch.autograd.grad(ends, leaves, [torch.ones_like(r) for r in ends], allow_unused=True)
-    return tuple(seeded), [g is not None for g in found]
+    torch.autograd.grad(ends, leaves, [torch.ones_like(r) for r in ends], allow_unused=True)
+    return tuple(seeded), kept
 
 
-def _parts(leaves: Sequence[Tensor], needed: Sequence[bool], recorder: "CudaRecorder") -> list[_Part]:
-    members: dict[torch.dtype, list[int]] = {}
-    for i, leaf in enumerate(leaves):
-        if needed[i]:
-            members.setdefault(leaf.dtype, []).append(i)
+def _parts(gradients: Sequence[Tensor | None], recorder: "CudaRecorder") -> list[_Part]:
+    members: dict[torch.dtype, dict[int, Tensor]] = {}
+    for i, gradient in enumerate(gradients):
+        if gradient is not None:
+            members.setdefault(gradient.dtype, {})[i] = gradient
     return [
         _Part(
             tuple(found),
-            tuple(torch.empty(leaves[i].shape, device="meta") for i in found),
-            recorder.buffer(dtype, sum(leaves[i].numel() for i in found)),
+            tuple(torch.empty(g.shape, device="meta") for g in found.values()),
+            recorder.buffer(dtype, sum(g.numel() for g in found.values())),
         )
         for dtype, found in members.items()
     ]
@@ -144,15 +160,24 @@ class CudaRecorder:
         self._pool_bytes = 0
         self._home = torch.cuda.current_stream(device)
 
-    def record(self, program: Callable, inputs: list[Any], trainable: Sequence[int]) -> CudaRecording:
+    def record(
+        self,
+        program: Callable,
+        inputs: list[Any],
+        trainable: Sequence[int],
+        check: Callable[[int], None] = lambda kept: None,
+    ) -> CudaRecording:
         """Run ``program`` twice and record the second run. Random numbers go on as if it had not run.
+
+        Args:
+            check: told, before anything is recorded, the bytes that a forward keeps; may raise ``NoRoom``.
 
         Raises:
             Unrecordable: its results are of a kind that cannot be given again.
         """
         state = torch.cuda.get_rng_state(self.device)
         try:
-            return CudaRecording(self, program, inputs, trainable)
+            return CudaRecording(self, program, inputs, trainable, check)
         finally:
             torch.cuda.set_rng_state(state, self.device)
 
@@ -165,7 +190,12 @@ class CudaRecorder:
 
     def bytes(self) -> int:
         """Device memory that the recordings hold."""
-        return self._pool_bytes + sum(buffer.nbytes for buffer in self._buffers.values())
+        return self._pool_bytes
+
+    def room(self) -> int:
+        """Device memory that is not taken, with what the recordings hold."""
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return free + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
 
     def forget(self) -> None:
         """To be called when no recording is left: their memory goes back to the device."""
@@ -175,10 +205,17 @@ class CudaRecorder:
         self._buffers.clear()
 
     def buffer(self, dtype: torch.dtype, size: int) -> Tensor:
-        """A vector for gradients, the same for all recordings that want one of that size."""
+        """A vector for gradients, the same for all recordings that want one of that size.
+
+        Made while the first of them is recorded, at its backward's end, when its activations are gone.
+        """
         if (dtype, size) not in self._buffers:
             self._buffers[dtype, size] = torch.empty(size, dtype=dtype, device=self.device)
         return self._buffers[dtype, size]
+
+    def enlarge_pool(self, size: int) -> None:
+        """Within ``recording``: make one block of what the pool lacks of ``size`` bytes."""
+        torch.empty(max(0, size - self._pool_bytes), dtype=torch.uint8, device=self.device)
 
     @contextmanager
     def recording(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:

@@ -75,6 +75,7 @@ class Reading:
         padding: None where ``unpaddable`` says why not, or the length is fixed.
         unpaddable: why padding is not proven to be without effect.
         draws: whether it draws random numbers, so that running it again gives something else.
+        labels: positions of the inputs that are a loss's labels, each with the label that is ignored.
     """
 
     values: tuple[Any, ...]
@@ -83,6 +84,7 @@ class Reading:
     padding: Padding | None = None
     unpaddable: str | None = None
     draws: bool = False
+    labels: tuple[tuple[int, int], ...] = ()
 
 
 def separate_labels(
@@ -119,8 +121,10 @@ def _another(value: Tensor, example_inputs: Sequence[Any]) -> Tensor:
 
 def read(module: GraphModule, doubled: tuple[int, ...] = ()) -> Reading:
     """What is known of ``module``, as ``separate_labels`` left it."""
-    values = tuple(value_of(node) for node in module.graph.find_nodes(op="placeholder"))
-    reading = Reading(values, doubled)
+    placeholders = module.graph.find_nodes(op="placeholder")
+    values = tuple(value_of(node) for node in placeholders)
+    labels = {placeholders.index(source): ignored for source, _, ignored in _label_edges(module.graph)}
+    reading = Reading(values, doubled, labels=tuple(labels.items()))
     try:
         reading.draws = _interpret(module.graph, None).draws
     except Unproven as reason:

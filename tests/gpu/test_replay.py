@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import rewriter
+from rewriter.replay import plan
 from rewriter.replay.capture import CudaRecorder
 from tests.families import batch, build
 
@@ -218,6 +219,59 @@ def test_forward_and_backward_have_one_dropout():
         torch.testing.assert_close(recording.outputs[0], (gradient * weight).sum())
         seen.append(recording.outputs[0].item())
     assert len(set(seen)) == 4
+
+
+def test_memory_that_runs_out_while_recording_leaves_the_device_usable():
+    weight = torch.nn.Parameter(torch.randn(50, 8, device="cuda"))
+    ids = torch.arange(50, device="cuda")
+    runs = []
+
+    def program(ids, weight):
+        runs.append(None)
+        if len(runs) == 2:
+            torch.empty(2**46, dtype=torch.uint8, device="cuda")
+        return (weight[ids].sum(),)
+
+    recorder = CudaRecorder(weight.device)
+    with pytest.raises(torch.OutOfMemoryError):
+        recorder.record(program, [ids, weight], [1])
+    recorder.forget()
+    recording = recorder.record(program, [ids, weight], [1])
+    recording.forward()
+    recording.seeds[0].fill_(1.0)
+    torch.testing.assert_close(recording.backward(), [torch.ones_like(weight)])
+
+
+def test_a_longer_recording_lies_in_the_memory_of_a_shorter_one():
+    weight = torch.nn.Parameter(torch.randn(1024, device="cuda"))
+
+    def program(x, weight):
+        for _ in range(8):
+            x = torch.tanh(x * weight)
+        return (x.sum(),)
+
+    recorder = CudaRecorder(weight.device)
+    held = []
+    for rows in (8192, 9216, 10240):
+        recorder.record(program, [torch.ones(rows, 1024, device="cuda"), weight], [1])
+        held.append(recorder.bytes())
+    assert held[0] > 2**28 and held[-1] < 1.6 * held[0], held
+
+
+def test_a_long_step_is_recorded_once_it_came_back(monkeypatch):
+    monkeypatch.setattr(plan, "most_tokens", lambda module, example_inputs: 512)
+    model = build("llama", lora=True, device="cuda")
+    call = compiled(model)
+    for seed in range(5):
+        given = batch(rows=4, length=512, seed=seed, device="cuda")
+        loss = call(**given).loss
+        loss.backward()
+        ours = gradients(model)
+        true = model(**given).loss
+        true.backward()
+        torch.testing.assert_close(loss, true, rtol=1e-5, atol=1e-6)
+        assert_same(ours, gradients(model))
+    assert any("its one size recorded" in note for note in notes()), notes()
 
 
 def test_a_deleted_model_is_not_kept_alive_by_its_recordings():

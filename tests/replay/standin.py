@@ -46,16 +46,24 @@ class StandIn:
 
 
 class StandInRecorder:
-    """Counts what is recorded and run; ``size`` is what each recording is said to take."""
+    """Counts what is recorded and run; ``size`` is what each recording is said to take, of ``free`` bytes."""
 
     def __init__(self, size: int = 0):
+        self.free = 2**40
         self.latest: StandIn | None = None
         self.recorded: list[list[Any]] = []
         self.forwards = self.backwards = 0
         self.is_ready = True
         self._size, self._held = size, 0
 
-    def record(self, program: Callable, inputs: list[Any], trainable: Sequence[int]) -> StandIn:
+    def record(
+        self,
+        program: Callable,
+        inputs: list[Any],
+        trainable: Sequence[int],
+        check: Callable[[int], None] = lambda kept: None,
+    ) -> StandIn:
+        check(self._size)
         self.recorded.append(inputs)
         self._held += self._size
         return StandIn(self, program, inputs, trainable)
@@ -65,6 +73,9 @@ class StandInRecorder:
 
     def bytes(self) -> int:
         return self._held
+
+    def room(self) -> int:
+        return self.free
 
     def forget(self) -> None:
         self._held = 0

@@ -64,6 +64,17 @@ def test_more_weights_allow_fewer_tokens_and_more_operations_more():
     assert plan.most_tokens(module, examples) > wide
 
 
+def test_steps_five_times_as_long_are_recorded_where_few_weights_are_trained():
+    model = Linear(4096).requires_grad_(False)
+    model.linear.bias.requires_grad_(True)
+    for trained, longer in ((model.linear.bias, True), (model.linear.weight, False)):
+        trained.requires_grad_(True)
+        notes = []
+        limits = plan.planned(*graph_of(model, ids=ids()), notes).limits
+        assert limits is not None and limits.long == limits.tokens * (5 if longer else 1)
+        assert ("where their size comes back" in notes[0]) == longer
+
+
 def test_on_a_cpu_nothing_is_planned_and_nothing_said():
     notes = []
     module, examples = graph_of(Linear(), ids=ids())

@@ -28,13 +28,14 @@ def program(length, ids, labels, weight, scale):
 class Bench:
     """A replayed program, its weights, and the stand-in that records."""
 
-    def __init__(self, *, padded=True, tokens=4096, size=0, most=100, run=program):
+    def __init__(self, *, padded=True, tokens=4096, long=0, size=0, most=100, run=program):
         torch.manual_seed(0)
         self.weight = nn.Parameter(torch.randn(WORDS, HIDDEN))
         self.scale = torch.ones(HIDDEN)
         self.recorder, self.notes = StandInRecorder(size), []
         self.environment, self.reading = self._reading(padded)
-        self.replayed = Replayed(run, self.reading, Limits(tokens, most), self.recorder, self.notes)
+        limits = Limits(tokens, most, long)
+        self.replayed = Replayed(run, self.reading, limits, self.recorder, self.notes)
 
     def _reading(self, padded):
         environment = ShapeEnv()
