@@ -17,18 +17,22 @@ between steps, would then stop the gradient at every such layer; so packing is t
 And one costs it time at the first step: Dynamo traces into the product of every 4-bit layer, over and over
 (``opaque_linear.py``).
 
+And on request it moves frozen weights to host memory (``host_weights.py``), for a card that is small.
+
 A model is known by its structure alone, so that neither transformers nor PEFT is imported here.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import nn
 
+from rewriter.host_weights import HostedWeight, checked, hosted_weights
 from rewriter.opaque_linear import make_opaque, make_transparent
 
 _STATE = "_rewriter_preparation"
@@ -46,6 +50,8 @@ class Preparation:
     switches: tuple[nn.Module, ...] = field(repr=False)
     packing: tuple[nn.Module, ...] = field(repr=False)
     opaque: tuple[nn.Module, ...] = field(repr=False)
+    host: tuple[str, ...] = ()
+    hosted: tuple[HostedWeight, ...] = field(default=(), repr=False)
 
     def __str__(self) -> str:
         if not self.changes:
@@ -53,7 +59,7 @@ class Preparation:
         return "\n".join(["prepare: changed, until restore(model):", *(f"  - {c}" for c in self.changes)])
 
 
-def prepare(model: nn.Module) -> Preparation:
+def prepare(model: nn.Module, *, host: str | Iterable[str] = ()) -> Preparation:
     """Set ``model`` up to be one graph without cache outputs; ``restore`` undoes it.
 
     Call it before the model's first compiled step: Dynamo does not look at hooks again later. A model that is
@@ -61,19 +67,26 @@ def prepare(model: nn.Module) -> Preparation:
 
     Args:
         model: a transformers model, a PEFT model around one, or any module that holds one.
+        host: frozen weights to keep in host memory instead of on the device, so that more of it is left for
+            activations: "embedding", of which a batch reads as many rows as it has tokens, and "layers", the
+            packed weights of 4-bit linears, which are read over the bus in each forward and each backward
+            (an 8B model's 3.5 GB in 65 ms, 55 GB/s). Once the model is on its device. Such weights are in the
+            state dict as before, and no longer among ``model.parameters()``.
 
     Returns:
         What was changed; ``print`` it. The model keeps it for ``restore``.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
-        ValueError: 4-bit weights are packed for inference already, and cannot be trained through.
+        ValueError: 4-bit weights are packed for inference already, and cannot be trained through; or what
+            ``host`` names is not there, is trained, or is tied to a weight that stays.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"prepare: expected a torch.nn.Module, got {type(model).__name__}.")
     if _STATE in vars(model):
         restore(model)
     _refuse_packed_weights(model)
+    host = checked(host)
     changes = []
     configs = tuple(_caching_configs(model))
     for config in configs:
@@ -105,7 +118,7 @@ def prepare(model: nn.Module) -> Preparation:
         changes.append(f"the products of {len(opaque)} 4-bit layers are not traced into: a faster first step")
     preparation = Preparation(tuple(changes), configs, hooks, switches, packing, opaque)
     setattr(model, _STATE, preparation)
-    return preparation
+    return _with_weights_in_host_memory(model, preparation, host) if host else preparation
 
 
 def restore(model: nn.Module) -> None:
@@ -117,6 +130,8 @@ def restore(model: nn.Module) -> None:
     preparation = vars(model).get(_STATE)
     if preparation is None:
         raise ValueError("restore: this model is not prepared; nothing to undo.")
+    for weight in preparation.hosted:
+        weight.bring_back()
     for config in preparation.configs:
         config.use_cache = True
     for module, before in preparation.hooks:
@@ -128,6 +143,20 @@ def restore(model: nn.Module) -> None:
     for layer in preparation.opaque:
         make_transparent(layer)
     delattr(model, _STATE)
+
+
+def _with_weights_in_host_memory(
+    model: nn.Module, preparation: Preparation, host: tuple[str, ...]
+) -> Preparation:
+    hosted = tuple(hosted_weights(model, host, preparation.opaque))
+    size = sum(weight.nbytes for weight in hosted)
+    change = f"{size / 2**30:.2f} GiB of frozen weights ({' and '.join(host)}) are in host memory"
+    preparation = replace(preparation, changes=(*preparation.changes, change), host=host, hosted=hosted)
+    setattr(model, _STATE, preparation)
+    if torch.cuda.is_available():
+        # Where the weights were is a hole that activations of other sizes may not fill.
+        torch.cuda.empty_cache()
+    return preparation
 
 
 def _refuse_packed_weights(model: nn.Module) -> None:

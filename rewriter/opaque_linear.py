@@ -8,9 +8,9 @@ Here a prepared layer's ``forward`` becomes
 
 where ``linear_4bit`` stands in the graph as it is. Where no pass replaces it, AOTAutograd looks into it: it
 calls bitsandbytes' own ``matmul_4bit``, so that results and gradients are what they were. Outside of Dynamo
-the layer runs its class's ``forward``; so it does under Dynamo where that does more than the above: a
-weight that lost its state or was quantised transposed, a bias to be cast, a compute dtype that the first
-input decides.
+the layer runs its class's ``forward``, unless its weight is in host memory, which is then copied for the
+product; so it does under Dynamo where that does more than the above: a weight that lost its state or was
+quantised transposed, a bias to be cast, a compute dtype that the first input decides.
 
 bitsandbytes is not imported here: where a layer of it is, it is loaded.
 """
@@ -44,7 +44,8 @@ def linear_4bit(
     """``x`` (..., K) times the 4-bit weight (N, K): the arguments of ``gemm_4bit``, and the weight's dtype.
 
     Returns:
-        (..., N) in the dtype of ``x``; differentiable in ``x``. Autograd saves the packed weight alone.
+        (..., N) in the dtype of ``x``; differentiable in ``x``. Autograd saves the packed weight alone; of
+        one in host memory, its copy on the device.
     """
     library = sys.modules["bitsandbytes"]
     parts: dict[str, Any] = {"absmax": absmax}
@@ -56,12 +57,15 @@ def linear_4bit(
     state = library.functional.QuantState(
         shape=torch.Size(shape), blocksize=blocksize, quant_type=quant_type, dtype=dtype, **parts
     )
+    if data.device != x.device:
+        data = data.detach().to(x.device, non_blocking=True)
     return library.matmul_4bit(x, data, bias=bias, quant_state=state)
 
 
 def forward(self: Any, x: Tensor) -> Tensor:
     """The ``forward`` of a layer that ``make_opaque`` changed. A copy by pickle has its class's again."""
-    if not torch.compiler.is_dynamo_compiling() or not _is_plain(self, x):
+    in_host_memory = self.weight.device != x.device
+    if not (torch.compiler.is_dynamo_compiling() or in_host_memory) or not _is_plain(self, x):
         return type(self).forward(self, x)
     state, given = self.weight.quant_state, x.dtype
     if self.compute_dtype is not None:

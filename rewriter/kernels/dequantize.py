@@ -11,6 +11,9 @@ Bytes moved per weight to bf16: 0.5 read, 2 written, and 1/64 or, without double
 scales; the aim is 85% of what a copy moves in a second. Nothing is saved and nothing has a gradient: a 4-bit
 weight is frozen.
 
+The packed weight, but not its scales, may lie in page-locked host memory: the kernel then reads it over the
+bus, 0.5 bytes a weight, and nothing of it stays on the device. Where it is not locked it is copied first.
+
 Refused: block sizes that are no power of two from 32 to 4096, second-level blocks other than 256, fp64.
 """
 
@@ -40,7 +43,8 @@ class Packed4bit(NamedTuple):
     """A 4-bit weight, in the order of the arguments of ``bitsandbytes::gemm_4bit``.
 
     Attributes:
-        data: two weights a byte, the earlier one in the high nibble; any shape and storage dtype.
+        data: two weights a byte, the earlier one in the high nibble; any shape and storage dtype; on the
+            device of ``absmax``, or on the host.
         shape: (N, K) of the weight, output features first.
         absmax: fp32, a scale a block; with double quantisation the second level's, a scale 256 blocks.
         blocksize: weights a scale, in the flattened matrix.
@@ -62,7 +66,7 @@ class Packed4bit(NamedTuple):
 
 
 def dequantize_4bit(packed: Packed4bit, dtype: torch.dtype, use: int = 0) -> Tensor:
-    """The weight of ``packed``, (N, K) in ``dtype``: bf16, fp16 or fp32.
+    """The weight of ``packed``, (N, K) in ``dtype``: bf16, fp16 or fp32; on the device of its scales.
 
     Args:
         use: any number. Calls that differ in it stay apart in a compiled graph. Where a forward and its
@@ -74,7 +78,7 @@ def dequantize_4bit(packed: Packed4bit, dtype: torch.dtype, use: int = 0) -> Ten
             part of double quantisation is missing.
         TypeError: ``dtype`` is not bf16, fp16 or fp32.
     """
-    if not packed.data.is_cuda:
+    if not packed.absmax.is_cuda:
         return dequantize_4bit_reference(packed, dtype)
     return torch.ops.rewriter.dequantize_4bit(*packed, dtype, use)
 
@@ -134,7 +138,9 @@ def _kernel(
     from .dequantize_triton import launch
 
     _check(data, shape, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset, dtype)
-    out = torch.empty(shape, dtype=dtype, device=data.device)
+    if data.device != absmax.device and not data.is_pinned():
+        data = data.to(absmax.device)
+    out = torch.empty(shape, dtype=dtype, device=absmax.device)
     launch(_octets(data), absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset, out)
     return out
 
@@ -143,7 +149,7 @@ def _fake(
     data, shape, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset, dtype, use=0
 ) -> Tensor:
     _check(data, shape, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset, dtype)
-    return data.new_empty(shape, dtype=dtype)
+    return absmax.new_empty(shape, dtype=dtype)
 
 
 define(

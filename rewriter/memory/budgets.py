@@ -83,8 +83,9 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def device_of(example_inputs: Sequence[Any]) -> torch.device:
-    """That of a program's tensors."""
-    return next((x.device for x in example_inputs if isinstance(x, Tensor)), torch.device("cpu"))
+    """That of a program's tensors, but for weights in host memory."""
+    devices = (x.device for x in example_inputs if isinstance(x, Tensor))
+    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
 
 def card_bytes(usable: int, device: torch.device | None = None) -> int:
@@ -106,7 +107,7 @@ def foreseen_bytes(weights: int, trained: int) -> int:
 def static_bytes(program: Program, device: torch.device) -> int:
     """Weights, inputs, gradients and optimizer states, and whatever else is on the device."""
     values = [value_of(n) for n in program.source.graph.find_nodes(op="placeholder")]
-    tensors = [x for x in values if isinstance(x, Tensor)]
+    tensors = [x for x in values if isinstance(x, Tensor) and x.device.type == device.type]
     given = sum(value_bytes(x) for x in tensors)
     trained = sum(value_bytes(x) for x in tensors if x.requires_grad) * _TENSORS_A_TRAINED_ONE
     if device.type != "cuda":

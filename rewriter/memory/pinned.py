@@ -1,4 +1,5 @@
-"""Page-locked host memory of an exact size, which the device's copy engines read and write without the CPU.
+"""Page-locked host memory of an exact size, which the device's copy engines, and its kernels, read and write
+without the CPU.
 
 PyTorch's pinned allocator rounds sizes up to powers of two and never gives them back, so memory is mapped and
 registered with CUDA here. Registering is slow where the kernel must first find and clear the pages, one by
@@ -15,8 +16,9 @@ from typing import Any
 
 import torch
 
-# From the driver's header: locked for every CUDA context of the process, not the current one's alone.
-_PORTABLE = 1
+# From the driver's header: locked for every CUDA context of the process, not the current one's alone; and an
+# address that kernels can read.
+_PORTABLE, _MAPPED = 1, 2
 _PAGE = 4096
 
 
@@ -46,7 +48,7 @@ class HostSlab:
 def _lock(memory: torch.Tensor) -> bool:
     torch.cuda.init()
     memory[::_PAGE].zero_()
-    error = register(memory.data_ptr(), memory.numel(), _PORTABLE)
+    error = register(memory.data_ptr(), memory.numel(), _PORTABLE | _MAPPED)
     if not error:
         return True
     _forget_error()

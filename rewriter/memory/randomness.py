@@ -22,7 +22,9 @@ def draws(module: GraphModule) -> list[tuple[str, str]]:
 
 
 def device_of(values: Sequence[Any]) -> torch.device:
-    return next(x.device for x in values if isinstance(x, Tensor))
+    """The one that computes: weights may be in host memory."""
+    devices = [x.device for x in values if isinstance(x, Tensor)]
+    return next((device for device in devices if device.type != "cpu"), devices[0])
 
 
 def random_state(device: torch.device) -> Tensor:
