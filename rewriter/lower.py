@@ -37,12 +37,11 @@ def lower(module: GraphModule, example_inputs: Sequence[Any], options: Options) 
     """Compile ``module``; the result takes and returns what the module does."""
     if options.lowering == "eager":
         return _lower_eager(module, example_inputs)
-    from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
     _register_operators()
-    patches = list_mode_options(options.mode) if options.mode else {}
-    compiled = compile_fx(module, list(example_inputs), config_patches={**patches, **_cache_key(module)})
+    patches = {**_mode_settings(options.mode), **_cache_key(module)}
+    compiled = compile_fx(module, list(example_inputs), config_patches=patches)
     return cast(Callable, compiled)
 
 
@@ -50,10 +49,16 @@ def records_cuda_graphs(options: Options) -> bool:
     """Whether Inductor will record CUDA graphs, which hold the addresses of a call's weights."""
     if options.lowering == "eager":
         return False
-    from torch._inductor import config, list_mode_options
+    from torch._inductor import config
 
-    patches = list_mode_options(options.mode) if options.mode else {}
-    return bool(patches.get("triton.cudagraphs", config.triton.cudagraphs))
+    return bool(_mode_settings(options.mode).get("triton.cudagraphs", config.triton.cudagraphs))
+
+
+def _mode_settings(mode: str | None) -> dict[str, Any]:
+    """What of Inductor's configuration ``mode`` changes."""
+    from torch._inductor import list_mode_options
+
+    return list_mode_options(mode) if mode else {}
 
 
 def lower_beside(module: GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable:

@@ -1,0 +1,198 @@
+"""The products of linear layers with LoRA adapters, forward and backward: ``lora_linears`` for autograd."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .add_product import add_product
+from .dequantize import Packed4bit, dequantize_4bit
+
+# Told apart, so that no compiler merges the two and keeps the 16-bit weight in between.
+_FORWARD, _BACKWARD = 0, 1
+
+# A tensor or None; in the backward also a tensor's dtype, or whether its gradient is wanted. Which of a
+# projection's are there follows from the others, which types cannot say.
+_Slot = Any
+
+
+class Operands(NamedTuple):
+    """A projection's tensors. With a 4-bit weight ``weight`` is the packed data, and the scales follow it."""
+
+    weight: _Slot
+    absmax: _Slot
+    absmax_8bit: _Slot
+    absmax_code: _Slot
+    absmax_offset: _Slot
+    bias: _Slot
+    dropped: _Slot
+    a: _Slot
+    b: _Slot
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """What of a projection is no tensor. ``packing``: shape, block size and type of a 4-bit weight."""
+
+    packing: tuple | None
+    scale: float
+    compute: torch.dtype
+    adapter: torch.dtype
+    out: torch.dtype
+
+    def weight(self, p: Operands, use: int) -> Tensor:
+        """The weight in the product's dtype, (N, K)."""
+        if self.packing is None:
+            return p.weight.to(self.compute)
+        shape, blocksize, quant_type = self.packing
+        scales = (p.absmax_8bit, p.absmax_code, p.absmax_offset)
+        packed = Packed4bit(p.weight, shape, p.absmax, blocksize, quant_type, *scales)
+        return dequantize_4bit(packed, self.compute, use)
+
+
+def tensors_of(weight: Tensor | Packed4bit) -> tuple[_Slot, _Slot, _Slot, _Slot, _Slot]:
+    if isinstance(weight, Packed4bit):
+        return weight.data, weight.absmax, weight.absmax_8bit, weight.absmax_code, weight.absmax_offset
+    return weight, None, None, None, None
+
+
+def _unflatten(tensors: Sequence) -> list[Operands]:
+    width = len(Operands._fields)
+    return [Operands(*tensors[i : i + width]) for i in range(0, len(tensors), width)]
+
+
+def _sharing(projections: Sequence[Projection], members: Sequence[int]) -> dict[torch.dtype, list[int]]:
+    """``members`` by the dtype of their adapters' products: those of one dtype share a product."""
+    groups: dict[torch.dtype, list[int]] = {}
+    for i in members:
+        groups.setdefault(projections[i].adapter, []).append(i)
+    return groups
+
+
+def _stacked(matrices: list[Tensor], dim: int) -> Tensor:
+    return matrices[0] if len(matrices) == 1 else torch.cat(matrices, dim)
+
+
+def _add_update(projection: Projection, base: Tensor, down: Tensor, b: Tensor) -> Tensor:
+    """``base + scale · down Bᵀ``: added inside the product where all dtypes are one, else in the widest."""
+    up = b.to(projection.adapter).t()
+    if projection.compute == projection.adapter == projection.out:
+        return add_product(base, down, up, projection.scale)
+    wide = torch.promote_types(torch.promote_types(projection.compute, projection.adapter), projection.out)
+    return (base.to(wide) + (down @ up).to(wide) * projection.scale).to(projection.out)
+
+
+def _accumulate(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """``total + left right``, in no narrower a dtype than ``dtype``, a total's or the product's."""
+    if total is None:
+        return (left @ right).to(torch.promote_types(left.dtype, dtype))
+    if total.dtype == left.dtype:
+        return add_product(total, left, right)
+    return total + left @ right
+
+
+def _scaled(left: Tensor, right: Tensor, scale: float, shape: Tensor) -> Tensor:
+    """``scale · left right``, rounded once; of ``shape`` only the shape counts."""
+    return torch.addmm(shape, left, right, beta=0, alpha=scale)
+
+
+class LoraProducts(torch.autograd.Function):
+    """The projections of one input and their backward. Operands come flat: autograd tracks no containers."""
+
+    @staticmethod
+    def forward(ctx, projections, x, *tensors):
+        operands = _unflatten(tensors)
+        rows = x.reshape(-1, x.shape[-1])
+        down: list[_Slot] = [None] * len(projections)
+        shared = [i for i, p in enumerate(operands) if p.a is not None and p.dropped is None]
+        for dtype, members in _sharing(projections, shared).items():
+            stack = _stacked([operands[i].a.to(dtype) for i in members], 0)
+            parts = (rows.to(dtype) @ stack.t()).split([operands[i].a.shape[0] for i in members], 1)
+            for i, part in zip(members, parts, strict=True):
+                down[i] = part
+        outputs = []
+        for i, (projection, p) in enumerate(zip(projections, operands, strict=True)):
+            if p.dropped is not None:
+                down[i] = (
+                    p.dropped.reshape(rows.shape).to(projection.adapter) @ p.a.to(projection.adapter).t()
+                )
+            bias = None if p.bias is None else p.bias.to(projection.compute)
+            y = F.linear(rows.to(projection.compute), projection.weight(p, _FORWARD), bias)
+            y = y.to(projection.out) if p.a is None else _add_update(projection, y, down[i], p.b)
+            # A view made in here could not be written in place, as models do with a linear's result.
+            outputs.append(torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])))
+        _save(ctx, projections, x, operands, down)
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        x, *saved = ctx.saved_tensors
+        down, operands = saved[: len(grads)], _unflatten(saved[len(grads) :])
+        needs_x, needs = ctx.needs_input_grad[1], _unflatten(ctx.needs_input_grad[2:])
+        results = [dict.fromkeys(Operands._fields) for _ in grads]
+        # None where no gradient reads the input.
+        rows: Any = None if x is None else x.reshape(-1, x.shape[-1])
+        dx, ddown = None, {}
+        for i, (projection, p, need) in enumerate(zip(ctx.projections, operands, needs, strict=True)):
+            if grads[i] is None:
+                continue
+            dy, result, own = grads[i].reshape(-1, grads[i].shape[-1]), results[i], ctx.own[i]
+            if need.bias:
+                result["bias"] = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
+            if need.weight:
+                result["weight"] = dy.to(projection.compute).t() @ rows.to(projection.compute)
+            if needs_x:
+                dx = _accumulate(
+                    dx, dy.to(projection.compute), projection.weight(p, _BACKWARD), ctx.dtypes[0]
+                )
+            if p.b is None:
+                continue
+            dy, b = dy.to(projection.adapter), p.b.to(projection.adapter)
+            if need.b:
+                result["b"] = _scaled(dy.t(), down[i], projection.scale, b)
+            if need.a or (need.dropped if own else needs_x):
+                ddown[i] = _scaled(dy, b, projection.scale, down[i])
+            if own and need.a:
+                result["a"] = ddown[i].t() @ p.dropped.reshape(-1, p.dropped.shape[-1]).to(projection.adapter)
+            if own and need.dropped:
+                result["dropped"] = (ddown[i] @ p.a.to(projection.adapter)).view(ctx.shape)
+        for dtype, members in _sharing(ctx.projections, [i for i in ddown if not ctx.own[i]]).items():
+            stack = _stacked([ddown[i] for i in members], 1)
+            if any(needs[i].a for i in members):
+                parts = (stack.t() @ rows.to(dtype)).split([ddown[i].shape[1] for i in members], 0)
+                for i, part in zip(members, parts, strict=True):
+                    results[i]["a"] = part if needs[i].a else None
+            if needs_x:
+                a = _stacked([operands[i].a.to(dtype) for i in members], 0)
+                dx = _accumulate(dx, stack, a, ctx.dtypes[0])
+        dx = None if dx is None else dx.to(ctx.dtypes[0]).view(ctx.shape)
+        flat = []
+        for result, dtypes in zip(results, ctx.dtypes[1], strict=True):
+            flat += [
+                None if g is None else g.to(dtype) for g, dtype in zip(result.values(), dtypes, strict=True)
+            ]
+        return None, dx, *flat
+
+
+def _save(ctx, projections, x, operands, down) -> None:
+    """Save what some gradient reads, and no more."""
+    ctx.set_materialize_grads(False)
+    ctx.projections, ctx.shape = projections, x.shape
+    ctx.own = [p.dropped is not None for p in operands]
+    ctx.dtypes = x.dtype, [Operands(*(None if t is None else t.dtype for t in p)) for p in operands]
+    needs_x, needs = ctx.needs_input_grad[1], _unflatten(ctx.needs_input_grad[2:])
+    reads_x, kept_down, kept = False, [], []
+    for p, need, d, own in zip(operands, needs, down, ctx.own, strict=True):
+        reads_x |= need.weight or (need.a and not own)
+        through = need.dropped if own else needs_x
+        adapts = through or need.a or need.b
+        kept_down.append(d if adapts else None)
+        weight = p[:5] if needs_x else (None,) * 5
+        kept += [*weight, None, p.dropped if need.a else None]
+        kept += [p.a if through else None, p.b if adapts else None]
+    ctx.save_for_backward(x if reads_x else None, *kept_down, *kept)
