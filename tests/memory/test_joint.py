@@ -256,7 +256,7 @@ def test_a_product_in_place_is_parted_out_of_place(monkeypatch):
         torch.ops.rewriter.add_product_(total, left, right, alpha)
         return total
 
-    monkeypatch.setattr("rewriter.kernels.lora_linear.add_product", on_any_device)
+    monkeypatch.setattr("rewriter.kernels.lora_products.add_product", on_any_device)
     case = _lora_case()
     _, ahead = case.traced(forward_graph)
     assert _adds_in_place(ahead) == 1
