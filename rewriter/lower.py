@@ -13,7 +13,9 @@ import torch
 from torch._guards import TracingContext, tracing
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx import GraphModule
+from torch.utils.checkpoint import CheckpointPolicy
 
+from rewriter.kernels.gated_activation import gated_activation, gated_activation_packed
 from rewriter.kernels.registration import operators
 from rewriter.options import Options
 from rewriter.regions.program import Program, Region, link
@@ -22,6 +24,12 @@ if TYPE_CHECKING:
     from rewriter.memory.layer import LayerStages
     from rewriter.memory.layer_graphs import LayerGraphs
     from rewriter.memory.planned import PlannedProgram
+
+
+# Functions whose results a backward computes again. A gated activation is as wide as what it is made of, which
+# is saved for its own backward, and takes one pass over it, where a partitioner would save the result of any op
+# that it does not know: in 8 layers of 8B, 4,096 tokens, 0.9 GiB for eight passes of some 0.09 ms.
+RECOMPUTED = frozenset((gated_activation, gated_activation_packed))
 
 
 @functools.cache
@@ -35,6 +43,10 @@ def source_hash() -> str:
 
 def lower(module: GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable:
     """Compile ``module``; the result takes and returns what the module does."""
+    for node in module.graph.nodes:
+        if node.target in RECOMPUTED:
+            # Tracing copies it to the operations that the node becomes, and partitioners read it there.
+            node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
     if options.lowering == "eager":
         return _lower_eager(module, example_inputs)
     from torch._inductor.compile_fx import compile_fx
