@@ -6,9 +6,8 @@ gradient, where eager would concatenate two.
 
 Bytes moved per element of a bf16 result: forward 6; backward 10. Eager moves 10 and 18: it stores the
 activation, and in the backward its gradient. Saved for the backward: gate and up only; the activation is
-recomputed, in the launch that writes both gradients; its product with ``up`` is too, by another forward, where a
-gradient reads it. Computed in fp32 and rounded once, where eager rounds
-the activation, too.
+recomputed, in the launch that writes both gradients, and the result, where a gradient reads it, by another
+forward. Computed in fp32 and rounded once, where eager rounds the activation, too.
 
 Refused, in favour of the reference: gate and up of different shapes, dtypes other than bf16, fp16 and fp32.
 """
