@@ -112,3 +112,13 @@ def test_tables_show_first_steps_where_they_were_measured(tmp_path):
     lines = markdown(load(tmp_path)).splitlines()
     assert lines[2].endswith("| 80.0 | 1.00 | 8.00 | 1.00 | – | – |")
     assert lines[3].endswith("| 80.0 | 1.00 | 8.00 | 1.00 | 9.0 | – |")
+
+
+def test_every_case_of_the_kernels_is_in_one_share_of_what_is_compiled_ahead():
+    import ahead
+
+    shares = ahead.shares(3, ["inductor", "liger"])
+    own = [range(20)[int(first) :: int(step)] for kind, first, step in shares if kind == "cases"]
+    assert sorted(case for share in own for case in share) == list(range(20))
+    assert [share for share in shares if share[0] != "cases"] == [("liger", "0", "1")]
+    assert not ahead.shares(0, ["liger"])

@@ -175,7 +175,7 @@ def run_one(arguments: argparse.Namespace) -> None:
         import rewriter
 
         found = rewriter.report()
-        result["counts"] = found.counts()
+        result |= {"counts": found.counts(), "planned": found.memory is not None}
         if not turn:
             result["rewriter_s"] = [graph.seconds for graph in found.graphs]
         if not arguments.brief:

@@ -1,6 +1,6 @@
 """Each kernel beside its bound, and beside what else computes the same.
 
-    python examples/benchmarks/kernel_times.py     # all of them, one to two minutes on an H200
+    python examples/benchmarks/kernel_times.py     # all of them; it says about how long that takes
     python examples/benchmarks/kernel_times.py --kernel rms_norm rotary
     python examples/benchmarks/kernel_times.py --tiny  # on the CPU, without Triton: a dry run
 
@@ -17,6 +17,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+import ahead
 import kernel_peers
 import torch
 from cases import GROUPS, Case
@@ -150,6 +151,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of kernels.json")
     parser.add_argument("--beside", nargs="*", default=["inductor", *kernel_peers.installed()],
                         choices=["inductor", *kernel_peers.PEERS], help="whose kernels run, too")  # fmt: skip
+    parser.add_argument("--ahead", type=int, default=ahead.room(),
+                        help="processes that compile before anything is timed; 0 for none")  # fmt: skip
+    parser.add_argument("--share", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--tiny", action="store_true", help="small sizes on the CPU, references alone")
     options = parser.parse_args()
     if unknown := set(options.kernel or ()) - set(GROUPS):
@@ -157,11 +161,17 @@ def main() -> None:
     if not options.tiny and not torch.cuda.is_available():
         parser.error("torch sees no GPU here; --tiny runs the references on the CPU")
     torch.manual_seed(0)
-    machine = measure_machine(torch.device("cpu" if options.tiny else "cuda"), options.tiny)
+    device = torch.device("cpu" if options.tiny else "cuda")
+    cases = [case for kernel in options.kernel or GROUPS for case in GROUPS[kernel](device, options.tiny)]
+    if options.share:
+        run_once(cases, options, device)
+        return
+    print(f"about {ahead.seconds(cases, options):.0f} s", flush=True)
+    ahead.compile_all(options)
+    machine = measure_machine(device, options.tiny)
     name = platform.machine() if options.tiny else torch.cuda.get_device_name()
     print(f"{name}: clone {machine.bandwidth / 1e12:.2f} TB/s, product {machine.rate / 1e12:.0f} TFLOP/s")
     print(COLUMNS.format("", "us", "bound us", "reached", "target", "", "", "others, us (x ours)"))
-    cases = [c for kernel in options.kernel or GROUPS for c in GROUPS[kernel](machine.device, options.tiny)]
     rows = []
     for case in cases:
         rows.append(run(case, machine, options.beside))
@@ -171,6 +181,14 @@ def main() -> None:
         if peer in options.beside and not options.tiny:
             run_beside(peer, cases, rows, machine.device)
             write(options.results, name, machine, rows)
+
+
+def run_once(cases: list[Case], options: argparse.Namespace, device: torch.device) -> None:
+    """Run what is compiled of a share of the cases, once."""
+    share, first, step = options.share[0], *map(int, options.share[1:])
+    for case in cases[first::step]:
+        for function in ahead.functions(share, case, options.beside, device.type == "cuda"):
+            calls(case, function, [case.make()])[0]()
 
 
 def write(folder: Path, device: str, machine: Machine, rows: list[dict]) -> None:

@@ -163,5 +163,6 @@ def table(case: Case, results: dict[str, dict]) -> str:
         )
         first = "–" if r["first_step_s"] is None else f"{r['first_step_s']:.1f}"
         times = f"{r['median_ms']:9.1f} {ratio:6.2f} {r['peak_gib'] or 0:7.2f} {first:>8s}"
-        lines.append(f"{system:20s} {times}  {word}")
+        plan = " with a memory plan" if r.get("planned") else ""
+        lines.append(f"{system:20s} {times}  {word}{plan}")
     return "\n".join(lines)

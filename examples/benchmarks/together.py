@@ -25,7 +25,7 @@ from jobs import Job, kill
 from turns import MEMORY, TIMING
 
 HOST_GIB = 8  # of memory that a process may take on the host, with those that compile for it
-SHARE = 0.85  # of the GPU's memory that is shared out; some systems choose what they do by what is free
+SHARE = 0.85  # of the GPU's memory that is shared out: rewriter and Unsloth look at what is free
 TAIL = 15  # lines of its output that are shown of a job that failed
 POLL = 0.2  # seconds
 
