@@ -122,3 +122,11 @@ def test_every_case_of_the_kernels_is_in_one_share_of_what_is_compiled_ahead():
     assert sorted(case for share in own for case in share) == list(range(20))
     assert [share for share in shares if share[0] != "cases"] == [("liger", "0", "1")]
     assert not ahead.shares(0, ["liger"])
+
+
+def test_a_system_is_asked_for_by_its_name_alone_or_in_one_suite():
+    from suites import asked
+
+    only = ["rewriter", "deep:unsloth_gc"]
+    assert asked(None, "deep", "hf") and asked(only, "deep", "rewriter") and asked(only, "deep", "unsloth_gc")
+    assert not asked(only, "long", "unsloth_gc") and not asked(only, "deep", "hf")

@@ -206,7 +206,10 @@ def parse() -> argparse.Namespace:
         "--case", help="<layers>x<rows>x<tokens or a range>[_1b][_16bit|_full]; default 8x2x2048"
     )
     what.add_argument("--system", choices=peers.SYSTEMS, help="default rewriter")
-    what.add_argument("--only", nargs="+", choices=peers.SYSTEMS, help="of a suite's systems, these")
+    own = [f"{suite}:{system}" for suite, all_jobs in suites.SUITES.items() for jobs in all_jobs
+           for system in jobs.systems]  # fmt: skip
+    what.add_argument("--only", nargs="+", choices=[*peers.SYSTEMS, *own], metavar="[SUITE:]SYSTEM",
+                      help="of the suites' systems, or of a suite's, these")  # fmt: skip
     what.add_argument("--options", type=json.loads, default={}, help="the rewriter's options, as JSON")
     what.add_argument("--steps", type=int, default=20)
     what.add_argument(

@@ -64,12 +64,17 @@ SUITES: dict[str, tuple[Jobs, ...]] = {
 }
 
 
+def asked(only: list[str] | None, suite: str, system: str) -> bool:
+    """Whether ``--only`` names it, for all suites or for this one; where it is left out, all are."""
+    return only is None or bool({system, f"{suite}:{system}"} & set(only))
+
+
 def chosen(arguments: argparse.Namespace) -> Iterator[tuple[Case, list[Job]]]:
     """The cases of the suites asked for, with what of their systems runs here."""
     names = SUITES if "all" in arguments.suite else arguments.suite
-    for jobs in (jobs for name in names for jobs in SUITES[name]):
+    for name, jobs in ((name, jobs) for name in names for jobs in SUITES[name]):
         case = Case.parse(jobs.case)
-        systems = [s for s in jobs.systems if s in (arguments.only or jobs.systems)]
+        systems = [s for s in jobs.systems if asked(arguments.only, name, s)]
         if arguments.tiny:
             case, systems = case.shrunk(), [s for s in systems if not s.startswith(("unsloth", "liger"))]
         if arguments.case in (None, jobs.case):
