@@ -71,10 +71,10 @@ def asked(only: list[str] | None, suite: str, system: str) -> bool:
 
 def chosen(arguments: argparse.Namespace) -> Iterator[tuple[Case, list[Job]]]:
     """The cases of the suites asked for, with what of their systems runs here."""
-    names = SUITES if "all" in arguments.suite else arguments.suite
-    for name, jobs in ((name, jobs) for name in names for jobs in SUITES[name]):
+    suites = SUITES if "all" in arguments.suite else arguments.suite
+    for suite, jobs in ((name, jobs) for name in suites for jobs in SUITES[name]):
         case = Case.parse(jobs.case)
-        systems = [s for s in jobs.systems if asked(arguments.only, name, s)]
+        systems = [s for s in jobs.systems if asked(arguments.only, suite, s)]
         if arguments.tiny:
             case, systems = case.shrunk(), [s for s in systems if not s.startswith(("unsloth", "liger"))]
         if arguments.case in (None, jobs.case):
