@@ -14,7 +14,7 @@ copied nor kept alive; graphs hold their addresses.
 """
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, _foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
 from torch._utils import _unflatten_dense_tensors
+
+from rewriter.replay.lending import Lender
 
 
 class Unrecordable(Exception):
@@ -64,7 +66,7 @@ class CudaRecording:
         with torch.enable_grad():
             self.seeded, kept = _warm_up(program, inputs, leaves, recorder.device)
             check(kept)
-            self._count = len(leaves)
+            self._count, self._lender = len(leaves), recorder.lender
             self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
             with recorder.recording(self._forward):
                 recorder.enlarge_pool(kept)
@@ -90,13 +92,14 @@ class CudaRecording:
         self._forward.replay()
 
     def backward(self) -> list[Tensor | None]:
-        """The gradients of the trainable inputs, from ``seeds``; the caller may keep and change them."""
+        """The gradients of the trainable inputs, from ``seeds``.
+
+        The caller may change them. While he keeps them, ``CudaRecorder.reclaim`` is false: nothing may run.
+        """
         self._backward.replay()
         found: list[Tensor | None] = [None] * self._count
         for part in self._parts:
-            # A copy: autograd keeps what it is given as a parameter's gradient and adds to it in place.
-            own = part.buffer.clone()
-            for i, gradient in zip(part.members, _unflatten_dense_tensors(own, part.shapes), strict=True):
+            for i, gradient in zip(part.members, self._lender.give(part.buffer, part.shapes), strict=True):
                 found[i] = gradient
         return found
 
@@ -154,6 +157,7 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device):
         self.device = device
+        self.lender = Lender()
         self._buffers: dict[tuple[torch.dtype, int], Tensor] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
@@ -188,6 +192,13 @@ class CudaRecorder:
             and torch.cuda.current_stream(self.device) == self._home
         )
 
+    def reclaim(self, parameters: Iterable[Tensor]) -> bool:
+        """Whether a recording may write its gradients, since nobody holds those that the last one gave.
+
+        Gradients of ``parameters`` that stand in the way are replaced by copies.
+        """
+        return self.lender.reclaim(parameters)
+
     def bytes(self) -> int:
         """Device memory that the recordings hold."""
         return self._pool_bytes
@@ -203,6 +214,7 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
         self._pool_bytes = 0
         self._buffers.clear()
+        self.lender.forget()
 
     def buffer(self, dtype: torch.dtype, size: int) -> Tensor:
         """A vector for gradients, the same for all recordings that want one of that size.

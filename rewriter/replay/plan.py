@@ -7,7 +7,7 @@ measured). Launches: 100 µs an operation of the graph, forward and backward, of
 
 Steps up to five times as long gain too, by what the device waits for the host at their beginning and between
 kernels: 4.4 ms of 71 in 8 layers of 8B on 4,096 tokens, a seventh of the launches' estimate. Their sizes have
-to come back, and their gradients, which a recording copies twice, must not take that again: those of
+to come back, and their gradients, which a recording copies, must not take that again: those of
 adapters do not, those of a fully trained model do.
 
 Refused: graphs with an operation that no rule knows, since it could wait for the device; inputs that need a
@@ -140,7 +140,7 @@ def most_tokens(module: GraphModule, example_inputs: Sequence[Any]) -> int:
 def copies_pay(module: GraphModule, example_inputs: Sequence[Any]) -> bool:
     """Whether a long step's recording saves at least twice what it takes to copy the gradients."""
     trained = sum(e.nbytes for e in example_inputs if isinstance(e, Tensor) and e.requires_grad)
-    # Two copies, each a read and a write.
+    # A read and a write, and again where gradients are accumulated.
     return 2 * 4 * trained / _BYTES_PER_SECOND <= _SHARE_SAVED * _launch_seconds(module)
 
 

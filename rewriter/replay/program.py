@@ -16,6 +16,7 @@ A recording serves only where that is sure to be right; everything else runs as 
 - weights that have moved: recorded anew, and after some times given up;
 - more tokens than the device has memory for beside the recordings: those are given up;
 - a forward whose predecessor may still have its backward: two at once would overwrite each other;
+- gradients of the last recorded step that somebody holds elsewhere than in a parameter's ``grad``;
 - gradients of other results than the loss, as of logits that a user trains through: the backward then runs
   the program again, as compiled.
 """
@@ -109,18 +110,20 @@ class Replayed:
 
     def __call__(self, *inputs: Any) -> Any:
         inputs = (*inputs, *(inputs[i] for i in self._reading.doubled))
-        step = self._step(inputs) if self._may_replay() else None
+        step = self._step(inputs) if self._may_replay(inputs) else None
         if step is None:
             return self.program(*inputs)
         ticket = Ticket()
         self._pending = weakref.ref(ticket)
         return step(ticket, inputs)
 
-    def _may_replay(self) -> bool:
+    def _may_replay(self, inputs: tuple) -> bool:
         if self._off or not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             return False
         pending = self._pending()
-        return (pending is None or pending.done) and self._recorder.ready()
+        if not (pending is None or pending.done) or not self._recorder.ready():
+            return False
+        return self._recorder.reclaim(inputs[i] for i in self._trainable)
 
     def _step(self, inputs: tuple) -> Step | None:
         """The recording for these inputs, made if it is time; None to run the program itself."""

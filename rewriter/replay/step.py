@@ -1,12 +1,12 @@
 """One size of a program as a recording: its inputs copied in and padded, its results copied out.
 
-What a recording gives is copied before the user has it: results, since the next step overwrites them, and
-gradients, since autograd keeps what it is given and adds to it. Weights are read where they lie.
+Results are copied before the user has them, since the next step overwrites them; gradients are his until the
+next one (``lending``). Weights are read where they lie.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,6 +40,7 @@ class Recorder(Protocol):
         check: Callable[[int], None] = ...,
     ) -> Recording: ...
     def ready(self) -> bool: ...
+    def reclaim(self, parameters: Iterable[Tensor]) -> bool: ...
     def bytes(self) -> int: ...
     def room(self) -> int: ...
     def forget(self) -> None: ...

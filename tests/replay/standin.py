@@ -1,10 +1,12 @@
 """What takes the place of CUDA graphs on a CPU: recordings that overwrite what the next one of them needs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from rewriter.replay.lending import Lender
 
 
 class StandIn:
@@ -32,6 +34,8 @@ class StandIn:
     def forward(self) -> None:
         self._recorder.latest = self
         self._recorder.forwards += 1
+        for buffer in self._recorder.buffers.values():
+            buffer.fill_(torch.nan)
         with torch.enable_grad():
             self._results = self._program(*self._inputs)
         for kept, result in zip(self.outputs, self._results, strict=True):
@@ -42,7 +46,11 @@ class StandIn:
         self._recorder.backwards += 1
         ends = [self._results[i] for i in self.seeded]
         found = torch.autograd.grad(ends, self._leaves, self.seeds, allow_unused=True)
-        return [None if g is None else g.clone() for g in found]
+        given = [g for g in found if g is not None]
+        buffer = self._recorder.buffer(sum(g.numel() for g in given))
+        buffer.copy_(torch.cat([g.flatten() for g in given]))
+        views = iter(self._recorder.lender.give(buffer, given))
+        return [None if g is None else next(views) for g in found]
 
 
 class StandInRecorder:
@@ -54,6 +62,7 @@ class StandInRecorder:
         self.recorded: list[list[Any]] = []
         self.forwards = self.backwards = 0
         self.is_ready = True
+        self.lender, self.buffers = Lender(), {}
         self._size, self._held = size, 0
 
     def record(
@@ -71,6 +80,12 @@ class StandInRecorder:
     def ready(self) -> bool:
         return self.is_ready
 
+    def reclaim(self, parameters: Iterable[Tensor]) -> bool:
+        return self.lender.reclaim(parameters)
+
+    def buffer(self, size: int) -> Tensor:
+        return self.buffers.setdefault(size, torch.empty(size))
+
     def bytes(self) -> int:
         return self._held
 
@@ -79,3 +94,5 @@ class StandInRecorder:
 
     def forget(self) -> None:
         self._held = 0
+        self.buffers.clear()
+        self.lender.forget()

@@ -294,3 +294,36 @@ def test_without_padding_sizes_that_come_back_are_recorded():
     bench.train(12, 13, 12, 12, 12, 13, 12)
     assert [given[0] for given in bench.recorder.recorded] == [12]
     assert bench.recorder.forwards == 2
+
+
+def gradient(bench, seed):
+    """Of a step, which leaves it with the parameter."""
+    bench.weight.grad = None
+    bench(12, seed)[0].backward()
+    assert bench.weight.grad is not None
+    return bench.weight.grad
+
+
+def test_gradients_that_are_dropped_after_each_step_are_lent_not_copied(bench):
+    assert len({gradient(bench, seed).data_ptr() for seed in range(3)}) == 1
+    assert bench.recorder.forwards == 4
+
+
+def test_a_gradient_that_a_parameter_still_has_becomes_its_own(bench):
+    first = gradient(bench, 1).clone()
+    bench(12, 2)
+    torch.testing.assert_close(bench.weight.grad, first, rtol=0.0, atol=0.0)
+    assert bench.recorder.forwards == 3
+    gradient(bench, 3)
+    bench(12, 4)
+    assert bench.recorder.forwards == 5, "copied from then on"
+
+
+def test_while_a_gradient_is_held_elsewhere_the_program_runs(bench):
+    held = gradient(bench, 1)
+    before = held.clone()
+    bench.train(12)
+    assert torch.equal(held, before) and bench.recorder.forwards == 2
+    bench.weight.grad = held = None
+    bench.train(12)
+    assert bench.recorder.forwards == 3
