@@ -142,7 +142,7 @@ class Replayed:
     def _size(self, inputs: tuple) -> _Size:
         others = tuple(inputs[i] for i in self._others)
         padding = self._reading.padding
-        batches = [inputs[i].shape for i in self._tensors if i in self._copied and inputs[i].dim() == 2]
+        batches = [inputs[i].shape for i in self._copied if inputs[i].dim() == 2]
         if padding is None:
             tokens = max((rows * length for rows, length in batches), default=0)
             return _Size((None, *others), False, tokens, tokens <= self._limits.tokens)

@@ -221,6 +221,27 @@ def test_forward_and_backward_have_one_dropout():
     assert len(set(seen)) == 4
 
 
+def addresses(model):
+    return {p.grad.data_ptr() for p in model.parameters() if p.grad is not None}
+
+
+def test_gradients_are_lent_where_they_are_dropped_and_copied_where_they_are_kept():
+    model = build("llama", lora=True, device="cuda")
+    call = compiled(model)
+    lent = []
+    for length in (40, 57, 33, 50):
+        model.zero_grad()
+        call(**on_gpu(length)).loss.backward()
+        lent.append(addresses(model))
+    assert lent[-1] == lent[-2]
+    call(**on_gpu(60, seed=2)).loss.backward()
+    assert lent[-1].isdisjoint(addresses(model))
+    sums = gradients(model)
+    for given in (on_gpu(50), on_gpu(60, seed=2)):
+        model(**given).loss.backward()
+    assert_same(sums, gradients(model))
+
+
 def test_memory_that_runs_out_while_recording_leaves_the_device_usable():
     weight = torch.nn.Parameter(torch.randn(50, 8, device="cuda"))
     ids = torch.arange(50, device="cuda")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from rewriter.replay import sightings
 from rewriter.replay.capture import NoRoom
 from tests.replay.test_program import Bench
 
@@ -29,9 +30,10 @@ def test_a_long_step_is_recorded_at_the_third_of_its_size_in_a_row():
     assert lengths(bench) == [512] and bench.recorder.forwards == 2
 
 
-def test_long_lengths_that_vary_are_recorded_once_they_are_frequent():
+def test_long_lengths_that_vary_are_recorded_once_they_are_frequent(monkeypatch):
+    monkeypatch.setattr(sightings, "_FREQUENT", 4)
     bench = long_bench()
-    bench.train(*(400, 600) * 31)
+    bench.train(*(400, 600) * 3)
     assert not bench.recorder.recorded
     bench.train(400, 600)
     assert lengths(bench) == [400, 608]
