@@ -4,32 +4,12 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from peft import prepare_model_for_kbit_training
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from rewriter.huggingface import prepare, restore
-
-
-def tiny_model(**settings):
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        **settings,
-    )
-    return LlamaForCausalLM(config)
-
-
-def with_lora(model):
-    lora = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0))
-    for name, parameter in lora.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.1)
-    return lora
+from tests.tiny_llama import tiny_llama, with_lora
 
 
 def hooked(model):
@@ -43,15 +23,15 @@ def checkpointed(model, reentrant=False):
 
 
 MODELS = {
-    "plain": tiny_model,
-    "with LoRA": lambda: with_lora(tiny_model()),
-    "with LoRA and the hook": lambda: hooked(with_lora(tiny_model())),
+    "plain": tiny_llama,
+    "with LoRA": lambda: with_lora(tiny_llama()),
+    "with LoRA and the hook": lambda: hooked(with_lora(tiny_llama())),
     "with LoRA, prepared by PEFT for few bits": lambda: with_lora(
         prepare_model_for_kbit_training(
-            tiny_model(), gradient_checkpointing_kwargs={"use_reentrant": False}
+            tiny_llama(), gradient_checkpointing_kwargs={"use_reentrant": False}
         ).train()
     ),
-    "with LoRA and checkpointing": lambda: checkpointed(with_lora(tiny_model())),
+    "with LoRA and checkpointing": lambda: checkpointed(with_lora(tiny_llama())),
 }
 
 
@@ -94,8 +74,8 @@ def test_a_prepared_model_is_one_graph_with_loss_and_logits(build):
 
 
 def test_without_prepare_the_hook_breaks_the_graph_and_the_cache_is_returned():
-    assert graphs(hooked(with_lora(tiny_model())))[0] > 1
-    assert graphs(tiny_model())[1] > 2
+    assert graphs(hooked(with_lora(tiny_llama(num_hidden_layers=1))))[0] > 1
+    assert graphs(tiny_llama(num_hidden_layers=1))[1] > 2
 
 
 @pytest.mark.parametrize("build", MODELS.values(), ids=MODELS.keys())
@@ -120,7 +100,7 @@ def test_restore_gives_everything_back(build):
 
 
 def test_restore_keeps_the_order_of_hooks_and_those_added_since():
-    model = tiny_model()
+    model = tiny_llama()
     embedding = model.get_input_embeddings()
     first = embedding.register_forward_hook(lambda *_: None)
     hooked(model)
@@ -137,7 +117,7 @@ def test_restore_keeps_the_order_of_hooks_and_those_added_since():
 
 
 def test_a_second_prepare_covers_what_came_between():
-    model = hooked(tiny_model())
+    model = hooked(tiny_llama())
     before = settings(model)
     prepare(model)
     model.config.use_cache = True
@@ -150,7 +130,7 @@ def test_a_second_prepare_covers_what_came_between():
 
 
 def test_a_copy_of_a_prepared_model_is_restored_by_itself():
-    model = hooked(tiny_model())
+    model = hooked(tiny_llama())
     prepare(model)
     other = copy.deepcopy(model)
     restore(other)
@@ -159,7 +139,7 @@ def test_a_copy_of_a_prepared_model_is_restored_by_itself():
 
 
 def test_under_reentrant_checkpointing_the_hook_stays_and_adapters_get_gradients():
-    model = checkpointed(with_lora(tiny_model()), reentrant=True)
+    model = checkpointed(with_lora(tiny_llama()), reentrant=True)
     expected = gradients(model)
     assert "use_reentrant" in str(prepare(model))
     for name, gradient in gradients(model).items():
@@ -168,7 +148,7 @@ def test_under_reentrant_checkpointing_the_hook_stays_and_adapters_get_gradients
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_trainer_may_enable_checkpointing_after_prepare(tmp_path, reentrant):
-    model = with_lora(tiny_model())
+    model = with_lora(tiny_llama())
     prepare(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     arguments = TrainingArguments(
@@ -228,7 +208,7 @@ def test_packing_is_allowed_again_after_restore():
 
 
 def test_what_prepare_says():
-    said = str(prepare(hooked(tiny_model())))
+    said = str(prepare(hooked(tiny_llama())))
     assert "use_cache" in said and "hook" in said
     assert "nothing to change" in str(prepare(nn.Linear(2, 2)))
     with pytest.raises(TypeError, match="torch.nn.Module, got str"):

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import rewriter
+from tests.tiny_llama import tiny_llama, with_lora
 
 ROOT = Path(__file__).parent.parent
 # AOTAutograd alone compiles the tiny models in a second.
@@ -24,25 +23,8 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-def plain():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return LlamaForCausalLM(config)
-
-
-def with_lora():
-    model = get_peft_model(plain(), LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.1)
-    return model
+def adapted():
+    return with_lora(tiny_llama())
 
 
 def compiled(model, **options):
@@ -106,7 +88,7 @@ def everything(folder):
     }
 
 
-@pytest.fixture(scope="module", params=[plain, with_lora])
+@pytest.fixture(scope="module", params=[tiny_llama, adapted])
 def runs(request, tmp_path_factory):
     """How to build the model, an eager run of six steps, and the same run compiled with its checkpoints."""
     torch._dynamo.reset()
@@ -133,22 +115,31 @@ def test_what_was_saved_has_eagers_names_and_values(runs):
         torch.testing.assert_close(found[name], value, rtol=1e-2, atol=1e-4)
 
 
-@pytest.mark.parametrize("by_arguments", [False, True], ids=["model.compile", "TrainingArguments"])
-def test_a_resumed_run_goes_on_as_if_never_stopped(runs, tmp_path, by_arguments):
-    build, _, whole = runs
-    settings = everything(tmp_path)
-    if by_arguments:
-        settings |= {"torch_compile": True, "torch_compile_backend": "rewriter"}
-    resumed = trainer(build() if by_arguments else compiled(build(), **QUICK), **settings)
+def assert_goes_on(whole, model, settings):
+    """A run from the second of six steps on is the ``whole`` run's."""
+    resumed = trainer(model, **settings)
     with rewriter.inspect() as report:
         resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-2")
-    assert all(graph.passes for graph in report.graphs) and report.counts()["norm"] >= 5
+    assert all(graph.passes for graph in report.graphs)
+    assert report.counts()["norm"] >= 5 and report.counts()["lm_head_loss"] >= 1
     assert resumed.state.global_step == 6
     for name in ("loss", "eval_loss"):
         assert losses(resumed, name) == pytest.approx(losses(whole, name), rel=2e-5), name
 
 
-@pytest.mark.parametrize("build", [plain, with_lora])
+def test_a_resumed_run_goes_on_as_if_never_stopped(runs, tmp_path):
+    build, _, whole = runs
+    assert_goes_on(whole, compiled(build(), **QUICK), everything(tmp_path))
+
+
+@pytest.mark.parametrize("runs", [tiny_llama], indirect=True)
+def test_trainer_compiles_the_model_by_the_name_of_the_backend(runs, tmp_path):
+    build, _, whole = runs
+    by_name = {"torch_compile": True, "torch_compile_backend": "rewriter"}
+    assert_goes_on(whole, build(), everything(tmp_path) | by_name)
+
+
+@pytest.mark.parametrize("build", [tiny_llama, adapted])
 def test_lengths_that_vary_cost_one_more_compilation(build, tmp_path):
     lengths = [8 + 5 * index % 23 for index in range(16)]
     settings = {"folder": tmp_path, "lengths": lengths, "max_steps": 8}
@@ -159,16 +150,6 @@ def test_lengths_that_vary_cost_one_more_compilation(build, tmp_path):
         varying.train()
     assert len(report.graphs) == 2
     assert losses(varying) == pytest.approx(losses(eager), rel=1e-4)
-
-
-def test_trainer_compiles_the_model_by_the_name_of_the_backend(tmp_path):
-    eager = trainer(plain(), tmp_path)
-    eager.train()
-    named = trainer(plain(), tmp_path, torch_compile=True, torch_compile_backend="rewriter")
-    with rewriter.inspect() as report:
-        named.train()
-    assert report.counts()["lm_head_loss"] == 1
-    assert losses(named) == pytest.approx(losses(eager), rel=1e-4)
 
 
 @pytest.mark.parametrize("order", ["import accelerate, rewriter", "import rewriter, accelerate"])

@@ -15,7 +15,7 @@ def test_lengths_that_vary_are_planned_as_they_come():
     batches = batches_of((24, 17))
 
     def make():
-        return build("phi3", layers=2, lora=True)
+        return build("llama", layers=2)
 
     budget = int(infeasible(make, batches).least_device * 1.5)
     assert_near(steps(compiled(make(), budget), batches), steps(make(), batches), 1e-5)
