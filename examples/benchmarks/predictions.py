@@ -5,7 +5,7 @@
 
 Each point compiles the model anew under a card of that many GiB, as ``context.py`` does, runs a first step
 and ``--steps`` timed ones. With ``--resident`` the same plans run with nothing capped and what they would
-offload kept on the device: what the copies cost. Prints a table and the points at which a larger card is slower
+offload kept on the device: what the copies cost. Prints a table and at which points a larger card is slower
 by more than the steps differ among themselves; writes ``results/predictions.json`` after every point.
 """
 

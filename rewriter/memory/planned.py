@@ -7,6 +7,7 @@ shows what the plan does.
 
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,11 +22,14 @@ from rewriter.memory.kept import kept_choice
 from rewriter.memory.layer import LayerStages, ScheduledLayer
 from rewriter.memory.layer_graphs import LayerGraphs, layer_graphs
 from rewriter.memory.lengths import grown
-from rewriter.memory.plan import MemoryPlan, Part, Problem
+from rewriter.memory.plan import Choice, MemoryPlan, Part, Problem
 from rewriter.memory.planner import plan
+from rewriter.memory.room import made_bytes
 from rewriter.memory.stage_graphs import Unstaged
 from rewriter.memory.transfer import Transfers
 from rewriter.regions.program import Program, Region, RegionCall
+
+log = logging.getLogger(__name__)
 
 # For blocks that begin at multiples of 512 bytes.
 _SPARE = 1 << 20
@@ -128,40 +132,49 @@ def _problem(program: Program, ways: Mapping[Region, list[StagedChoice]], given:
 
 def kept_ways(program: Program, machine: Link) -> dict[Region, list[StagedChoice]]:
     """Each region as it runs without a budget."""
-    return {
-        region: [StagedChoice(kept_choice(region, _shared(program, region), machine))]
-        for region in program.regions
-    }
+    return {region: [StagedChoice(_kept_choice(program, region, machine))] for region in program.regions}
+
+
+def _kept_choice(program: Program, region: Region, machine: Link) -> Choice:
+    """By the region's forward and backward; where they cannot be traced, by the sizes of its values."""
+    try:
+        return kept_choice(region, _shared(program, region), machine)
+    except Exception as error:
+        log.warning("%s is foreseen from sizes alone: %s", region.name, error, exc_info=True)
+        made = made_bytes(region.module)
+        return Choice("keep all, foreseen from sizes alone", made, 0, made, 3 * made, 0.0, 0.0)
 
 
 def all_ways(
     program: Program, machine: Link, kept: Mapping[Region, list[StagedChoice]] | None = None
 ) -> tuple[dict[Region, list[StagedChoice]], list[str]]:
-    """Every way to run each region, and why some cannot run in stages; ``kept`` where it is known already."""
-    layers, notes = _layers(program)
-    ways = {region: list(found) for region, found in (kept or kept_ways(program, machine)).items()}
-    for region in program.regions:
-        owns = _owns_gradient(program, region)
-        for layer in layers.get(region, ()):
-            ways[region] += staged_choices(layer, layer.tokens, machine, owns)
-    return ways, notes
+    """Every way to run each region, and why some cannot run in stages; ``kept`` where it is known already.
 
-
-def _layers(program: Program) -> tuple[dict[Region, list[LayerGraphs]], list[str]]:
-    """The regions between the first and the last call, or that repeat, as stages; and why others are not."""
-    found: dict[Region, list[LayerGraphs]] = {}
+    Regions between the first and the last call, or that repeat, may run in stages. One that fails to be cut
+    keeps everything; the others are planned.
+    """
     notes: list[str] = []
+    ways = {region: list(found) for region, found in (kept or kept_ways(program, machine)).items()}
     times = program.times()
     ends = {program.calls[0].region, program.calls[-1].region}
     for region in program.regions:
         if times[region] == 1 and region in ends:
             continue
         try:
-            shared = _shared(program, region)
-            found[region] = [layer_graphs(region, shared, saving=saving) for saving in (False, True)]
+            ways[region] += _staged_ways(program, region, machine)
         except Unstaged as reason:
             notes.append(f"{region.name} keeps what its backward reads: {reason}")
-    return found, notes
+        except Exception as error:
+            log.warning("%s cannot be planned and keeps everything: %s", region.name, error, exc_info=True)
+            failed = f"planning it failed: {type(error).__name__}: {error}"
+            notes.append(f"{region.name} keeps everything, {failed}")
+    return ways, notes
+
+
+def _staged_ways(program: Program, region: Region, machine: Link) -> list[StagedChoice]:
+    shared, owns = _shared(program, region), _owns_gradient(program, region)
+    layers = [layer_graphs(region, shared, saving=saving) for saving in (False, True)]
+    return [way for layer in layers for way in staged_choices(layer, layer.tokens, machine, owns)]
 
 
 def _shared(program: Program, region: Region) -> frozenset[int]:

@@ -108,8 +108,8 @@ def _planners(program: Program, given: Budgets, device: torch.device) -> Need:
 
 def most_bytes(program: Program) -> int:
     """More than a step takes beside weights, gradients and optimizer states, everything kept; from sizes."""
-    made = {region: _made(region.module) for region in program.regions}
-    inside = {region: sum(map(_made, graphs_of(region.module))) for region in program.regions}
+    made = {region: made_bytes(region.module) for region in program.regions}
+    inside = {region: sum(map(made_bytes, graphs_of(region.module))) for region in program.regions}
     values = map(value_of, program.source.graph.find_nodes(op="placeholder"))
     weights = [x for x in values if isinstance(x, Tensor) and x.dim() > 1]
     # Under autocast, each fp32 weight is kept in 16 bit.
@@ -119,7 +119,7 @@ def most_bytes(program: Program) -> int:
     return kept * 3 // 2 + 2 * max(inside.values()) + cast + largest + _INSIDE_KERNELS
 
 
-def _made(module: GraphModule) -> int:
+def made_bytes(module: GraphModule) -> int:
     """Bytes of the memory that a graph's own operations make, each once: views add nothing."""
     taken = {_storage(value_of(n)) for n in module.graph.find_nodes(op="placeholder")}
     total = 0

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from rewriter.memory import planned as planned_module
 from rewriter.memory.borders import parted_at_borders
 from rewriter.memory.budgets import Budgets, card_bytes, usable_bytes
 from rewriter.memory.plan import Infeasible
-from rewriter.memory.planned import everything_kept, planned
+from rewriter.memory.planned import all_ways, everything_kept, kept_plan, planned
 from rewriter.regions.outline import outline
 from rewriter.regions.program import source_of
 from tests.families import build
@@ -74,3 +75,36 @@ def test_without_host_memory_nothing_is_offloaded(program, least):
 @pytest.mark.parametrize("usable", [1, 12345, 10**9, 23 * 2**30 + 7])
 def test_the_card_for_some_bytes_has_them(usable, device):
     assert usable <= usable_bytes(card_bytes(usable, device), device) <= usable + 4
+
+
+def test_a_layer_that_cannot_be_cut_keeps_everything_and_the_others_are_planned(monkeypatch):
+    torch._dynamo.reset()
+    program, _ = _program(build("llama", layers=3, lora=True))
+    broken, sound = (region for region in program.regions if region.name.startswith("layer"))
+    cut = planned_module.layer_graphs
+
+    def graphs(region, shared, *, saving):
+        if region is broken:
+            raise RuntimeError("no stages today")
+        return cut(region, shared, saving=saving)
+
+    monkeypatch.setattr(planned_module, "layer_graphs", graphs)
+    ways, notes = all_ways(program, Linked())
+    assert [way.choice.name for way in ways[broken]] == ["keep all"] and len(ways[sound]) > 1
+    assert notes == [f"{broken.name} keeps everything, planning it failed: RuntimeError: no stages today"]
+
+
+def test_a_region_that_cannot_be_traced_is_foreseen_from_sizes(program, monkeypatch):
+    trace = planned_module.kept_choice
+    broken = program.calls[-1].region
+
+    def choice(region, *given):
+        if region is broken:
+            raise RuntimeError("no trace today")
+        return trace(region, *given)
+
+    whole = kept_plan(program, Budgets(0, 0, 0), Linked())
+    monkeypatch.setattr(planned_module, "kept_choice", choice)
+    found = kept_plan(program, Budgets(0, 0, 0), Linked())
+    assert found.choices[-1].name == "keep all, foreseen from sizes alone"
+    assert found.choices[:-1] == whole.choices[:-1] and found.peak > whole.peak / 2
