@@ -16,7 +16,7 @@ Refused: weights that are trained, or shared with another module.
 
 import functools
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -109,9 +109,7 @@ def hosted_weights(
     kinds = checked(kinds)
     modules = [embedding_of(model)] if EMBEDDING in kinds else []
     if LAYERS in kinds:
-        modules += _quantised(layers)
-    for module in modules:
-        _refuse_shared(model, module)
+        modules += _quantised(model, layers)
     torch.compiler.allow_in_graph(host_embedding)
     return map(_host, modules)
 
@@ -148,6 +146,7 @@ def embedding_of(model: nn.Module) -> nn.Embedding:
             f"host='embedding': max_norm={embedding.max_norm} writes to the weight at each step; leave it on "
             "the device."
         )
+    _refuse_shared(model, embedding)
     own = type(embedding).forward
     if own is not nn.Embedding.forward and "super" not in own.__code__.co_names:
         raise ValueError(
@@ -157,13 +156,14 @@ def embedding_of(model: nn.Module) -> nn.Embedding:
     return embedding
 
 
-def shared_with(model: nn.Module, module: nn.Module) -> str | None:
-    """The name of another module that has the weight of ``module``, such as a tied head."""
-    weight = module.weight
-    for name, other in model.named_modules():
-        if other is not module and any(p is weight for p in other._parameters.values()):
-            return name
-    return None
+def could_live_in_host_memory(sizes: Mapping[str, int]) -> str:
+    """What to add to an error for want of memory, of bytes by kind; "" for none."""
+    names = {EMBEDDING: "the frozen embedding's", LAYERS: "the frozen layers'"}
+    parts = [f"{names[kind]} {size / 2**30:.2f} GiB" for kind, size in sizes.items()]
+    if not parts:
+        return ""
+    kinds = repr(tuple(sizes)) if len(sizes) > 1 else repr(next(iter(sizes)))
+    return f" Of the weights, {' and '.join(parts)} can live in host memory: prepare(model, host={kinds})."
 
 
 def _input(model: nn.Module) -> nn.Module:
@@ -171,18 +171,21 @@ def _input(model: nn.Module) -> nn.Module:
     return model if given is None else given()
 
 
-def _quantised(layers: Sequence[nn.Module]) -> list[nn.Module]:
+def _quantised(model: nn.Module, layers: Sequence[nn.Module]) -> list[nn.Module]:
     found = [m for m in layers if getattr(m.weight, "quant_state", None) is not None]
     if not found:
         raise ValueError(
             "host='layers': no frozen 4-bit linear of bitsandbytes is there; weights of other dtypes stay on "
             "the device. Load the model in 4 bits, on its device."
         )
+    for module in found:
+        _refuse_shared(model, module)
     return found
 
 
 def _refuse_shared(model: nn.Module, module: nn.Module) -> None:
-    other = shared_with(model, module)
+    users = [m for m in model.modules() if any(p is module.weight for p in m._parameters.values())]
+    other = next((name for name, m in model.named_modules() if m in users and m is not module), None)
     if other is not None:
         raise ValueError(
             f"host: the weight of {type(module).__name__} is that of {other} too, which needs it on the "

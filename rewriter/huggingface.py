@@ -83,7 +83,7 @@ def prepare(model: nn.Module, *, host: str | Iterable[str] = ()) -> Preparation:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"prepare: expected a torch.nn.Module, got {type(model).__name__}.")
-    if _STATE in vars(model):
+    if is_prepared(model):
         restore(model)
     _refuse_packed_weights(model)
     host = checked(host)
@@ -119,6 +119,16 @@ def prepare(model: nn.Module, *, host: str | Iterable[str] = ()) -> Preparation:
     preparation = Preparation(tuple(changes), configs, hooks, switches, packing, opaque)
     setattr(model, _STATE, preparation)
     return _with_weights_in_host_memory(model, preparation, host) if host else preparation
+
+
+def is_prepared(model: nn.Module) -> bool:
+    """Whether ``restore`` has something to undo."""
+    return _STATE in vars(model)
+
+
+def weights_in_host_memory(model: nn.Module) -> tuple[str, ...]:
+    """What ``prepare`` moved there: of "embedding" and "layers"."""
+    return vars(model)[_STATE].host if is_prepared(model) else ()
 
 
 def restore(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
     python examples/benchmarks/context.py --case 32x1x200000 --card 24
     python examples/benchmarks/context.py --case 32x1x50000 --card 24 --system unsloth_gc
+    python examples/benchmarks/context.py --case 32x1x7680 --card 8 --weights-in-host embedding
 
 ``--card`` is the size of the card in GiB: the allocator may take that less 0.6 GiB for the driver's context
 (``set_per_process_memory_fraction``), and the rewriter gets it as ``memory_budget``. A step is that of
@@ -33,6 +34,10 @@ def measure(arguments: argparse.Namespace) -> dict:
     model = peers.prepared(
         arguments.system, case, device, arguments.tiny, options if arguments.system == "rewriter" else {}
     )
+    if arguments.system == "rewriter" and arguments.weights_in_host:
+        import rewriter
+
+        rewriter.prepare(model, host=arguments.weights_in_host)
     if device == "cuda" and arguments.card and not arguments.uncapped:
         torch.cuda.empty_cache()
         total = torch.cuda.get_device_properties(0).total_memory
@@ -52,6 +57,7 @@ def measure(arguments: argparse.Namespace) -> dict:
         "system": arguments.system,
         "case": case.name,
         "card_gib": arguments.card,
+        "weights_in_host": list(arguments.weights_in_host),
         **machine(device),
         "versions": versions(),
         "first_step_s": first,
@@ -105,6 +111,9 @@ def main() -> None:
     parser.add_argument("--case", default="32x1x65536")
     parser.add_argument("--card", type=float, default=24.0, help="GiB; 0: no limit")
     parser.add_argument("--host", type=float, default=0.0, help="GiB for offloads; 0: the default")
+    parser.add_argument(
+        "--weights-in-host", nargs="+", default=(), help="the rewriter's: embedding, layers, or both"
+    )
     parser.add_argument("--system", default="rewriter", choices=peers.SYSTEMS)
     parser.add_argument("--uncapped", action="store_true", help="plan for the card, and take what is taken")
     parser.add_argument("--steps", type=int, default=1)

@@ -7,8 +7,8 @@ Whatever is given stays as it was: the copy shares no tensor with it.
 
 import copy
 import importlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import FakeTensor
 
+from rewriter.foresee.host_bytes import HostBytes, host_bytes
 from rewriter.foresee.packed_linear import pack_linears, repack_linears
 from rewriter.foresee.repetition import Repetition, layers_of, longest_list, shorten
-from rewriter.huggingface import prepare
+from rewriter.host_weights import checked
+from rewriter.huggingface import is_prepared, prepare, restore, weights_in_host_memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,9 +33,10 @@ class Blueprint:
         model: of fake tensors, prepared, in training mode.
         mode: theirs.
         left_out: layers that are missing in it; None where all are there.
-        weight_bytes: of all parameters and buffers, those of layers left out included.
+        weight_bytes: of all parameters and buffers on the device, those of layers left out included.
         trained_bytes: of the parameters that need a gradient.
         parameters, trained: how many numbers the model has as it was given, and how many are trained.
+        host: of weights in host memory, and of those that could be there.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Blueprint:
     trained_bytes: int
     parameters: int
     trained: int
+    host: HostBytes = field(default_factory=HostBytes)
 
 
 def blueprint(
@@ -51,12 +55,14 @@ def blueprint(
     lora_rank: int | None = None,
     quantise: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    host: Iterable[str] = (),
     *,
     whole: bool = False,
 ) -> Blueprint:
     """What to trace of ``config_or_model``, which is left as it was.
 
     Args:
+        host: frozen weights in host memory, as ``prepare`` takes them; those of a prepared model are there.
         whole: leave no layer out.
 
     Raises:
@@ -70,8 +76,11 @@ def blueprint(
             "plan: lora_rank and quantise say how a whole model will be adapted; this one has frozen weights "
             "already. Leave them out, and it is planned as it is."
         )
-    name, parameters = type(model).__name__, sum(map(_numbers, model.parameters()))
-    model = _on_meta(model).train()
+    host = {*checked(host), *weights_in_host_memory(model)}
+    name, model = type(model).__name__, _on_meta(model).train()
+    if is_prepared(model):
+        restore(model)
+    parameters = sum(map(_numbers, model.parameters()))
     path = None if whole else longest_list(model)
     left_out = shorten(model, path) if path else None
     if lora_rank or quantise:
@@ -85,6 +94,7 @@ def blueprint(
     trained = [x for x in weights if x.requires_grad]
     if not trained:
         raise ValueError("plan: nothing is trained; give lora_rank, or a model with parameters to train.")
+    hosted = host_bytes(model, left_out, host)
     weight_bytes, trained_bytes = sum(x.nbytes for x in weights), sum(x.nbytes for x in trained)
     numbers = sum(x.numel() for x in trained)
     for module in model.modules():
@@ -94,7 +104,8 @@ def blueprint(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     _make_fake(model, mode)
     prepare(model)
-    return Blueprint(name, model, mode, left_out, weight_bytes, trained_bytes, parameters, numbers)
+    weight_bytes -= sum(hosted.there.values())
+    return Blueprint(name, model, mode, left_out, weight_bytes, trained_bytes, parameters, numbers, hosted)
 
 
 def _from_config(config: Any, dtype: torch.dtype) -> nn.Module:
@@ -121,8 +132,9 @@ def _numbers(parameter: nn.Parameter) -> int:
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers, each once."""
-    yield from dict.fromkeys([*model.parameters(), *model.buffers()])
+    """Parameters and buffers, each once; weights in host memory are their modules' attributes."""
+    attributes = [v for m in model.modules() for v in vars(m).values() if isinstance(v, nn.Parameter)]
+    yield from dict.fromkeys([*model.parameters(), *model.buffers(), *attributes])
 
 
 def _tensors_of_all(model: nn.Module, left_out: Repetition | None) -> list[Tensor]:

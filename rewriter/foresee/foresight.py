@@ -7,6 +7,7 @@ backend asks it. Layers that repeat others are traced once, so that depth costs 
 machine's rates, and memory by the kernels that run on a GPU, wherever it is asked.
 """
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ import torch
 
 from rewriter.foresee.longest import longest
 from rewriter.foresee.question import Question
+from rewriter.host_weights import could_live_in_host_memory
 from rewriter.memory.machine import H200, KNOWN, Machine, machine_for
-from rewriter.memory.plan import MemoryPlan
+from rewriter.memory.plan import Infeasible, MemoryPlan
 from rewriter.memory.planner import plan as fastest
 from rewriter.memory.timeline import text
 from rewriter.options import parse_budget
@@ -37,8 +39,9 @@ class Foresight:
         rows, tokens: of a batch.
         machine: whose rates were taken.
         memory_budget: bytes of the card, or of the share of it that may be taken.
-        host_budget: bytes that offloads may take.
-        seconds: of a step: forward, backward, and the update of what is trained.
+        host_budget: bytes that offloads may take, without weights in host memory.
+        seconds: of a step: forward, backward, the update of what is trained, and reading what weights are in
+            host memory.
         plan: what each layer does, with the memory that it takes over the step.
         notes: what the plan could not do.
     """
@@ -113,6 +116,7 @@ def plan(
     quantise: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
     autocast: torch.dtype | None = torch.bfloat16,
+    host: str | Iterable[str] = (),
 ) -> Foresight:
     """How a step of ``rows`` × ``tokens`` labelled tokens would run within ``memory_budget``.
 
@@ -129,6 +133,8 @@ def plan(
         quantise: "nf4" or "fp4": weights of linears in 4 bits, with double quantisation.
         dtype: of a config's weights.
         autocast: as entered around the model's forward in training; None: not entered.
+        host: frozen weights that ``prepare(model, host=...)`` will have moved to host memory, "embedding" and
+            "layers"; beside those of a model that is prepared so already.
 
     Raises:
         Infeasible: nothing fits; says what would.
@@ -136,14 +142,19 @@ def plan(
         ValueError: for arguments that are malformed or contradict each other.
     """
     card = _bytes("memory_budget", memory_budget, (chosen := _machine(machine)).device_bytes)
-    host = _HOST if host_budget is None else _bytes("host_budget", host_budget, 0)
-    ask = Question(config_or_model, lora_rank, quantise, dtype, autocast, rows, card, host, chosen)
+    offloads = _HOST if host_budget is None else _bytes("host_budget", host_budget, 0)
+    ask = Question(config_or_model, lora_rank, quantise, dtype, autocast, rows, card, offloads, chosen, host)
     if tokens is None:
         tokens = longest(lambda n: ask.problem(n)[0])
     problem, notes = ask.problem(tokens)
-    found = fastest(problem)
     made = ask.made
+    try:
+        found = fastest(problem)
+    except Infeasible as error:
+        could = could_live_in_host_memory(made.host.could)
+        raise Infeasible(f"{error}{could}", error.least_device, error.least_host) from None
     update = _UPDATE_PASSES * made.trained_bytes / chosen.bandwidth
+    bus = made.host.read_over_the_bus(rows * tokens) / chosen.to_device
     return Foresight(
         made.name,
         made.parameters,
@@ -152,10 +163,10 @@ def plan(
         tokens,
         chosen.name,
         card,
-        host,
-        found.seconds + update,
+        offloads,
+        found.seconds + update + bus,
         found,
-        notes,
+        (*notes, *made.host.notes()),
     )
 
 

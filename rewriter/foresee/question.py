@@ -1,5 +1,6 @@
 """A model, a machine and budgets to what the planner is asked for a length."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -27,8 +28,9 @@ class Question:
         card: int,
         host: int,
         machine: Machine,
+        in_host: Iterable[str] = (),
     ):
-        self._make = lambda whole: blueprint(given, lora_rank, quantise, dtype, whole=whole)
+        self._make = lambda whole: blueprint(given, lora_rank, quantise, dtype, in_host, whole=whole)
         self.made: Blueprint = self._make(False)
         self._autocast, self._rows, self._machine = autocast, rows, machine
         self._device, self._host = usable_bytes(card), host

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from rewriter.host_weights import could_live_in_host_memory
 from rewriter.memory import timeline
 from rewriter.memory.borders import parted_at_borders
 from rewriter.memory.budgets import budgets, card_bytes, device_of
 from rewriter.memory.lengths import growth_of, hold_to
 from rewriter.memory.machine import machine_for
+from rewriter.memory.movable import movable_bytes
 from rewriter.memory.plan import Infeasible, MemoryPlan
 from rewriter.memory.planned import PlannedProgram, everything_kept, planned
 from rewriter.memory.room import Need
@@ -57,6 +59,7 @@ def under_budget(
         card = card_bytes(error.least_device, device)
         message = (
             f"{error} With what driver and allocator take, memory_budget={card} is the least that would do."
+            f"{could_live_in_host_memory(movable_bytes(whole))}"
         )
         if memory_budget is not None:
             raise Infeasible(message, card, error.least_host) from None

@@ -254,3 +254,30 @@ def test_a_model_that_breaks_the_graph_is_refused():
 
     with pytest.raises(Untraceable, match="Breaks does not trace to one graph: "):
         rewriter.plan(Breaks(), tokens=512, memory_budget="1GiB", machine="H200")
+
+
+@pytest.mark.parametrize("host", ["embedding", ("embedding", "layers")])
+def test_weights_in_host_memory_are_not_on_the_device(host):
+    on_device, found = (blueprint(config(), 4, "nf4", host=kinds) for kinds in ((), host))
+    model = build("llama", lora=True, nf4=True, double_quant=True, layers=8, dtype=torch.bfloat16)
+    moved = sum(weight.nbytes for weight in rewriter.prepare(model, host=host).hosted)
+    of_model = blueprint(model)
+    assert on_device.weight_bytes - found.weight_bytes == sum(found.host.there.values()) == moved
+    assert (of_model.weight_bytes, of_model.host) == (found.weight_bytes, found.host)
+    assert not on_device.host.there and on_device.host.could.keys() == {"embedding", "layers"}
+    assert found.host.read_over_the_bus(100) >= 100 * found.host.row > 0
+
+
+def test_what_does_not_fit_says_which_weights_could_leave_the_device():
+    with pytest.raises(Infeasible, match=r"can live in host memory: prepare\(model, host='layers'\)"):
+        rewriter.plan(
+            config(), tokens=512, memory_budget="697MiB", machine="H200", lora_rank=4, quantise="nf4",
+            host="embedding",
+        )  # fmt: skip
+
+
+def test_weights_that_cannot_leave_the_device_are_refused():
+    with pytest.raises(ValueError, match="embedding is trained"):
+        blueprint(config(2), host=("embedding",))
+    with pytest.raises(ValueError, match="no linear is in 4 bits"):
+        blueprint(config(2), 4, host=("layers",))
