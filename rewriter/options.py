@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from types import NoneType
 from typing import Any, Literal
 
 _UNITS = {
@@ -37,7 +38,8 @@ class Options:
         host_budget: host memory that offloaded activations may take, likewise.
         max_tokens: the most tokens of a batch, rows times length, that the memory plan has to hold for where
             lengths vary; None: those of the batch at hand. A larger batch is planned anew.
-        passes: names of the passes to run; None for all. Names with a leading "-" are left out instead.
+        passes: names of the passes to run; None or an empty list for all. Names with a leading "-" are left
+            out instead.
         verify: compare loss and gradients with the unrewritten graph on each graph's first call.
         lowering: "inductor", or "eager" for AOTAutograd without Inductor.
         regions: outline repeated layers, and compile each kind once.
@@ -65,11 +67,15 @@ class Options:
         Raises:
             OptionError: for an unknown name or a malformed value.
         """
+        if not isinstance(given, (Mapping, NoneType)):
+            raise OptionError(
+                f'rewriter: options is {given!r}; give a dictionary, as {{"memory_budget": "24GB"}}.'
+            )
         given = dict(given or {})
         names = [f.name for f in fields(cls) if f.name != "mode"]
         for name in given:
             if name not in names:
-                raise OptionError(f"rewriter: unknown option {name!r}{_nearest(name, names)}")
+                raise OptionError(f"rewriter: unknown option {name!r}{_nearest(str(name), names)}")
         if mode not in _MODES:
             raise OptionError(
                 f"rewriter: unknown mode {mode!r}{_nearest(str(mode), [m for m in _MODES if m])}"
@@ -101,7 +107,7 @@ class Options:
 def _parse_count(name: str, value: Any) -> int | None:
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
         return value
-    raise OptionError(f"rewriter: {name} is {value!r}; it takes a whole number above 0, as 8192")
+    raise OptionError(f"rewriter: option {name!r} is {value!r}; give a whole number above 0, as 8192.")
 
 
 def _parse_memory_budget(value: Any) -> int | float | Literal["off"] | None:
@@ -162,5 +168,5 @@ def _parse_passes(value: Any, known: Sequence[str]) -> tuple[str, ...] | None:
 
 def _nearest(name: str, known: Sequence[str]) -> str:
     near = get_close_matches(name, known, 1, 0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ";"
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"{hint} Known: {', '.join(sorted(known))}."

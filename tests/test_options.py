@@ -123,3 +123,14 @@ def test_a_pass_left_out_leaves_its_operations_as_they_were():
 @pytest.mark.parametrize("mode", ["default", "max-autotune-no-cudagraphs"])
 def test_modes_of_inductor_are_taken(mode):
     assert parse(mode=mode).mode == mode
+
+
+@pytest.mark.parametrize("given", [["norm"], "memory_budget", 5])
+def test_options_that_are_no_dictionary_are_an_error_that_shows_one(given):
+    with pytest.raises(OptionError, match='options is .*give a dictionary, as {"memory_budget": "24GB"}'):
+        Options.parse(given, None, pass_names())
+
+
+def test_a_name_that_is_no_text_is_an_unknown_option():
+    with pytest.raises(OptionError, match="unknown option 3. Known: "):
+        Options.parse({3: 4}, None, pass_names())

@@ -26,6 +26,7 @@ def test_four_bit_weights():
         return build("llama", layers=2, lora=True, nf4=True)
 
     batches = batches_of((24,))
-    budget = int(infeasible(make, batches).least_device * 1.1)
+    # A step that keeps everything holds 6 times its parameters; 2.9 times is the least that would do.
+    budget = int(3.5 * sum(p.nbytes for p in make().parameters()))
     assert_near(steps(compiled(make(), budget), batches), steps(make(), batches), 1e-4)
     assert staged() > 0

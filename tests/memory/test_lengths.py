@@ -95,7 +95,7 @@ def test_a_choice_for_more_tokens_takes_more_of_everything():
 def test_a_number_of_tokens_that_is_none_is_an_error(value):
     from rewriter.options import OptionError, Options
 
-    with pytest.raises(OptionError, match="max_tokens is .* whole number above 0"):
+    with pytest.raises(OptionError, match="'max_tokens' is .* whole number above 0"):
         Options.parse({"max_tokens": value}, None, ["norm"])
 
 
