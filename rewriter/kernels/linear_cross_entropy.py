@@ -162,23 +162,8 @@ def _check(x, weight, bias, target, label_smoothing: float, reduction: str) -> N
         raise ValueError(f"linear_cross_entropy: label_smoothing {label_smoothing} is outside [0, 1].")
 
 
-def _fake(
-    x,
-    weight,
-    bias,
-    target,
-    divisor,
-    scale,
-    softcap,
-    ignore_index,
-    label_smoothing,
-    mean,
-    compute_dtype,
-    loss_dtype,
-    needs_x,
-    needs_weight,
-    needs_bias,
-):
+def _fake(x, weight, *others):
+    *_, compute_dtype, loss_dtype, needs_x, needs_weight, needs_bias = others
     return (
         x.new_empty((), dtype=loss_dtype),
         x.new_empty(x.shape if needs_x else (0,), dtype=compute_dtype),
