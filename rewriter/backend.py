@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 
 from rewriter.advice import advice
 from rewriter.deferred import split_deferred
+from rewriter.full_collections import defer_full_collections
 from rewriter.fusion import apply_all
 from rewriter.lower import lower, lower_beside, lower_planned, lower_program, records_cuda_graphs
 from rewriter.memory.plan import Infeasible
@@ -109,6 +110,8 @@ def _compile(
 
 
 rewriter.reset = forget
+# The backend is loaded by its name, before Dynamo traces the first graph for it.
+defer_full_collections()
 
 
 def rewrite_graph(module: GraphModule, options: Options, record: GraphRecord) -> list[Stage]:

@@ -14,8 +14,9 @@ One costs it its gradients: on CPUs with bfloat16 instructions, bitsandbytes pac
 when they are first used in evaluation, for a product that has no backward. An evaluation before training, or
 between steps, would then stop the gradient at every such layer; so packing is turned off.
 
-And one costs it time at the first step: Dynamo traces into the product of every 4-bit layer, over and over
-(``opaque_linear.py``).
+And some cost it time at the first step: Dynamo traces into the product of every 4-bit layer, over and over
+(``opaque_linear.py``), it steps through PEFT's choices in every LoRA layer (``straight_lora.py``), and Python
+looks for garbage meanwhile (``full_collections.py``).
 
 And on request it moves frozen weights to host memory (``host_weights.py``), for a card that is small.
 
@@ -32,8 +33,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from rewriter.full_collections import defer_full_collections
 from rewriter.host_weights import HostedWeight, checked, hosted_weights
 from rewriter.opaque_linear import make_opaque, make_transparent
+from rewriter.straight_lora import make_as_written, make_straight
 
 _STATE = "_rewriter_preparation"
 _SWITCH = "enable_input_require_grads"
@@ -50,6 +53,7 @@ class Preparation:
     switches: tuple[nn.Module, ...] = field(repr=False)
     packing: tuple[nn.Module, ...] = field(repr=False)
     opaque: tuple[nn.Module, ...] = field(repr=False)
+    straight: tuple[nn.Module, ...] = field(repr=False)
     host: tuple[str, ...] = ()
     hosted: tuple[HostedWeight, ...] = field(default=(), repr=False)
 
@@ -116,7 +120,11 @@ def prepare(model: nn.Module, *, host: str | Iterable[str] = ()) -> Preparation:
     opaque = tuple(make_opaque(model))
     if opaque:
         changes.append(f"the products of {len(opaque)} 4-bit layers are not traced into: a faster first step")
-    preparation = Preparation(tuple(changes), configs, hooks, switches, packing, opaque)
+    straight = tuple(make_straight(model))
+    if straight:
+        changes.append(f"{len(straight)} LoRA layers are traced as straight lines: a faster first step")
+    defer_full_collections()
+    preparation = Preparation(tuple(changes), configs, hooks, switches, packing, opaque, straight)
     setattr(model, _STATE, preparation)
     return _with_weights_in_host_memory(model, preparation, host) if host else preparation
 
@@ -152,6 +160,8 @@ def restore(model: nn.Module) -> None:
         setattr(module, _PACKS, True)
     for layer in preparation.opaque:
         make_transparent(layer)
+    for layer in preparation.straight:
+        make_as_written(layer)
     delattr(model, _STATE)
 
 

@@ -64,31 +64,33 @@ def linear_4bit(
 
 def forward(self: Any, x: Tensor) -> Tensor:
     """The ``forward`` of a layer that ``make_opaque`` changed. A copy by pickle has its class's again."""
-    in_host_memory = self.weight.device != x.device
-    if not (torch.compiler.is_dynamo_compiling() or in_host_memory) or not _is_plain(self, x):
+    # One line after another, no helpers or comparisons of tuples: Dynamo steps through it at every layer.
+    state = getattr(self.weight, "quant_state", None)
+    if (
+        (not torch.compiler.is_dynamo_compiling() and self.weight.device == x.device)
+        or state is None
+        or not self.compute_type_is_set
+        or self.support_avx512bf16_for_cpu
+        or len(state.shape) != 2
+        or x.shape[-1] != state.shape[1]
+    ):
         return type(self).forward(self, x)
-    state, given = self.weight.quant_state, x.dtype
-    if self.compute_dtype is not None:
-        x = x.to(self.compute_dtype)
+    given, dtype, bias, second = x.dtype, self.compute_dtype, self.bias, state.state2
     first, first_8bit, code = state.absmax, None, None
-    if state.nested:
-        first, first_8bit, code = state.state2.absmax, state.absmax, state.state2.code
-    return linear_4bit(
-        x, self.weight, state.shape, first, state.blocksize, state.quant_type, self.bias,
+    if second is not None:
+        if second.blocksize != _SECOND_BLOCKSIZE or second.dtype != _SECOND_DTYPE:
+            return type(self).forward(self, x)
+        first, first_8bit, code = second.absmax, first, second.code
+    if dtype is None:
+        dtype = given
+    if bias is not None and bias.dtype != dtype:
+        return type(self).forward(self, x)
+    result = linear_4bit(
+        x if dtype == given else x.to(dtype),
+        self.weight, state.shape, first, state.blocksize, state.quant_type, bias,
         first_8bit, code, state.offset, state.dtype,
-    ).to(given)  # fmt: skip
-
-
-def _is_plain(layer: Any, x: Tensor) -> bool:
-    state = getattr(layer.weight, "quant_state", None)
-    if state is None or not layer.compute_type_is_set or layer.support_avx512bf16_for_cpu:
-        return False
-    if len(state.shape) != 2 or x.shape[-1] != state.shape[1]:
-        return False
-    second = state.state2
-    if second is not None and (second.blocksize, second.dtype) != (_SECOND_BLOCKSIZE, _SECOND_DTYPE):
-        return False
-    return layer.bias is None or layer.bias.dtype == (layer.compute_dtype or x.dtype)
+    )  # fmt: skip
+    return result if dtype == given else result.to(given)
 
 
 def make_opaque(model: nn.Module) -> Iterator[nn.Module]:
