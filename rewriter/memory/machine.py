@@ -2,7 +2,8 @@
 
 ``machine_for(device)`` measures a device in about a second and keeps the result under ``~/.cache/rewriter``
 (or ``$XDG_CACHE_HOME/rewriter``). ``REWRITER_MACHINE``, a JSON file of a ``Machine`` or the name of a known
-card, takes its place, so that any card can be planned on any machine.
+card, takes its place, so that any card can be planned on any machine. A card that is nearly full is measured
+with smaller tensors, and a full one not at all: the known card of its name takes its place, else the slowest.
 
 Known cards other than the H200, which is measured, are the dense bf16 rate, memory bandwidth and PCIe rate
 that NVIDIA publishes (data sheets of the H100, A100, L40S and L4; the Ada whitepaper for the RTX 4090), times
@@ -18,7 +19,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 _GIB = 2**30
 _OVERRIDE = "REWRITER_MACHINE"
+# Ends the names of machines that stand for one that had no room to be measured.
+ASSUMED = "assumed"
 
 
 class MachineError(ValueError):
@@ -144,6 +147,8 @@ KNOWN = {
 def machine_for(device: "str | torch.device") -> Machine:
     """The override where there is one, else the known card of that name, else what the device measures.
 
+    A device without room for that is taken for one that is known; nothing is kept then.
+
     Raises:
         MachineError: for an override or a kept measurement that cannot be read.
     """
@@ -154,12 +159,28 @@ def machine_for(device: "str | torch.device") -> Machine:
     path = _cache_file(device)
     if path.exists():
         return Machine.load(path)
-    machine = measure(device)
+    import torch
+
+    try:
+        machine = measure(device)
+    except torch.OutOfMemoryError:
+        return _assumed(device)
     try:
         machine.save(path)
     except OSError as error:
         warnings.warn(f"rewriter: {path} cannot be written ({error}); measured anew next time.", stacklevel=2)
     return machine
+
+
+def _assumed(device: "str | torch.device") -> Machine:
+    """The known card that the device's name names, else the slowest, under a name that says so."""
+    import torch
+
+    words = re.split(r"\W+", _name(torch.device(device)))
+    slowest = min(KNOWN.values(), key=lambda machine: machine.matrix_flops)
+    named = (m for name, m in KNOWN.items() if name.removeprefix("RTX ").split()[0] in words)
+    found = next(named, slowest)
+    return replace(found, name=f"{found.name}, {ASSUMED}")
 
 
 def _cache_file(device: "str | torch.device") -> Path:
@@ -191,21 +212,39 @@ class _Sizes:
 
 
 _ON_GPU = _Sizes(8192, _GIB, 2**28, (32, 8192, 128))
+# At most 0.3 GiB at a time; launches are 1 to 5% of what is measured.
+_ON_FULL_GPU = _Sizes(6144, 2**27, 2**26, (8, 8192, 128))
+_AMPLE = 4 * _GIB
 _ON_CPU = _Sizes(512, 2**26, 2**26, (4, 512, 64))
 
 
 def measure(device: "str | torch.device") -> Machine:
-    """Measure a device in about a second: medians of a few runs, with up to 2.5 GiB of its free memory."""
+    """Measure a device in about a second: medians of a few runs.
+
+    It takes up to 2 GiB of a GPU that has 4 free, up to 0.3 of any other, and gives it back.
+
+    Raises:
+        torch.OutOfMemoryError: the device has less.
+    """
     import torch
 
+    from rewriter.memory.budgets import free_bytes
+
     device = torch.device(device)
-    on_gpu = device.type == "cuda"
-    sizes = _ON_GPU if on_gpu else _ON_CPU
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if on_gpu:
-        free, total = torch.cuda.mem_get_info(device)
-        sizes = _Sizes(sizes.matrix, min(sizes.copied, free // 8), sizes.moved, sizes.attention)
-    timed = _timed_on_gpu(device) if on_gpu else _timed_on_cpu
+    if device.type != "cuda":
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return _measured(device, _ON_CPU, total, _timed_on_cpu)
+    free = free_bytes(device)
+    assert free is not None
+    free -= torch.cuda.memory_allocated(device)
+    total = torch.cuda.get_device_properties(device).total_memory
+    try:
+        return _measured(device, _ON_GPU if free >= _AMPLE else _ON_FULL_GPU, total, _timed_on_gpu(device))
+    finally:
+        torch.cuda.empty_cache()
+
+
+def _measured(device: "torch.device", sizes: _Sizes, total: int, timed: "Timed") -> Machine:
     attention_forward, attention_backward = _attention_rates(device, sizes, timed)
     to_host, to_device = _transfer_rates(device, sizes, timed)
     return Machine(

@@ -10,7 +10,7 @@ from rewriter.memory import timeline
 from rewriter.memory.borders import parted_at_borders
 from rewriter.memory.budgets import budgets, card_bytes, device_of
 from rewriter.memory.lengths import growth_of, hold_to
-from rewriter.memory.machine import machine_for
+from rewriter.memory.machine import ASSUMED, machine_for
 from rewriter.memory.movable import movable_bytes
 from rewriter.memory.plan import Infeasible, MemoryPlan
 from rewriter.memory.planned import PlannedProgram, everything_kept, planned
@@ -41,6 +41,8 @@ def under_budget(
     machine, given = machine_for(device), budgets(program, memory_budget, host_budget, device)
     given = replace(given, growth=growth_of(program, max_tokens))
     whole, notes = program, []
+    if machine.name.endswith(ASSUMED):
+        notes.append(f"memory: too little was free to measure this device; planned for {machine.name}")
     if (unwrapped := without_checkpoints(program)) is not None:
         program = outline(unwrapped, example_inputs) or program
         notes.append("gradient checkpointing: what is computed again is as the memory plan says")

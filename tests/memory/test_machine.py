@@ -46,6 +46,26 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
         assert machine_for(device) == H200
 
 
+@pytest.mark.parametrize(
+    ("name", "taken"),
+    [
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA H100 80GB HBM3", "H100 80GB"),
+        ("NVIDIA A100-SXM4-80GB", "A100 80GB"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA GeForce GTX 970", "L4"),
+    ],
+)
+def test_a_device_without_room_to_be_measured_is_taken_for_a_known_one(tmp_path, monkeypatch, name, taken):
+    def full(device):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(machines, "measure", full)
+    monkeypatch.setattr(machines, "_name", lambda device: name)
+    assert machine_for(device) == replace(KNOWN[taken], name=f"{taken}, assumed")
+    assert not (tmp_path / "rewriter").exists(), "measured when there is room"
+
+
 def test_a_file_takes_the_place_of_the_device(tmp_path, monkeypatch):
     path = tmp_path / "mine.json"
     mine = replace(H200, name="mine", bandwidth=1e12)
