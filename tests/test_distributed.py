@@ -17,6 +17,8 @@ from tests.families import batch, build
 
 OPTIONS = {"lowering": "eager"}
 LAYERS = 4
+# Bytes: less than everything that a step keeps.
+BUDGET = 3_000_000
 
 
 def free_port() -> int:
@@ -30,12 +32,12 @@ def gradients(model) -> dict[str, torch.Tensor]:
     return {n: g.full_tensor() if hasattr(g, "full_tensor") else g.clone() for n, g in found.items()}
 
 
-def data_parallel(rank: int, compiled: bool) -> tuple[dict, list[str], dict]:
+def data_parallel(rank: int, compiled: bool, **options) -> tuple[dict, list[str], dict]:
     """Gradients, in which order they were ready and sent, and how often each region is called."""
     torch._dynamo.reset()
     model = build("llama", layers=LAYERS)
     if compiled:
-        model.compile(backend="rewriter", options=OPTIONS)
+        model.compile(backend="rewriter", options={**OPTIONS, **options})
     parallel = DistributedDataParallel(model, bucket_cap_mb=0.01)
     events: list[str] = []
     for name, parameter in model.named_parameters():
@@ -74,7 +76,11 @@ def work(rank: int, port: int, results) -> None:
     with torch._dynamo.config.patch(optimize_ddp=False):
         eager, _, _ = data_parallel(rank, compiled=False)
         ours, events, times = data_parallel(rank, compiled=True)
-    parts = {"data parallel": (eager, ours), "sharded": (sharded(rank, False), sharded(rank, True))}
+        planned, _, _ = data_parallel(rank, compiled=True, memory_budget=BUDGET)
+    memory = rewriter.report().memory
+    assert memory is not None and any("tiles" in way or "whole" in way for _, way, _ in memory.ways)
+    parts = {"data parallel": (eager, ours), "within a budget": (eager, planned)}
+    parts |= {"sharded": (sharded(rank, False), sharded(rank, True))}
     if rank == 0:
         differences = {
             name: max(((b[k] - a[k]).norm() / a[k].norm()).item() for k in a)
@@ -98,7 +104,7 @@ def outcome():
     return results.get()
 
 
-@pytest.mark.parametrize("way", ["data parallel", "sharded"])
+@pytest.mark.parametrize("way", ["data parallel", "within a budget", "sharded"])
 def test_gradients_of_two_processes_equal_those_of_eager(outcome, way):
     differences, _, _ = outcome
     assert differences[way] < 1e-5
