@@ -67,6 +67,10 @@ def forward_4bit(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return base + (update.to(base.dtype) if casts and update.dtype != base.dtype else update)
 
 
+# A copy by pickle asks its layer for the method of this name: it has its class's again.
+forward_4bit.__name__ = "forward"
+
+
 def _the_adapter(layer: Any) -> str | None:
     """The one adapter that is on; None where there are none or several, or it is not a plain one."""
     if layer._disable_adapters or layer.merged_adapters:

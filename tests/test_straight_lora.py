@@ -1,6 +1,7 @@
 """LoRA layers as straight lines: PEFT's numbers and graph, and its own forward wherever that does more."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -147,10 +148,12 @@ def test_a_forward_that_reads_other_names_stays(monkeypatch):
     assert not prepare(model).straight
 
 
-def test_restore_gives_the_forward_back_and_copies_run_on_their_own():
-    model = adapted()
+@pytest.mark.parametrize("four_bits", [False, True])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_restore_gives_the_forward_back_and_copies_run_on_their_own(duplicate, four_bits):
+    model = adapted(four_bits=four_bits)
     prepare(model)
-    twin = copy.deepcopy(model)
+    twin = duplicate(model)
     with torch.no_grad():
         twin.up.lora_A["default"].weight.zero_()
     assert not torch.equal(compiled(twin)(x()), compiled(model)(x()))
