@@ -19,7 +19,7 @@ from rewriter.foresee.question import Question
 from rewriter.host_weights import could_live_in_host_memory
 from rewriter.memory.machine import H200, KNOWN, Machine, machine_for
 from rewriter.memory.plan import Infeasible, MemoryPlan
-from rewriter.memory.planner import plan as fastest
+from rewriter.memory.planner import best
 from rewriter.memory.timeline import text
 from rewriter.options import parse_budget
 
@@ -146,10 +146,10 @@ def plan(
     ask = Question(config_or_model, lora_rank, quantise, dtype, autocast, rows, card, offloads, chosen, host)
     if tokens is None:
         tokens = longest(lambda n: ask.problem(n)[0])
-    problem, notes = ask.problem(tokens)
+    problems, notes = ask.problems(tokens)
     made = ask.made
     try:
-        found = fastest(problem)
+        found = best(problems)
     except Infeasible as error:
         could = could_live_in_host_memory(made.host.could)
         raise Infeasible(f"{error}{could}", error.least_device, error.least_host) from None

@@ -34,28 +34,36 @@ class Question:
         self.made: Blueprint = self._make(False)
         self._autocast, self._rows, self._machine = autocast, rows, machine
         self._device, self._host = usable_bytes(card), host
-        self._known: dict[int, tuple[Problem, tuple[str, ...]]] = {}
+        self._known: dict[int, tuple[tuple[Problem, ...], tuple[str, ...]]] = {}
 
     def problem(self, tokens: int) -> tuple[Problem, tuple[str, ...]]:
-        """What the planner is asked for ``tokens``, and what it was not offered."""
+        """The first of ``problems``, which needs least."""
+        problems, notes = self.problems(tokens)
+        return problems[0], notes
+
+    def problems(self, tokens: int) -> tuple[tuple[Problem, ...], tuple[str, ...]]:
+        """What the planner is asked for ``tokens``, the first that which needs least; what it was not offered."""
         if tokens not in self._known:
             try:
-                self._known[tokens] = self._problem(tokens)
+                self._known[tokens] = self._problems(tokens)
             except Uneven:
                 self.made = self._make(True)
-                self._known[tokens] = self._problem(tokens)
+                self._known[tokens] = self._problems(tokens)
         return self._known[tokens]
 
-    def _problem(self, tokens: int) -> tuple[Problem, tuple[str, ...]]:
+    def _problems(self, tokens: int) -> tuple[tuple[Problem, ...], tuple[str, ...]]:
         made = self.made
         program = traced(made, self._rows, tokens, self._autocast)
         calls = calls_of_all(program, made.left_out)
-        ways, notes = in_tracing(made, self._autocast, lambda: all_ways(program, self._machine))
-        choices = {region: tuple(way.choice for way in found) for region, found in ways.items()}
-        parts = tuple(
-            Part(f"{call.region.name} {i}", call.region.name, choices[call.region])
-            for i, call in enumerate(calls)
-        )
+        everything, notes = in_tracing(made, self._autocast, lambda: all_ways(program, self._machine))
         static = foreseen_bytes(made.weight_bytes, made.trained_bytes)
         name = f"{self._rows} × {tokens:,} tokens"
-        return Problem(parts, static, self._device, self._host, name), tuple(notes)
+        problems = []
+        for window, ways in everything.items():
+            choices = {region: tuple(way.choice for way in found) for region, found in ways.items()}
+            parts = tuple(
+                Part(f"{call.region.name} {i}", call.region.name, choices[call.region])
+                for i, call in enumerate(calls)
+            )
+            problems.append(Problem(parts, static, self._device, self._host, name, window=window))
+        return tuple(problems), tuple(notes)

@@ -18,9 +18,9 @@ Whole = NDArray[np.int64]
 
 
 class Overlap(NamedTuple):
-    """What a part does to the parts that run while its copies are under way: host bytes and time units."""
+    """What a part does to the parts that run while its copies are under way: device bytes and time units."""
 
-    hosted: int
+    flight: int
     offload: int
     reload: int
 
@@ -83,7 +83,7 @@ def cheapest_prefixes(parts: Sequence[Options], prices: Prices) -> list[Floats]:
     for i, options in enumerate(parts):
         key = (id(before), id(options))
         if key not in times:
-            times[key] = time_of(options, before), np.array([o.hosted for o in before])
+            times[key] = time_of(options, before), np.array([o.flight for o in before])
         time, flight = times[key]
         here = prices.device[:, i]
         saving = saving - here

@@ -3,11 +3,15 @@
 Every stage's results are kept, sent to host memory or computed again, the layer's own input is kept or sent;
 tiles are of a few lengths. A layer that keeps everything its backward reads, compiled as it is without a
 budget, is the fastest, and one of them.
+
+With a *window* of device memory set aside for copies under way, what a stage in tiles saves for its own
+backward leaves and returns tile by tile: gate and up of an MLP, the largest of what a layer saves, are then
+never on the device as a whole.
 """
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +19,7 @@ from rewriter.memory.costs import GraphCost, Rates, graph_cost
 from rewriter.memory.layer_graphs import LayerGraphs, longest_tile
 from rewriter.memory.plan import Choice
 from rewriter.memory.schedule import Fate, Schedule, schedule
+from rewriter.memory.stage_run import tile_length
 
 # Of a graph, its fakes and a number of tokens; kept for the choices of one layer, which share their graphs.
 _Cost = Callable[..., GraphCost]
@@ -33,32 +38,50 @@ class Link(Rates, Protocol):
 
 @dataclass(frozen=True, eq=False)
 class StagedChoice:
-    """A choice, and how it is run: a layer's stages by a schedule, in tiles of ``tile`` tokens.
+    """A choice, and how it is run: a layer's stages by a schedule, in tiles of at most ``tile`` tokens.
 
-    Without a layer and a schedule: as it is run without a plan.
+    Without a layer and a schedule: as it is run without a plan. ``in_tiles`` are values that leave and return
+    in tiles, ``window`` the bytes of copies that may be under way; None: those of a whole layer.
     """
 
     choice: Choice
     schedule: Schedule | None = None
     tile: int | None = None
     layer: LayerGraphs | None = None
+    in_tiles: frozenset[str] = frozenset()
+    window: int | None = None
 
 
-def staged_choices(layer: LayerGraphs, tokens: int, machine: Link, owns_gradient: bool) -> list[StagedChoice]:
+def cost_on(machine: Rates) -> _Cost:
+    """What graphs cost on ``machine``, each worked out once for a length."""
+    return functools.cache(lambda graph, fakes, length: graph_cost(graph, fakes, length, machine))
+
+
+def staged_choices(
+    layer: LayerGraphs,
+    tokens: int,
+    machine: Link,
+    owns_gradient: bool,
+    window: int = 0,
+    cost: _Cost | None = None,
+) -> list[StagedChoice]:
     """Every combination of fates and tile that is not the same as another.
 
     Args:
         tokens: of the sequence.
         owns_gradient: as in ``ScheduledLayer``.
+        window: device bytes that are set aside for copies under way.
+        cost: from ``cost_on(machine)``, where other choices share it.
     """
-    cost = functools.cache(lambda graph, fakes, length: graph_cost(graph, fakes, length, machine))
-    tiles = [t for t in _TILES if (t or tokens) <= longest_tile(tokens) and t != tokens]
+    cost = cost or cost_on(machine)
+    tiles = [t for t in _TILES if (t or tokens) <= longest_tile(tokens) and (t or 0) < tokens]
     found: dict[tuple, StagedChoice] = {}
     for fates in _fates(layer):
         plan = schedule(layer.values(), layer.own_inputs, layer.wiring.outputs, fates)
         for tile in tiles:
-            made = _costed(layer, plan, fates, tile, tokens, machine, owns_gradient, cost)
-            found.setdefault((plan, tile), made)
+            if (plan, tile) not in found:
+                walk = _Walk(layer, tile, tokens, owns_gradient, cost, window)
+                found[plan, tile] = _costed(layer, plan, fates, tile, machine, walk)
     return list(found.values())
 
 
@@ -80,16 +103,14 @@ def _costed(
     plan: Schedule,
     fates: Mapping[str, Fate],
     tile: int | None,
-    tokens: int,
     machine: Link,
-    owns_gradient: bool,
-    cost: _Cost,
+    walk: "_Walk",
 ) -> StagedChoice:
-    walk = _Walk(layer, tile, tokens, owns_gradient, cost)
     size = walk.size
     forward_peak, forward_seconds = walk.forward(plan)
     backward_peak, backward_seconds = walk.backward(plan)
     hosted = sum(size[v] for v in plan.offloaded)
+    whole = sum(size[v] for v in plan.offloaded if v not in walk.in_tiles)
     choice = Choice(
         _named(layer, plan, fates, tile),
         sum(size[v] for v in plan.kept),
@@ -100,16 +121,28 @@ def _costed(
         backward_seconds,
         hosted / machine.to_host,
         hosted / machine.to_device,
+        max(0, whole - walk.window),
     )
-    return StagedChoice(choice, plan, tile, layer)
+    in_tiles = walk.in_tiles.intersection(plan.offloaded)
+    return StagedChoice(choice, plan, tile, layer, in_tiles, max(walk.window, whole) if walk.window else None)
 
 
 class _Walk:
     """Walks a schedule's steps with the bytes that live at each."""
 
-    def __init__(self, layer: LayerGraphs, tile: int | None, tokens: int, owns_gradient: bool, cost: _Cost):
-        self.layer, self.tokens, self.cost = layer, tokens, cost
-        self.tile = None if tile is None or tile >= tokens else tile
+    def __init__(
+        self,
+        layer: LayerGraphs,
+        tile: int | None,
+        tokens: int,
+        owns_gradient: bool,
+        cost: _Cost,
+        window: int,
+    ):
+        self.layer, self.tokens, self.cost, self.window = layer, tokens, cost, window
+        self.tile = None if tile is None or tile >= tokens else tile_length(tokens, tile)
+        # Of what is offloaded, that which is on the device one tile at a time.
+        self.in_tiles = layer.saved_in_tiles if self.tile and window else frozenset()
         self.owns_gradient = owns_gradient
         self.values = layer.values()
         self.size = layer.sizes()
@@ -117,9 +150,10 @@ class _Walk:
     def forward(self, plan: Schedule) -> tuple[int, float]:
         live = {name: self.size[name] for name in self.layer.own_inputs}
         worst, seconds = sum(live.values()), 0.0
+        streamed = self.in_tiles.intersection(plan.offloaded)
         for step in plan.forward:
             if step.kind == "run":
-                peak, time = self._run(step.stage, live)
+                peak, time = self._run(step.stage, live, streamed)
                 worst, seconds = max(worst, peak), seconds + time
             # The caller holds the inputs until the layer is done, and a copy on its way its source.
             elif step.kind == "free" and step.value not in (*self.layer.own_inputs, *plan.offloaded):
@@ -128,36 +162,47 @@ class _Walk:
 
     def backward(self, plan: Schedule) -> tuple[int, float]:
         live = {name: self.size[name] for name in plan.kept}
+        streamed = self.in_tiles.intersection(plan.offloaded)
+        wholes = {name: self.size[name] for name in plan.offloaded if name not in streamed}
+        # A window is there for what returns before its use. What exceeds it is back when the backward begins.
+        if sum(wholes.values()) > self.window:
+            live |= wholes
         above = {n for n in self.layer.wiring.outputs if n in self.layer.wiring.differentiable}
         gradients = {name: self.size[name] for name in above}
         worst, seconds = sum(live.values()) + sum(gradients.values()), 0.0
         for step in plan.backward:
             here = sum(gradients.values())
             if step.kind == "reload":
-                live[step.value] = self.size[step.value]
+                if step.value not in streamed:
+                    live[step.value] = self.size[step.value]
                 worst = max(worst, sum(live.values()) + here)
             elif step.kind == "run":
-                peak, time = self._run(step.stage, live)
+                peak, time = self._run(step.stage, live, streamed)
                 worst, seconds = max(worst, peak + here), seconds + time
             elif step.kind == "backward":
-                peak, time = self._backward(step.stage, live, gradients, above)
+                peak, time = self._backward(step.stage, live, gradients, above, streamed)
                 worst, seconds = max(worst, peak), seconds + time
             elif step.kind == "free":
                 live.pop(step.value, None)
         return worst, seconds
 
-    def _run(self, index: int, live: dict[str, int]) -> tuple[int, float]:
+    def _run(self, index: int, live: dict[str, int], streamed: Set[str]) -> tuple[int, float]:
         graphs = self.layer.graphs[index]
         tile, count = self._tiles(index)
         cost = self.cost(graphs.forward, graphs.fakes, tile)
-        gives = {name: self.size[name] for name in self.layer.wiring.gives[index]}
+        gives = {name: self.size[name] for name in self.layer.wiring.gives[index] if name not in streamed}
         whole = sum(size for name, size in gives.items() if name not in live) if count > 1 else 0
         peak = sum(live.values()) + whole + cost.peak_bytes
         live.update(gives)
         return peak, cost.seconds * count
 
     def _backward(
-        self, index: int, live: dict[str, int], gradients: dict[str, int], above: set[str]
+        self,
+        index: int,
+        live: dict[str, int],
+        gradients: dict[str, int],
+        above: set[str],
+        streamed: Set[str],
     ) -> tuple[int, float]:
         graphs, stage = self.layer.graphs[index], self.values[index]
         if graphs.backward is None:
@@ -165,6 +210,7 @@ class _Walk:
         tile, count = self._tiles(index)
         cost = self.cost(graphs.backward, graphs.fakes, tile)
         before = sum(live.values()) + sum(gradients.values())
+        before += sum(self.size[n] * tile // self.tokens for n in stage.backward_reads if n in streamed)
         made = {name: self.size[name] for name in stage.gradients if name not in gradients}
         spare = [n for n in stage.gives if n in gradients and (self.owns_gradient or n not in above)]
         taken = set()
@@ -186,6 +232,7 @@ class _Walk:
         row_wise = self.layer.graphs[index].stage.row_wise
         if self.tile is None or not row_wise:
             return self.tokens, 1
+        # The last tile is shorter: seconds are those of as many tiles as it makes.
         return self.tile, -(-self.tokens // self.tile)
 
 

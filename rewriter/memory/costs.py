@@ -1,7 +1,8 @@
 """What a stage's graphs cost: seconds, and device memory beside their inputs, from shapes alone.
 
-Seconds are bounds, operations over rate or bytes over bandwidth, summed over nodes; views cost
-nothing. Of chains of pointwise operations, which a compiler fuses, only what enters and leaves is counted.
+Seconds are bounds, operations over rate or bytes over bandwidth, whichever is more, summed over nodes; views
+cost nothing. A narrow product, as one of rank 32, is one of bytes. Of chains of pointwise operations, which a
+compiler fuses, only what enters and leaves is counted.
 Memory is what lives at the worst moment when nodes run in order and values die after their last use. What a
 kernel needs beside its arguments and results is added where it is known to be large: attention's backward
 sums the gradient of the queries in fp32.
@@ -166,10 +167,21 @@ def _seconds(
         if _is_attention(node):
             backward = "backward" in _name(node)
             rate = rates.attention_backward_flops if backward else rates.attention_forward_flops
-        return count * (scale if _has(node, symbol) else 1.0) / rate
+        computing = count * (scale if _has(node, symbol) else 1.0) / rate
+        moving = 0.0 if _is_attention(node) else _moved(node, sizes, symbol, tokens) / rates.bandwidth
+        return max(computing, moving)
     if not _moves(node):
         return 0.0
-    return (sizes[node] + sum(_bytes_read(n, symbol, tokens) for n in node.all_input_nodes)) / rates.bandwidth
+    return _moved(node, sizes, symbol, tokens) / rates.bandwidth
+
+
+def _moved(node: Node, sizes: dict[Node, int], symbol: Any, tokens: int) -> int:
+    """Bytes read and written; what is written in place, both."""
+    read = sum(_bytes_read(n, symbol, tokens) for n in node.all_input_nodes)
+    schema = getattr(node.target, "_schema", None)
+    given = zip(node.args, schema.arguments if schema is not None else (), strict=False)
+    written = [a for a, said in given if said.alias_info is not None and said.alias_info.is_write]
+    return read + sizes[node] + sum(_bytes_read(a, symbol, tokens) for a in written if isinstance(a, Node))
 
 
 def _moves(node: Node) -> bool:

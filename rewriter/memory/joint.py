@@ -108,6 +108,7 @@ def partitioned_graphs(module: Callable, signature: Signature) -> tuple[GraphMod
     if writer := _writes(traced):
         raise Inseparable(f"`{writer}` writes to an input in place")
     _recompute_what_is_cheap(traced)
+    _view_again(traced)
     # The partitioner goes by names that AOTAutograd gives.
     forward, backward = min_cut_rematerialization_partition(
         traced, [*signature.inputs, *signature.tangents], num_fwd_outputs=len(signature.results)
@@ -130,6 +131,33 @@ def _recompute_what_is_cheap(module: GraphModule) -> None:
         if name.startswith("rewriter.") and "backward" not in name and any(word in name for word in _CHEAP):
             node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
             node.meta["ac_graph_id"] = 0
+
+
+def _view_again(module: GraphModule) -> None:
+    """Views of inputs are taken again: saved, each would be one more tensor, and the same bytes.
+
+    Where a size in them is that of no input, the backward could not read it off one.
+    """
+    inputs = module.graph.find_nodes(op="placeholder")
+    again = set(inputs)
+    for node in module.graph.nodes:
+        if node.op != "call_function" or node.target not in _VIEWS or node.args[0] not in again:
+            continue
+        sizes = [n for n in node.all_input_nodes[1:] if isinstance(n.meta["val"], SymInt)]
+        if all(_sized(n.meta["val"], inputs) is not None for n in sizes):
+            again.add(node)
+            node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+            node.meta["ac_graph_id"] = 0
+
+
+_VIEWS = frozenset(
+    {
+        torch.ops.aten.transpose.int,
+        torch.ops.aten.t.default,
+        torch.ops.aten.view.default,
+        torch.ops.aten.permute.default,
+    }
+)
 
 
 def _leaves(inputs: Sequence[Any], needs: Sequence[bool]) -> list[Any]:
@@ -157,6 +185,7 @@ def _both(
 
 def _pruned(module: GraphModule) -> GraphModule:
     """Without what nobody reads, and without ``detach``: each detached value would be one more to save."""
+    _read_sizes_off_inputs(module)
     for node in reversed(list(module.graph.nodes)):
         if node.target is torch.ops.aten.detach.default:
             node.replace_all_uses_with(node.args[0])
@@ -164,6 +193,19 @@ def _pruned(module: GraphModule) -> GraphModule:
             module.graph.erase_node(node)
     module.recompile()
     return module
+
+
+def _read_sizes_off_inputs(module: GraphModule) -> None:
+    """A size that is asked of a product would keep it computed where nothing else reads it."""
+    inputs = module.graph.find_nodes(op="placeholder")
+    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int):
+        size = node.meta["val"]
+        if node.args[0] in inputs or not isinstance(size, SymInt):
+            continue
+        found = _sized(size, inputs)
+        if found is not None:
+            node.args = found
+            inputs[-1].append(node)
 
 
 def _writes_for_nobody(node: Node) -> bool:
@@ -259,10 +301,17 @@ def _with_arguments(module: GraphModule, arguments: Sequence[Node], sizes: Seque
 
 def _where(size: Any, arguments: Sequence[Node]) -> tuple[Node, int]:
     """The argument and the dimension that are of ``size``."""
-    expression = size.node.expr
-    for node in arguments:
-        value = node.meta["val"]
+    found = _sized(size, arguments)
+    if found is None:
+        raise Inseparable(f"the size {size.node.expr} is read in its backward, and no tensor there has it")
+    return found
+
+
+def _sized(size: Any, nodes: Sequence[Node]) -> tuple[Node, int] | None:
+    """The first of ``nodes`` with a dimension of ``size``, and which."""
+    for node in nodes:
+        value = node.meta.get("val")
         for dim, found in enumerate(value.shape if isinstance(value, Tensor) else ()):
-            if isinstance(found, SymInt) and found.node.expr == expression:
+            if isinstance(found, SymInt) and found.node.expr == size.node.expr:
                 return node, dim
-    raise Inseparable(f"the size {expression} is read in its backward, and no tensor there has it")
+    return None

@@ -7,8 +7,9 @@ A kept activation is given up as soon as the backward has read it, so that there
 ``retain_graph=True`` and second derivatives are refused.
 """
 
+import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from rewriter.memory.randomness import device_of, random_state, replaying
 from rewriter.memory.schedule import Schedule, Wiring
-from rewriter.memory.stage_run import StageRun
+from rewriter.memory.stage_run import StageRun, Tiles
 from rewriter.memory.transfer import Transfers
 
 
@@ -29,12 +30,20 @@ class LayerStages:
     runs: tuple[StageRun, ...]
     wiring: Wiring
 
-    def run(self, index: int, here: dict[str, Any], tile: int | None) -> None:
-        """Run stage ``index`` on the values that are ``here``, and put its results there."""
+    def run(
+        self,
+        index: int,
+        here: dict[str, Any],
+        tile: int | None,
+        sinks: Mapping[str, Callable[[Tensor], Any]] | None = None,
+    ) -> None:
+        """Run stage ``index`` on the values that are ``here``, and put its results there, or in ``sinks``."""
         inputs = [here[name] for name in self.wiring.takes[index]]
+        gives, sinks = self.wiring.gives[index], sinks or {}
         with self.drawing(index, inputs, here):
-            results = self.runs[index].run(inputs, tile)
-        here.update(zip(self.wiring.gives[index], results, strict=True))
+            taken = {i: sinks[name] for i, name in enumerate(gives) if name in sinks}
+            results = self.runs[index].run(inputs, tile, taken)
+        here.update(zip(gives, results, strict=True))
 
     def drawing(self, index: int, values: Sequence[Any], here: dict[str, Any]) -> AbstractContextManager:
         """Random numbers for stage ``index``: new ones the first time, noted ``here``, then the same."""
@@ -58,6 +67,8 @@ class ScheduledLayer:
         shared: names of inputs that live anyway: weights, and what all layers read.
         transfers: to host memory and back.
         owns_gradient: whether nobody else reads the gradients that the layer is given.
+        in_tiles: of what is offloaded, what leaves and returns tile by tile.
+        window: bytes of copies that may be under way, as ``Transfers.group`` says.
     """
 
     stages: LayerStages
@@ -66,6 +77,8 @@ class ScheduledLayer:
     shared: frozenset[str]
     transfers: Callable[[], Transfers]
     owns_gradient: bool
+    in_tiles: frozenset[str] = frozenset()
+    window: int | None = None
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
@@ -78,10 +91,14 @@ class ScheduledLayer:
         """The results; what is left on the device; tickets of what is not. Without ``transfers``: nothing."""
         here = dict(zip(self.stages.wiring.inputs, inputs, strict=True))
         tickets: dict[str, Any] = {}
+        sinks: dict[str, Callable[[Tensor], Any]] = {}
+        for name in self.in_tiles:
+            tickets[name] = []
+            sinks[name] = functools.partial(_send, transfers, tickets[name])
         for step in self.schedule.forward:
             if step.kind == "run":
-                self.stages.run(step.stage, here, self.tile)
-            elif step.kind == "offload" and transfers is not None:
+                self.stages.run(step.stage, here, self.tile, sinks)
+            elif step.kind == "offload" and transfers is not None and step.value not in sinks:
                 tickets[step.value] = transfers.offload(here[step.value])
             elif step.kind == "free":
                 del here[step.value]
@@ -101,17 +118,34 @@ class ScheduledLayer:
     ) -> dict[str, Tensor | None]:
         """Gradients of the layer's inputs by name; ``here``, ``tickets`` and ``gradients`` are used up."""
         given = set(gradients)
+        transfers.prefetch_latest()
         lent = _sharing(gradients) if self.owns_gradient else given
         for step in self.schedule.backward:
             if step.kind == "run":
                 self.stages.run(step.stage, here, self.tile)
             elif step.kind == "reload":
-                here[step.value] = transfers.reload(tickets.pop(step.value))
+                ticket = tickets.pop(step.value)
+                whole = step.value not in self.in_tiles
+                here[step.value] = transfers.reload(ticket) if whole else Tiles(ticket, transfers.reload)
             elif step.kind == "backward":
                 self._backward_of(step.stage, here, gradients, given, lent)
             elif step.kind == "free":
                 del here[step.value]
         return {name: gradients.get(name) for name in self.stages.wiring.inputs}
+
+    def in_order_of_need(self, tickets: Mapping[str, Any]) -> list[Any]:
+        """``tickets`` as the backward comes to them: those of tiles, tile after tile."""
+        order: list[Any] = []
+        tiled: list[Any] = []
+        for step in self.schedule.backward:
+            if step.kind == "reload" and step.value in self.in_tiles:
+                tiled.append(tickets[step.value])
+            elif step.kind == "reload":
+                order.append(tickets[step.value])
+            elif step.kind == "backward" and tiled:
+                order += [ticket for tile in zip(*tiled, strict=True) for ticket in tile]
+                tiled = []
+        return order
 
     def _backward_of(
         self,
@@ -148,8 +182,9 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layer: ScheduledLayer, *inputs: Any) -> tuple[Any, ...]:
         transfers = layer.transfers()
-        with transfers.group():
+        with transfers.group(layer.window) as group:
             results, kept, ctx.tickets = layer.forward(inputs, transfers)
+            group.will_need(layer.in_order_of_need(ctx.tickets))
         names = layer.stages.wiring.inputs
         shared = [x if n in layer.shared else None for n, x in zip(names, inputs, strict=True)]
         ctx.numbers = {
@@ -187,6 +222,11 @@ class _Layer(torch.autograd.Function):
         found = layer.backward(here, ctx.tickets, gradients, layer.transfers())
         wanted = zip(layer.stages.wiring.inputs, ctx.needs_input_grad[1:], ctx.dtypes, strict=True)
         return None, *(_as(found[name], dtype) if need else None for name, need, dtype in wanted)
+
+
+def _send(transfers: Transfers | None, tickets: list[Any], tile: Tensor) -> None:
+    if transfers is not None:
+        tickets.append(transfers.offload(tile))
 
 
 def _state_of(index: int) -> str:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -53,6 +54,17 @@ class LayerGraphs:
                 size = value_bytes(value_of(nodes[name])) if name in nodes else 0
                 found[name] = size or bytes_at(value, graphs.fakes, self.tokens)
         return found
+
+    @cached_property
+    def saved_in_tiles(self) -> frozenset[str]:
+        """What stages in tiles save for their own backward alone, tile by tile."""
+        found: set[str] = set()
+        for graphs, given in zip(self.graphs, self.wiring.gives, strict=True):
+            count = len(graphs.signature.results)
+            if graphs.stage.row_wise:
+                rows = graphs.forward_rows[count:]
+                found.update(n for n, row in zip(given[count:], rows, strict=True) if row is not None)
+        return frozenset(found)
 
     def label(self, name: str) -> str:
         """What a value is, for people: by the whole stage, as attention, that makes it or is next to it."""

@@ -43,7 +43,7 @@ def grown(choice: Choice, times: float) -> Choice:
     """``choice`` for ``times`` as many tokens."""
     if times == 1.0:
         return choice
-    names = ("saved", "hosted", "forward_peak", "backward_peak")
+    names = ("saved", "hosted", "flight", "forward_peak", "backward_peak")
     sizes = {name: ceil(getattr(choice, name) * times) for name in names}
     names = ("forward_seconds", "backward_seconds", "offload_seconds", "reload_seconds")
     return replace(choice, **sizes, **{name: getattr(choice, name) * times for name in names})

@@ -1,14 +1,15 @@
 """What a machine does in a second, in the few numbers that plans are made of, measured once or given.
 
-``machine_for(device)`` measures a device in about a second and keeps the result under ``~/.cache/rewriter``
+``machine_for(device)`` measures a device in about two seconds and keeps the result under ``~/.cache/rewriter``
 (or ``$XDG_CACHE_HOME/rewriter``). ``REWRITER_MACHINE``, a JSON file of a ``Machine`` or the name of a known
 card, takes its place, so that any card can be planned on any machine. A card that is nearly full is measured
 with smaller tensors, and a full one not at all: the known card of its name takes its place, else the slowest.
 
 Known cards other than the H200, which is measured, are the dense bf16 rate, memory bandwidth and PCIe rate
 that NVIDIA publishes (data sheets of the H100, A100, L40S and L4; the Ada whitepaper for the RTX 4090), times
-the share of its own that the H200 reached: 690 of 989 TFLOP/s in products, 593 and 532 in attention forward
-and backward, 3.9 of 4.8 TB/s, 55 of 64 GB/s. They are estimates: measure where you can.
+the share of its own that the H200 reached in steps of some seconds, where its power limits it: 715 of 989
+TFLOP/s in products, 565 and 500 in attention forward and backward, 3.9 of 4.8 TB/s, 55 of 64 GB/s. They are
+estimates: measure where you can.
 """
 
 import json
@@ -110,7 +111,7 @@ def _checked(given: dict[str, Any], path: str | Path) -> dict[str, Any]:
     return {**given, "device_bytes": int(given["device_bytes"])}
 
 
-H200 = Machine("H200", int(139.8 * _GIB), 690e12, 593e12, 532e12, 3.9e12, 55e9, 55e9, 4e-6)
+H200 = Machine("H200", int(139.8 * _GIB), 715e12, 565e12, 500e12, 3.9e12, 55e9, 55e9, 4e-6)
 
 
 def _published(name: str, gib: float, flops: float, bandwidth: float, pcie: float) -> Machine:
@@ -219,7 +220,7 @@ _ON_CPU = _Sizes(512, 2**26, 2**26, (4, 512, 64))
 
 
 def measure(device: "str | torch.device") -> Machine:
-    """Measure a device in about a second: medians of a few runs.
+    """Measure a device in about two seconds: medians of a few runs.
 
     It takes up to 2 GiB of a GPU that has 4 free, up to 0.3 of any other, and gives it back.
 
@@ -259,6 +260,9 @@ def _measured(device: "torch.device", sizes: _Sizes, total: int, timed: "Timed")
         launch_seconds=_launch_seconds(device, timed),
     )
 
+
+# Of running before a GPU is timed.
+_WARM_SECONDS = 0.25
 
 Timed = Callable[[Callable[[], object]], float]
 
@@ -347,7 +351,9 @@ def _timed_on_gpu(device: "torch.device") -> Timed:
 
     def timed(run: Callable[[], object]) -> float:
         with torch.cuda.device(device):
-            for _ in range(2):
+            # A cold card is faster for some tens of milliseconds: then its power limits it.
+            end = time.perf_counter() + _WARM_SECONDS
+            while time.perf_counter() < end:
                 once(run)
             return statistics.median(once(run) for _ in range(5))
 

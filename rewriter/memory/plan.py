@@ -7,11 +7,13 @@ neither models nor devices, and any card can be planned on any machine.
 
 Memory at the two moments of part i, where j runs over the parts before it::
 
-    device(forward i)  = static + sum(saved j) + hosted (i-1) + forward peak i
-    device(backward i) = static + sum(saved j) + hosted (i-1) + backward peak i
+    device(forward i)  = static + window + sum(saved j) + flight (i-1) + forward peak i
+    device(backward i) = static + window + sum(saved j) + flight (i-1) + backward peak i
 
 Copies run one part ahead in both directions: while part i runs forward, the source of part i-1's offload may
-still be on the device, and while part i runs backward, the reload for part i-1 is already there.
+still be on the device, and while part i runs backward, the reload for part i-1 is already there. All that it
+offloads is in flight then, unless a *window* is set aside for copies under way: what leaves and returns in
+tiles is never there beyond it, and of the rest what exceeds it is in flight.
 
 Time, as the same two overlaps give it, and as the planner minimises it::
 
@@ -61,6 +63,8 @@ class Choice:
         backward_seconds: computation of the backward, with what it recomputes.
         offload_seconds: copying ``hosted`` to the host, which overlaps the next part's forward.
         reload_seconds: copying it back, which overlaps the backward of the part that runs before this one's.
+        flight: of ``hosted``, what is on the device while a neighbour runs, beyond the problem's window; all
+            of it where it is not said.
     """
 
     name: str
@@ -72,8 +76,11 @@ class Choice:
     backward_seconds: float
     offload_seconds: float = 0.0
     reload_seconds: float = 0.0
+    flight: int = -1
 
     def __post_init__(self):
+        if self.flight == -1:
+            object.__setattr__(self, "flight", self.hosted)
         for field in fields(self)[1:]:
             value = getattr(self, field.name)
             if not isfinite(value) or value < 0:
@@ -111,6 +118,7 @@ class Problem:
         host_budget: bytes that all offloads together may take.
         name: what needs the memory, for messages: "32 layers at 65,536 tokens".
         static_name: what ``static`` is, for messages.
+        window: bytes set aside on the device for copies under way.
     """
 
     parts: tuple[Part, ...]
@@ -119,11 +127,12 @@ class Problem:
     host_budget: int
     name: str = "this step"
     static_name: str = "weights and optimizer states"
+    window: int = 0
 
     def __post_init__(self):
         if not self.parts:
             raise ValueError("a problem without parts: there is nothing to plan")
-        for name in ("static", "device_budget", "host_budget"):
+        for name in ("static", "device_budget", "host_budget", "window"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name} is {value!r}, not whole bytes >= 0")
@@ -133,8 +142,7 @@ class Problem:
 class Moment:
     """Bytes in use at the worst moment of one part's forward or backward.
 
-    ``static``, ``earlier`` (saved by the parts before), ``flight`` (the copy of the part before, under way)
-    and ``own`` sum up to ``device``.
+    ``static``, ``earlier`` (saved by the parts before), ``flight`` (copies under way) and ``own`` sum up to ``device``.
     """
 
     part: int
@@ -224,7 +232,7 @@ def moments(problem: Problem, choices: Sequence[Choice]) -> tuple[Moment, ...]:
 
     def at(i: int, backward: bool) -> Moment:
         own = choices[i].backward_peak if backward else choices[i].forward_peak
-        flight = choices[i - 1].hosted if i else 0
+        flight = problem.window + (choices[i - 1].flight if i else 0)
         name = f"{'backward' if backward else 'forward'} of {problem.parts[i].name}"
         in_host = host[i + 1] if backward else host[i]
         return Moment(i, backward, name, problem.static, earlier[i], flight, own, in_host)

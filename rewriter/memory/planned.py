@@ -8,22 +8,23 @@ shows what the plan does.
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from math import ceil
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from rewriter.memory.arena import HostArena
 from rewriter.memory.budgets import Budgets
-from rewriter.memory.choices import Link, StagedChoice, staged_choices
+from rewriter.memory.choices import Link, StagedChoice, cost_on, staged_choices
 from rewriter.memory.kept import kept_choice
 from rewriter.memory.layer import LayerStages, ScheduledLayer
 from rewriter.memory.layer_graphs import LayerGraphs, layer_graphs
 from rewriter.memory.lengths import grown
 from rewriter.memory.plan import Choice, MemoryPlan, Part, Problem
-from rewriter.memory.planner import plan
+from rewriter.memory.planner import best
 from rewriter.memory.room import made_bytes
 from rewriter.memory.stage_graphs import Unstaged
 from rewriter.memory.transfer import Transfers
@@ -31,6 +32,7 @@ from rewriter.regions.program import Program, Region, RegionCall
 
 log = logging.getLogger(__name__)
 
+_Made = TypeVar("_Made")
 # For blocks that begin at multiples of 512 bytes.
 _SPARE = 1 << 20
 
@@ -42,12 +44,22 @@ class StagedRegion:
     layer: LayerGraphs
     way: StagedChoice
     owns_gradient: bool
+    growth: float = 1.0
 
     def scheduled(self, stages: LayerStages, transfers: Callable[[], Transfers]) -> ScheduledLayer:
         """What stands for the region, once its stages are compiled."""
         assert self.way.schedule is not None
-        shared, tile = self.layer.shared, self.way.tile
-        return ScheduledLayer(stages, self.way.schedule, tile, shared, transfers, self.owns_gradient)
+        way = self.way
+        return ScheduledLayer(
+            stages,
+            way.schedule,
+            way.tile,
+            self.layer.shared,
+            transfers,
+            self.owns_gradient,
+            way.in_tiles,
+            None if way.window is None else ceil(way.window * self.growth),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,9 +95,11 @@ def planned(program: Program, given: Budgets, machine: Link, device: torch.devic
     kept = kept_ways(program, machine)
     if found := _everything_kept(program, kept, given, device):
         return found
-    ways, notes = all_ways(program, machine, kept)
-    found = plan(_problem(program, ways, given))
-    staged_program, staged = _apply(program, ways, found)
+    everything, notes = all_ways(program, machine, kept)
+    problems = [_problem(program, ways, given, window) for window, ways in everything.items()]
+    found = best(problems)
+    ways = next(w for w, p in zip(everything.values(), problems, strict=True) if p is found.problem)
+    staged_program, staged = _apply(program, ways, found, given.growth)
     return PlannedProgram(staged_program, staged, found, tuple(notes), _transfers(given, device))
 
 
@@ -119,7 +133,9 @@ def _transfers(given: Budgets, device: torch.device) -> Callable[[], Transfers]:
     return functools.partial(transfers_of, str(device), given.host)
 
 
-def _problem(program: Program, ways: Mapping[Region, list[StagedChoice]], given: Budgets) -> Problem:
+def _problem(
+    program: Program, ways: Mapping[Region, list[StagedChoice]], given: Budgets, window: int = 0
+) -> Problem:
     choices = {
         region: tuple(grown(way.choice, given.growth) for way in found) for region, found in ways.items()
     }
@@ -127,7 +143,8 @@ def _problem(program: Program, ways: Mapping[Region, list[StagedChoice]], given:
         Part(f"{call.region.name} {i}", call.region.name, choices[call.region])
         for i, call in enumerate(program.calls)
     ]
-    return Problem(tuple(parts), given.static, given.device, given.host)
+    window = ceil(window * given.growth)
+    return Problem(tuple(parts), given.static, given.device, given.host, window=window)
 
 
 def kept_ways(program: Program, machine: Link) -> dict[Region, list[StagedChoice]]:
@@ -147,34 +164,77 @@ def _kept_choice(program: Program, region: Region, machine: Link) -> Choice:
 
 def all_ways(
     program: Program, machine: Link, kept: Mapping[Region, list[StagedChoice]] | None = None
-) -> tuple[dict[Region, list[StagedChoice]], list[str]]:
+) -> tuple[dict[int, dict[Region, list[StagedChoice]]], list[str]]:
     """Every way to run each region, and why some cannot run in stages; ``kept`` where it is known already.
 
+    By the window of device memory that is set aside for copies under way: none, which needs least, and one.
     Regions between the first and the last call, or that repeat, may run in stages. One that fails to be cut
     keeps everything; the others are planned.
     """
     notes: list[str] = []
-    ways = {region: list(found) for region, found in (kept or kept_ways(program, machine)).items()}
+    kept = kept or kept_ways(program, machine)
+    layers = {
+        region: graphs
+        for region in _repeated_or_inner(program)
+        if (graphs := _or_noted(notes, region, lambda region=region: _cut(program, region))) is not None
+    }
+    windows, cost = (0, _window(layers)), cost_on(machine)
+    found = {window: {region: list(ways) for region, ways in kept.items()} for window in windows}
+    for region, graphs in layers.items():
+
+        def staged(
+            region: Region = region, graphs: list[LayerGraphs] = graphs
+        ) -> dict[int, list[StagedChoice]]:
+            owns = _owns_gradient(program, region)
+            return {
+                window: [
+                    way
+                    for layer in graphs
+                    for way in staged_choices(layer, layer.tokens, machine, owns, window, cost)
+                ]
+                for window in found
+            }
+
+        for window, ways in (_or_noted(notes, region, staged) or {}).items():
+            found[window][region] += ways
+    return found, notes
+
+
+def _repeated_or_inner(program: Program) -> list[Region]:
     times = program.times()
     ends = {program.calls[0].region, program.calls[-1].region}
-    for region in program.regions:
-        if times[region] == 1 and region in ends:
-            continue
-        try:
-            ways[region] += _staged_ways(program, region, machine)
-        except Unstaged as reason:
-            notes.append(f"{region.name} keeps what its backward reads: {reason}")
-        except Exception as error:
-            log.warning("%s cannot be planned and keeps everything: %s", region.name, error, exc_info=True)
-            failed = f"planning it failed: {type(error).__name__}: {error}"
-            notes.append(f"{region.name} keeps everything, {failed}")
-    return ways, notes
+    return [region for region in program.regions if times[region] > 1 or region not in ends]
 
 
-def _staged_ways(program: Program, region: Region, machine: Link) -> list[StagedChoice]:
-    shared, owns = _shared(program, region), _owns_gradient(program, region)
-    layers = [layer_graphs(region, shared, saving=saving) for saving in (False, True)]
-    return [way for layer in layers for way in staged_choices(layer, layer.tokens, machine, owns)]
+def _or_noted(notes: list[str], region: Region, make: Callable[[], _Made]) -> _Made | None:
+    """What ``make`` makes; None, and a note, where it fails: the region then keeps everything."""
+    try:
+        return make()
+    except Unstaged as reason:
+        notes.append(f"{region.name} keeps what its backward reads: {reason}")
+    except Exception as error:
+        log.warning("%s cannot be planned and keeps everything: %s", region.name, error, exc_info=True)
+        failed = f"planning it failed: {type(error).__name__}: {error}"
+        notes.append(f"{region.name} keeps everything, {failed}")
+    return None
+
+
+def _cut(program: Program, region: Region) -> list[LayerGraphs]:
+    shared = _shared(program, region)
+    return [layer_graphs(region, shared, saving=saving) for saving in (False, True)]
+
+
+def _window(layers: Mapping[Region, Sequence[LayerGraphs]]) -> int:
+    """Device bytes for copies under way: half of the most that one layer saves in tiles.
+
+    It is made in half of the layer's forward, and takes about all of it to leave.
+    """
+    sizes = (
+        sum(layer.sizes()[name] for name in layer.saved_in_tiles)
+        for graphs in layers.values()
+        for layer in graphs
+    )
+    return max(sizes, default=0) // 2
 
 
 def _shared(program: Program, region: Region) -> frozenset[int]:
@@ -210,6 +270,7 @@ def _apply(
     program: Program,
     ways: Mapping[Region, list[StagedChoice]],
     found: MemoryPlan,
+    growth: float,
 ) -> tuple[Program, dict[Region, StagedRegion]]:
     taken = {n.name for n in program.source.graph.nodes} | {r.name for r in program.regions}
     made: dict[tuple[Region, str], Region] = {}
@@ -226,7 +287,7 @@ def _apply(
             made[key] = Region(name, region.module, region.inputs)
             way = next(w for w in ways[region] if w.choice.name == choice.name)
             if way.layer is not None:
-                staged[made[key]] = StagedRegion(way.layer, way, _owns_gradient(program, region))
+                staged[made[key]] = StagedRegion(way.layer, way, _owns_gradient(program, region), growth)
         calls.append(RegionCall(made[key], call.inputs, call.outputs))
     return replace(program, calls=tuple(calls)), staged
 

@@ -30,11 +30,27 @@ def plan(problem: Problem) -> MemoryPlan:
             part, and the host memory that it takes.
     """
     options, unit = _options(problem.parts)
-    device = problem.device_budget - problem.static
+    device = problem.device_budget - problem.static - problem.window
     found = fastest(options, device, problem.host_budget) if device >= 0 else None
     if found is None:
         raise _infeasible(problem)
     return _as_plan(problem, found.choices, (found.time - found.bound) * unit)
+
+
+def best(problems: Sequence[Problem]) -> MemoryPlan:
+    """The fastest of the plans of ``problems``, which ask for the same in other ways; the first of equal ones.
+
+    Raises:
+        Infeasible: where nothing fits the first.
+    """
+    found = plan(problems[0])
+    for problem in problems[1:]:
+        try:
+            other = plan(problem)
+        except Infeasible:
+            continue
+        found = other if other.seconds < found.seconds else found
+    return found
 
 
 def least(problem: Problem) -> MemoryPlan:
@@ -128,7 +144,7 @@ def _seconds(choice: Choice) -> tuple[float, float, float, float]:
 
 
 def _kind(choices: Sequence[Choice], unit: float) -> Options:
-    memory = [(choice.saved, choice.hosted, choice.peak) for choice in choices]
+    memory = [(choice.saved, choice.hosted, choice.peak, choice.flight) for choice in choices]
     times = [tuple(round(seconds / unit) for seconds in _seconds(choice)) for choice in choices]
     rows = np.array([m + t for m, t in zip(memory, times, strict=True)], np.int64)
     no_worse = (rows[:, None] <= rows[None]).all(axis=2)
@@ -136,8 +152,8 @@ def _kind(choices: Sequence[Choice], unit: float) -> Options:
     # Of equal choices the first stays.
     beaten = (no_worse & ~equal) | np.triu(equal, 1)
     index = np.flatnonzero(beaten.sum(axis=0) == 0)
-    saved, hosted, peak, forward, backward, offload, reload = rows[index].T
-    copies = list(zip(hosted.tolist(), offload.tolist(), reload.tolist(), strict=True))
+    saved, hosted, peak, flight, forward, backward, offload, reload = rows[index].T
+    copies = list(zip(flight.tolist(), offload.tolist(), reload.tolist(), strict=True))
     overlaps = sorted(set(copies))
     group = np.array([overlaps.index(copy) for copy in copies])
     return Options(index, saved, hosted, peak, forward, backward, group, tuple(Overlap(*o) for o in overlaps))

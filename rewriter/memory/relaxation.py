@@ -3,9 +3,11 @@
 A step is a path through (part, choice), each arc of which knows the overlap that it comes with. Letting a
 path split into fractions makes the search a linear program: one flow, a bound for each moment, one for the
 host. Its duals are the prices that no other prices beat. ``bounds.py`` turns any prices into a bound, so that
-nothing rests on the solver's tolerance. SciPy's HiGHS solves it: 0.1 s for 80 parts with 12 choices.
+nothing rests on the solver's tolerance, nor on all choices being in it: of many, those that some price makes
+the cheapest are. SciPy's HiGHS solves it: 0.1 s for 80 parts with 12 choices.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -22,6 +24,7 @@ def best_prices(parts: Sequence[Options], device: int, host: int, *, by_peak: bo
     is not read.
     """
     # Solvers want numbers near 1.
+    parts = _few(parts)
     largest = max(1, device, *(int(options.peak.max()) for options in parts))
     slowest = max(1, *(int(options.forward.max() + options.backward.max()) for options in parts))
     program = _Program()
@@ -40,7 +43,7 @@ def best_prices(parts: Sequence[Options], device: int, host: int, *, by_peak: bo
         for leaving, inflow in zip(arcs, arriving, strict=True):
             flow = [*((arc, 1.0) for arc in leaving), *((arc, -1.0) for arc in inflow)]
             program.equal(flow, 0.0 if inflow else 1.0)
-        flight = np.array([[overlap.hosted] for overlap in before])
+        flight = np.array([[overlap.flight] for overlap in before])
         moment = [(saved, 1.0), *_weighted(arcs, (options.peak + flight) / largest)]
         if peak is None:
             program.at_most(moment, device / largest)
@@ -59,6 +62,37 @@ def best_prices(parts: Sequence[Options], device: int, host: int, *, by_peak: bo
     # With a peak, they add up to one byte for a byte of it, but for the solver's rounding.
     duals *= 1 / (duals[:-1].sum() or 1.0) if by_peak else slowest / largest
     return Prices(duals[None, :-1], duals[-1:])
+
+
+# More choices than this are thinned out.
+_MANY = 48
+# Of each price the so many cheapest choices are taken, at prices of bytes from little to much.
+_CHEAPEST = 8
+_PRICES = (0.0, 0.05, 0.2, 0.8, 3.2, 12.8)
+
+
+def _few(parts: Sequence[Options]) -> list[Options]:
+    """``parts`` with the choices that matter to prices."""
+    made = {id(o): _thinned(o) if len(o) > _MANY else o for o in parts}
+    return [made[id(o)] for o in parts]
+
+
+def _thinned(options: Options) -> Options:
+    time = (options.forward + options.backward).astype(float)
+    copies = np.array([o.offload + o.reload for o in options.overlaps])[options.group]
+    flight = np.array([o.flight for o in options.overlaps])[options.group]
+    unit = (time.max() - time.min()) / max(1, int(options.saved.max()), int(options.hosted.max()))
+    taken: set[int] = set()
+    for here, there, at_once in itertools.product(_PRICES, repeat=3):
+        price = here * options.saved + there * options.hosted + at_once / 2 * (options.peak + flight)
+        for waiting in (0.0, 0.3):
+            total = time + unit * price + waiting * copies
+            taken.update(np.argpartition(total, _CHEAPEST)[:_CHEAPEST].tolist())
+    rows = np.array(sorted(taken))
+    names = ("index", "saved", "hosted", "peak", "forward", "backward")
+    left = {name: getattr(options, name)[rows] for name in names}
+    groups, group = np.unique(options.group[rows], return_inverse=True)
+    return Options(**left, group=group, overlaps=tuple(options.overlaps[g] for g in groups))
 
 
 def _weighted(arcs: np.ndarray, weights: np.ndarray) -> list[tuple[int, float]]:

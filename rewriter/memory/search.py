@@ -83,7 +83,7 @@ def smallest(parts: Sequence[Options], host: int) -> Found | None:
 
 
 def _timeless(options: Options) -> tuple[Overlap, ...]:
-    return tuple(Overlap(o.hosted, 0, 0) for o in options.overlaps)
+    return tuple(Overlap(o.flight, 0, 0) for o in options.overlaps)
 
 
 class _Search:
@@ -167,7 +167,7 @@ class _Search:
             time = time_of(self.parts[i], before)
             stage = []
             for g, overlap in enumerate(before):
-                some = self._extend(i, g, stages[-1], overlap.hosted, time[g], ceiling)
+                some = self._extend(i, g, stages[-1], overlap.flight, time[g], ceiling)
                 stage.append(self._narrow(some, i, g, ceiling, kept))
             stages.append(stage)
         (whole,) = stages[-1]

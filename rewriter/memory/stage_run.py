@@ -3,10 +3,11 @@
 In tiles, a row-wise stage needs memory for its inside for ``tile`` tokens instead of for all: the backward of
 an MLP of 14336 channels took 4.9 GiB at 32,768 tokens on an H200, and takes in proportion. Results are the
 same numbers: tokens do not meet in such a stage. Gradients of weights are sums over tiles; they are taken in
-fp32, and rounded once at the end.
+fp32, and rounded once at the end. What the stage saves for its own backward can leave the device tile by tile
+and come back so (``Tiles``): then it is never there as a whole.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,30 @@ from torch import Tensor
 from rewriter.memory.costs import int_hint
 from rewriter.memory.fakes import dense_strides, densely, memory_order
 from rewriter.memory.stage_graphs import Rows, StageGraphs
+
+
+class Tiles:
+    """A value that is elsewhere in tiles, each of which ``bring`` has back, first to last."""
+
+    def __init__(self, tickets: Sequence[Any], bring: Callable[[Any], Tensor]):
+        self._tickets, self._bring = iter(tickets), bring
+
+    def next(self) -> Tensor:
+        """The next tile, each once."""
+        return self._bring(next(self._tickets))
+
+
+def tile_length(tokens: int, most: int) -> int:
+    """Of tiles that are at most ``most`` tokens long and as few as that allows: nearly equal ones.
+
+    Weights are read, and dequantised, once a tile: a short last one would cost nearly as much as a long one.
+    """
+    count = -(-tokens // most)
+    return min(most, -(-tokens // count // _ALIGNED) * _ALIGNED)
+
+
+# Rows of a product's tile on a GPU.
+_ALIGNED = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,30 +57,55 @@ class StageRun:
     forward: Callable
     backward: Callable | None
 
-    def run(self, inputs: Sequence[Any], tile: int | None) -> list[Any]:
+    def run(
+        self,
+        inputs: Sequence[Any],
+        tile: int | None,
+        sinks: Mapping[int, Callable[[Tensor], Any]] | None = None,
+    ) -> list[Any]:
         """The results and, of a whole stage, what its backward reads beside them.
 
         Args:
-            tile: tokens a tile; None or enough for all: one run.
+            tile: tokens a tile, at most; None or enough for all: one run.
+            sinks: by the place of a result, who takes its tiles; None is returned in its place.
         """
-        values = self._laid_out(inputs)
+        values, sinks = self._laid_out(inputs), sinks or {}
         tokens, tile = _tokens(values, self._rows_in), self._at_most(tile)
         if tokens is None or tokens <= tile:
-            return self._packed(self.forward(*values))
-        rows_out, orders = self.graphs.forward_rows, self.graphs.result_orders
+            results = self._packed(self.forward(*values))
+            return [sinks[i](r) and None if i in sinks else r for i, r in enumerate(results)]
+        tile = tile_length(tokens, tile)
         wholes: list[Any] = []
         for start in range(0, tokens, tile):
             length = min(tile, tokens - start)
-            results = self._packed(self.forward(*_sliced(values, self._rows_in, start, length)))
-            if not wholes:
-                wholes = [
-                    r if rows is None else _room(r, rows, tokens, order)
-                    for r, rows, order in zip(results, rows_out, orders, strict=True)
-                ]
-            for whole, result, rows in zip(wholes, results, rows_out, strict=True):
-                if rows is not None:
-                    rows.narrowed(whole, start, length).copy_(result)
+            # No tile's results are held while the next one runs.
+            self._place(
+                self._packed(self.forward(*_sliced(values, self._rows_in, start, length))),
+                wholes,
+                (start, length, tokens),
+                sinks,
+            )
         return wholes
+
+    def _place(
+        self,
+        results: Sequence[Any],
+        wholes: list[Any],
+        where: tuple[int, int, int],
+        sinks: Mapping[int, Callable[[Tensor], Any]],
+    ) -> None:
+        """A tile's ``results`` into ``wholes``, which the first makes; ``where``: start, length, of how many."""
+        start, length, tokens = where
+        for i, (result, rows) in enumerate(zip(results, self.graphs.forward_rows, strict=True)):
+            if start == 0:
+                order = self.graphs.result_orders[i]
+                wholes.append(
+                    None if i in sinks else result if rows is None else _room(result, rows, tokens, order)
+                )
+            if i in sinks:
+                sinks[i](result)
+            elif rows is not None:
+                rows.narrowed(wholes[i], start, length).copy_(result)
 
     def run_backward(
         self,
@@ -68,7 +118,7 @@ class StageRun:
         """Gradients of the inputs that need one, in their order.
 
         Args:
-            read: the inputs, or of a stage that saves, what it saved.
+            read: the inputs, or of a stage that saves, what it saved; ``Tiles`` of what is elsewhere.
             tangents: gradients of the differentiable results.
             into: for each gradient a tensor to add it to, in place; None to make one.
             ours: of each tangent, whether nobody else reads it: a gradient of its shape may take its memory,
@@ -77,12 +127,14 @@ class StageRun:
         assert self.backward is not None
         tangents = self._tangents(tangents)
         values = self._read(read)
-        tokens, tile = _tokens(values, self.graphs.read_rows), self._at_most(tile)
+        rows = [r for r, has in zip(self._rows_out, self.graphs.signature.differentiable, strict=True) if has]
+        tokens = _tokens([*values, *tangents], [*self.graphs.read_rows, *rows])
+        tile = self._at_most(tile)
         if tokens is None or tokens <= tile:
+            values = [x.next() if isinstance(x, Tiles) else x for x in values]
             return _add(self.backward(*values, *tangents), tangents, into)
-        rows = (r for r, has in zip(self._rows_out, self.graphs.signature.differentiable, strict=True) if has)
         spare = [(t, r) for t, own, r in zip(tangents, ours, rows, strict=True) if own]
-        return self._tiled_backward(values, tangents, tile, tokens, into, spare)
+        return self._tiled_backward(values, tangents, tile_length(tokens, tile), tokens, into, spare)
 
     def _tiled_backward(
         self,
@@ -102,9 +154,11 @@ class StageRun:
         totals = [_widened(t) if t is not None and rows is None else t for t, rows in wholes]
         for start in range(0, tokens, tile):
             length = min(tile, tokens - start)
-            inputs = _sliced(values, self.graphs.read_rows, start, length)
-            above = _sliced(tangents, rows_of_tangents, start, length)
-            for i, gradient in enumerate(backward(*inputs, *above)):
+            gradients = backward(
+                *_sliced(values, self.graphs.read_rows, start, length),
+                *_sliced(tangents, rows_of_tangents, start, length),
+            )
+            for i, gradient in enumerate(gradients):
                 if gradient is None:
                     continue
                 rows, order, total = rows_of_gradients[i], orders[i], totals[i]
@@ -116,6 +170,8 @@ class StageRun:
                     total = totals[i] = _take(spare, gradient, rows, tokens, order)
                 place = rows.narrowed(total, start, length)
                 place.copy_(gradient) if into[i] is None else place.add_(gradient)
+            # Not held while the next tile runs.
+            del gradients, gradient
         return totals
 
     def _at_most(self, tile: int | None) -> int:
@@ -162,15 +218,17 @@ class StageRun:
 
 
 def _tokens(values: Sequence[Any], rows: Sequence[Rows | None]) -> int | None:
-    return next((r.tokens(x) for x, r in zip(values, rows, strict=True) if r is not None), None)
+    whole = zip(values, rows, strict=True)
+    return next((r.tokens(x) for x, r in whole if r is not None and not isinstance(x, Tiles)), None)
 
 
 def _sliced(values: Sequence[Any], rows: Sequence[Rows | None], start: int, length: int) -> list[Any]:
-    """A tile of each value that has tokens, without gaps."""
-    return [
-        x if row is None else densely(row.narrowed(x, start, length), memory_order(x))
-        for x, row in zip(values, rows, strict=True)
-    ]
+    """A tile of each value that has tokens, without gaps; of one that is elsewhere, the next."""
+
+    def cut(x: Any, row: Rows) -> Any:
+        return x.next() if isinstance(x, Tiles) else densely(row.narrowed(x, start, length), memory_order(x))
+
+    return [x if row is None else cut(x, row) for x, row in zip(values, rows, strict=True)]
 
 
 def _add(

@@ -16,6 +16,8 @@ computing stream:
   copy done: with the host far ahead, for ever;
 - the first reload of a group starts those of the group before it, which the backward comes to next. Their
   memory is the computing stream's, so each copy waits for what was computed in it before;
+- a group with a ``window`` bounds both by bytes: of what is on its way out no more than that is held, the
+  oldest given up first; and each reload starts those that come next, as far as the window allows;
 - a host block is freed after the computing stream has been told to wait for the copy from it; the next
   offload into it waits for the computing stream.
 
@@ -29,12 +31,14 @@ thread at a time. Refuses tensors that are sparse or lazily conjugated or negate
 
 import weakref
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from rewriter.memory.arena import Block, HostArena
+from rewriter.memory.groups import Group
 from rewriter.memory.layout import Layout, bytes_of
 from rewriter.memory.streams import streams_of
 from rewriter.memory.tickets import Copy, Ticket, identity, version_of
@@ -59,35 +63,6 @@ class TransferStats:
     prefetches_skipped: int = 0
 
 
-class Group:
-    """Tensors that are offloaded, given up and reloaded together; offloads in its context are its."""
-
-    def __init__(self, transfers: "Transfers"):
-        self._transfers = weakref.ref(transfers)
-        self._outer: Group | None = None
-        self.copies: list[Copy] = []
-        self.closed = self.returning = False
-
-    def __enter__(self) -> "Group":
-        transfers = self._transfers()
-        assert transfers is not None
-        self._outer, transfers._group = transfers._group, self
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        transfers = self._transfers()
-        assert transfers is not None
-        transfers._group = self._outer
-        self.close()
-
-    def close(self) -> None:
-        """The group is complete: the ``depth``-th complete one before it is given up."""
-        transfers = self._transfers()
-        if transfers is not None and not self.closed:
-            self.closed = True
-            transfers._complete(self)
-
-
 class Transfers:
     """Copies between ``device`` and the blocks of ``arena``.
 
@@ -106,15 +81,22 @@ class Transfers:
         self._streams = streams_of(self.device)
         self._groups: list[Group] = []
         self._completed: deque[Group] = deque()
+        # In the order of their copies; some given up already.
+        self._leaving: deque[Copy] = deque()
         self._group: Group | None = None
         self._tickets: weakref.WeakValueDictionary[tuple, Ticket] = weakref.WeakValueDictionary()
         self._abandoned: deque[Copy] = deque()
         # Of what is not over, only what was offloaded since the last reset is good.
         self._epoch = 0
 
-    def group(self) -> Group:
-        """A new group: for ``with``, or for ``offload(tensor, group)`` and then ``group.close()``."""
-        return Group(self)
+    def group(self, window: int | None = None) -> Group:
+        """A new group: for ``with``, or for ``offload(tensor, group)`` and then ``group.close()``.
+
+        Args:
+            window: bytes on their way out that may be held when one of its tensors leaves, and that may be
+                back on the device before they are asked for. None: whole groups are.
+        """
+        return Group(self, window)
 
     def offload(self, tensor: torch.Tensor, group: Group | None = None) -> Ticket:
         """Copy ``tensor`` (any shape and strides) to the arena.
@@ -159,7 +141,7 @@ class Transfers:
         if copy.given >= copy.uses:
             self._begin_again(copy.group)
         self._fetch(copy)
-        self._look_ahead(copy.group)
+        self._look_ahead(copy)
         if copy.written:
             raise RuntimeError(
                 f"reload: the tensor of shape {copy.layout.shape} was written in place after its offload; "
@@ -184,6 +166,12 @@ class Transfers:
         if self._is_good(ticket._copy):
             self._fetch(ticket._copy)
 
+    def prefetch_latest(self) -> None:
+        """Start the copies back of what was offloaded last, as far as its window allows: a backward begins."""
+        self._drain()
+        if self._groups and self._groups[-1].window is not None:
+            self._fill_window(self._groups[-1], None)
+
     def settle(self) -> None:
         """Give up the device memory of all complete groups: the computation waits for their copies.
 
@@ -206,6 +194,7 @@ class Transfers:
             group.copies = []
         self._groups.clear()
         self._completed.clear()
+        self._leaving.clear()
         self._abandoned.clear()
         self._tickets.clear()
         self._group = None
@@ -237,6 +226,8 @@ class Transfers:
         copy.left = out.record_event()
         self.stats.bytes_out += layout.nbytes
         ticket = self._tickets[identity(tensor)] = Ticket(copy, self._abandoned)
+        self._leaving.append(copy)
+        self._hold_at_most(group.window)
         return ticket
 
     def _enter(self, copy: Copy, group: Group) -> None:
@@ -247,8 +238,6 @@ class Transfers:
 
     def _complete(self, group: Group) -> None:
         self._drain()
-        if not group.copies:
-            return
         self._completed.append(group)
         while len(self._completed) > self.depth:
             self._give_up(self._completed.popleft())
@@ -261,21 +250,62 @@ class Transfers:
             compute.wait_event(copy.left)
             self._let_go(copy)
 
+    def _hold_at_most(self, window: int | None) -> None:
+        """Give up the oldest of what is on its way out, until no more than ``window`` bytes of it are held."""
+        leaving = self._leaving
+        while leaving and leaving[0].source is None:
+            leaving.popleft()
+        if window is None:
+            return
+        held = sum(copy.layout.nbytes for copy in leaving if copy.source is not None)
+        while held > window:
+            copy = leaving.popleft()
+            if copy.source is not None:
+                self._streams.compute().wait_event(copy.left)
+                self._let_go(copy)
+                held -= copy.layout.nbytes
+
     def _let_go(self, copy: Copy) -> None:
         source = copy.take_source()
         if self.poison and _held_by_nobody_else(source):
             bytes_of(source).fill_(_POISON)
 
-    def _look_ahead(self, group: Group) -> None:
-        if group.returning:
-            return
-        group.returning = True
-        for copy in group.copies:
-            self._fetch(copy)
-        place = self._groups.index(group)
-        before = self._groups[place - 1].copies if place else []
+    def _look_ahead(self, wanted: Copy) -> None:
+        group = wanted.group
+        if group.window is None:
+            if group.returning:
+                return
+            group.returning = True
+            for copy in group.copies:
+                self._fetch(copy)
+            place = self._groups.index(group)
+            self._try(self._groups[place - 1].copies if place else [])
+        else:
+            self._fill_window(group, wanted)
+
+    def _fill_window(self, group: Group, wanted: Copy | None) -> None:
+        """Fetch what comes next, until a window's bytes are there that nobody has asked for."""
+        ahead = 0
+        due = []
+        for copy in self._coming(group):
+            if copy is wanted or copy.given >= copy.uses:
+                continue
+            window = copy.group.window
+            ahead += copy.layout.nbytes
+            if window is not None and ahead > max(window, copy.layout.nbytes):
+                break
+            if copy.device is None:
+                due.append(copy)
+        self._try(due)
+
+    def _coming(self, group: Group) -> Iterator[Copy]:
+        """The copies of ``group`` and of those before it, in the order in which the backward asks for them."""
+        for earlier in reversed(self._groups[: self._groups.index(group) + 1]):
+            yield from earlier.copies
+
+    def _try(self, copies: list[Copy]) -> None:
         try:
-            for copy in before:
+            for copy in copies:
                 self._fetch(copy)
         except torch.OutOfMemoryError:
             # The step can still succeed: this copy then begins at its use.

@@ -22,6 +22,16 @@ def choices(monkeypatch):
     return layer, staged_choices(layer, layer.tokens, Linked(), True)
 
 
+@pytest.fixture
+def windowed(monkeypatch):
+    monkeypatch.setattr("rewriter.memory.choices._TILES", (None, 64, 8, 5))
+    layer = decoder(trained=False, saving=True).graphs
+    size = layer.sizes()
+    window = sum(size[name] for name in layer.saved_in_tiles) // 2
+    ways = [staged_choices(layer, layer.tokens, Linked(), True, w) for w in (0, window)]
+    return layer, window, *({w.choice.name: w for w in found} for found in ways)
+
+
 def test_no_two_ways_are_the_same(choices):
     _, ways = choices
     assert len({(way.schedule, way.tile) for way in ways}) == len(ways)
@@ -64,3 +74,28 @@ def test_no_peak_is_below_what_is_kept(choices):
     for way in ways:
         assert way.choice.backward_peak >= way.choice.saved + layer.sizes()["result"]
         assert way.choice.forward_peak >= way.choice.saved
+
+
+def test_with_a_window_what_stages_save_in_tiles_is_never_there_as_a_whole(windowed):
+    layer, window, without, ways = windowed
+    streaming = [name for name, way in ways.items() if way.in_tiles]
+    assert streaming and not any(way.in_tiles for way in without.values())
+    for name in streaming:
+        one, other = ways[name].choice, without[name].choice
+        assert ways[name].in_tiles <= layer.saved_in_tiles.intersection(ways[name].schedule.offloaded)
+        assert ways[name].tile is not None and one.hosted == other.hosted
+        assert one.flight + window < other.flight + one.hosted
+        assert one.forward_peak <= other.forward_peak and one.backward_peak <= other.backward_peak
+    lower = [n for n in streaming if ways[n].choice.backward_peak + window < without[n].choice.backward_peak]
+    assert lower
+
+
+def test_what_exceeds_the_window_is_in_flight(windowed):
+    _, window, without, ways = windowed
+    for name, way in ways.items():
+        size = sum(
+            w for v, w in windowed[0].sizes().items() if v in way.schedule.offloaded and v not in way.in_tiles
+        )
+        assert way.choice.flight == max(0, size - window)
+        assert way.window == max(window, size)
+        assert without[name].choice.flight == without[name].choice.hosted and without[name].window is None

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch._guards import TracingContext, tracing
 
+from rewriter.kernels.add_product import add_product_
 from rewriter.memory.costs import graph_cost
 from rewriter.memory.fakes import StageFakes
 from rewriter.memory.joint import forward_graph, signature_of
@@ -35,13 +36,28 @@ def _cost(function, shapes, tokens=7, hint=7):
 
 
 def test_a_product_costs_its_operations():
-    cost = _cost(lambda x, w: (x @ w,), [(None, 8), (8, 4)])
-    assert cost.seconds == pytest.approx(2 * 7 * 8 * 4 / 1000)
-    assert cost.result_bytes == cost.peak_bytes == 4 * 7 * 4
+    cost = _cost(lambda x, w: (x @ w,), [(None, 32), (32, 16)])
+    assert cost.seconds == pytest.approx(2 * 7 * 32 * 16 / 1000)
+    assert cost.result_bytes == cost.peak_bytes == 4 * 7 * 16
+
+
+def test_a_narrow_product_costs_its_bytes():
+    cost = _cost(lambda x, w: (x @ w,), [(None, 1), (1, 16)])
+    assert cost.seconds == pytest.approx(4 * (7 + 16 + 7 * 16) / 1000)
+
+
+def test_what_is_written_in_place_is_read_and_written():
+    def add(total, a, b):
+        total = total + 0
+        add_product_(total, a, b, 1.0)
+        return (total,)
+
+    cost = _cost(add, [(None, 16), (None, 1), (1, 16)])
+    assert cost.seconds == pytest.approx(4 * (7 * 16 * 2 + 7 + 16) / 1000)
 
 
 def test_twice_the_tokens_cost_twice_the_operations_and_bytes():
-    once, twice = (_cost(lambda x, w: (x @ w,), [(None, 8), (8, 4)], tokens) for tokens in (7, 14))
+    once, twice = (_cost(lambda x, w: (x @ w,), [(None, 32), (32, 16)], tokens) for tokens in (7, 14))
     assert twice.seconds == pytest.approx(2 * once.seconds)
     assert twice.peak_bytes == 2 * once.peak_bytes
 

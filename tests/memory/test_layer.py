@@ -1,5 +1,6 @@
 """A layer in stages gives its own gradients, whatever is kept, offloaded, recomputed or tiled."""
 
+import dataclasses
 import gc
 import weakref
 
@@ -86,6 +87,40 @@ def test_gradients_are_the_same_in_tiles_of_any_length(tile, rows, dtype, saving
     for fates in ({}, SAVING, dict.fromkeys(("q", "k", "v", "out"), "recompute")):
         ours = _step(scheduled(layer, fates, tile), layer)
         _assert_same(ours, eager, exact=tile >= 13)
+
+
+@pytest.mark.parametrize("tile", [None, 5])
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_what_leaves_in_tiles_gives_the_same_gradients_as_what_leaves_whole(tile, trained):
+    layer = decoder(rows=2, dtype=torch.bfloat16, trained=trained, saving=True)
+    transfers = new_transfers()
+    for fates in every_fate(layer):
+        whole = scheduled(layer, fates, tile, transfers=transfers)
+        tiles = layer.graphs.saved_in_tiles.intersection(whole.schedule.offloaded)
+        expected = _step(whole, layer)
+        moved = transfers.stats.bytes_out
+        for window in (0, 1000, 1 << 20):
+            parted = dataclasses.replace(whole, in_tiles=tiles, window=window)
+            _assert_same(_step(parted, layer), expected)
+        assert transfers.arena.in_use == 0
+        if tiles:
+            assert transfers.stats.bytes_out > moved
+
+
+def test_what_leaves_in_tiles_comes_back_in_the_order_in_which_it_is_read():
+    layer = decoder(saving=True)
+    fates = {n: "offload" for g in layer.graphs.wiring.gives for n in g} | {"h": "offload"}
+    made = scheduled(layer, fates, 5)
+    function = dataclasses.replace(made, in_tiles=layer.graphs.saved_in_tiles, window=1 << 20)
+    transfers, asked = function.transfers(), []
+    _, _, tickets = function.forward(tuple(layer.inputs.values()), transfers)
+    expected = [id(ticket) for ticket in function.in_order_of_need(tickets)]
+    results = function(*layer.inputs.values())
+    reload = transfers.reload
+    transfers.reload = lambda ticket: asked.append(ticket._copy.layout.nbytes) or reload(ticket)
+    order = [ticket._copy.layout.nbytes for ticket in function.in_order_of_need(tickets)]
+    results[0].sum().backward()
+    assert len(expected) == len(set(expected)) == len(asked) and asked == order
 
 
 def test_gradients_of_weights_are_summed_over_tiles_in_fp32():

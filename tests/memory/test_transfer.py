@@ -109,6 +109,25 @@ def test_the_first_reload_of_a_group_brings_it_and_the_one_before():
     assert transfers.stats.bytes_in == sizes[3] + sizes[2] + sizes[1]
 
 
+def test_a_window_bounds_what_is_held_on_its_way_out_and_what_is_back_early():
+    transfers = _transfers()
+    tickets = []
+    for _ in range(3):
+        with transfers.group(window=1000) as group:
+            own = [transfers.offload(torch.randn(100)) for _ in range(4)]
+            assert sum(c.layout.nbytes for c in transfers._leaving if c.source is not None) <= 1000
+            group.will_need(own[::-1])
+            tickets += own
+    transfers.settle()
+    transfers.prefetch_latest()
+    order = [t for i in (8, 4, 0) for t in tickets[i : i + 4][::-1]]
+    assert transfers.stats.bytes_in == 800
+    for number, ticket in enumerate(order):
+        transfers.reload(ticket)
+        assert transfers.stats.bytes_in == min(400 * (number + 3), 400 * 12)
+    assert transfers.arena.in_use == 0
+
+
 def test_a_prefetch_is_the_reload_begun_earlier():
     transfers = _transfers(depth=0)
     tickets, expected = _forward(transfers)
