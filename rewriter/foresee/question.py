@@ -42,7 +42,7 @@ class Question:
         return problems[0], notes
 
     def problems(self, tokens: int) -> tuple[tuple[Problem, ...], tuple[str, ...]]:
-        """What the planner is asked for ``tokens``, the first that which needs least; what it was not offered."""
+        """What the planner is asked for ``tokens``, that which needs least first; what it is not offered."""
         if tokens not in self._known:
             try:
                 self._known[tokens] = self._problems(tokens)

@@ -1,6 +1,6 @@
 """What a machine does in a second, in the few numbers that plans are made of, measured once or given.
 
-``machine_for(device)`` measures a device in about two seconds and keeps the result under ``~/.cache/rewriter``
+``machine_for(device)`` measures a device in two seconds and keeps the result under ``~/.cache/rewriter``
 (or ``$XDG_CACHE_HOME/rewriter``). ``REWRITER_MACHINE``, a JSON file of a ``Machine`` or the name of a known
 card, takes its place, so that any card can be planned on any machine. A card that is nearly full is measured
 with smaller tensors, and a full one not at all: the known card of its name takes its place, else the slowest.

@@ -142,7 +142,8 @@ class Problem:
 class Moment:
     """Bytes in use at the worst moment of one part's forward or backward.
 
-    ``static``, ``earlier`` (saved by the parts before), ``flight`` (copies under way) and ``own`` sum up to ``device``.
+    ``static``, ``earlier`` (saved by the parts before), ``flight`` (copies under way) and ``own`` sum up to
+    ``device``.
     """
 
     part: int

@@ -38,7 +38,7 @@ def plan(problem: Problem) -> MemoryPlan:
 
 
 def best(problems: Sequence[Problem]) -> MemoryPlan:
-    """The fastest of the plans of ``problems``, which ask for the same in other ways; the first of equal ones.
+    """The fastest plan of ``problems``, which ask for the same in other ways; of equal ones the first.
 
     Raises:
         Infeasible: where nothing fits the first.

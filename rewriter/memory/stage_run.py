@@ -73,7 +73,10 @@ class StageRun:
         tokens, tile = _tokens(values, self._rows_in), self._at_most(tile)
         if tokens is None or tokens <= tile:
             results = self._packed(self.forward(*values))
-            return [sinks[i](r) and None if i in sinks else r for i, r in enumerate(results)]
+            for i, sink in sinks.items():
+                sink(results[i])
+                results[i] = None
+            return results
         tile = tile_length(tokens, tile)
         wholes: list[Any] = []
         for start in range(0, tokens, tile):
@@ -94,7 +97,7 @@ class StageRun:
         where: tuple[int, int, int],
         sinks: Mapping[int, Callable[[Tensor], Any]],
     ) -> None:
-        """A tile's ``results`` into ``wholes``, which the first makes; ``where``: start, length, of how many."""
+        """A tile's ``results`` into ``wholes``, which the first makes; ``where``: start, length, of all."""
         start, length, tokens = where
         for i, (result, rows) in enumerate(zip(results, self.graphs.forward_rows, strict=True)):
             if start == 0:

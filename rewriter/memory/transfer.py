@@ -167,7 +167,7 @@ class Transfers:
             self._fetch(ticket._copy)
 
     def prefetch_latest(self) -> None:
-        """Start the copies back of what was offloaded last, as far as its window allows: a backward begins."""
+        """Start the copies back of what was offloaded last, within its window: a backward begins."""
         self._drain()
         if self._groups and self._groups[-1].window is not None:
             self._fill_window(self._groups[-1], None)
@@ -251,7 +251,7 @@ class Transfers:
             self._let_go(copy)
 
     def _hold_at_most(self, window: int | None) -> None:
-        """Give up the oldest of what is on its way out, until no more than ``window`` bytes of it are held."""
+        """Give up the oldest of what is on its way out, until at most ``window`` bytes of it are held."""
         leaving = self._leaving
         while leaving and leaving[0].source is None:
             leaving.popleft()
@@ -299,7 +299,7 @@ class Transfers:
         self._try(due)
 
     def _coming(self, group: Group) -> Iterator[Copy]:
-        """The copies of ``group`` and of those before it, in the order in which the backward asks for them."""
+        """The copies of ``group`` and of those before it, in the order in which a backward asks for them."""
         for earlier in reversed(self._groups[: self._groups.index(group) + 1]):
             yield from earlier.copies
 

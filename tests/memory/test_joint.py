@@ -284,3 +284,28 @@ def test_a_write_to_an_input_cannot_be_parted_and_is_named():
 
     with pytest.raises(Inseparable, match="writes to an input in place"):
         Case(writes, [_randn(5), _randn(5, grad=False)]).traced(partitioned_graphs)
+
+
+def test_a_product_whose_size_alone_is_read_is_not_computed_again():
+    def part(x, w):
+        y = x @ w
+        return (y.view(y.shape[0], 2, -1).mul(2.0),)
+
+    fakes = StageFakes(7)
+    inputs = [fakes.like(torch.empty(7, 8), 0), fakes.like(torch.empty(8, 4))]
+    with tracing(TracingContext(fakes.mode)), fakes.mode:
+        graph = backward_graph(part, signature_of(part, inputs, [True, False]))
+    products = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)
+    assert len(products) == 1
+
+
+def test_a_view_of_an_input_is_taken_again_and_not_saved():
+    def part(x, w):
+        y = x.transpose(0, 1).view(-1, 8)
+        return (torch.tanh(y @ w),)
+
+    fakes = StageFakes(7)
+    inputs = [fakes.like(torch.empty(7, 8).t(), 1), fakes.like(torch.empty(8, 4))]
+    with tracing(TracingContext(fakes.mode)), fakes.mode:
+        _, _, saved = partitioned_graphs(part, signature_of(part, inputs, [False, True]))
+    assert saved.inputs == (0,) and saved.extras == 0

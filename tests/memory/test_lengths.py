@@ -52,7 +52,7 @@ def _trained(lengths, **options):
     """Losses and gradients under a budget that is too small to keep everything, and the plans."""
     torch._dynamo.reset()
     chain = _chain()
-    given = {"memory_budget": 285_000, "lowering": "eager", **options}
+    given = {"memory_budget": 280_000, "lowering": "eager", **options}
     chain.compile(backend="rewriter", dynamic=True, options=given)
     with rewriter.inspect() as report:
         found = _losses(chain, lengths)
