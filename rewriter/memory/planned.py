@@ -50,6 +50,7 @@ class StagedRegion:
         """What stands for the region, once its stages are compiled."""
         assert self.way.schedule is not None
         way = self.way
+        assert way.schedule is not None
         return ScheduledLayer(
             stages,
             way.schedule,
