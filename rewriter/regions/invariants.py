@@ -19,7 +19,7 @@ from torch.fx import Graph, Node
 from rewriter.canonical import value_of
 from rewriter.effects import Effects, is_impure
 from rewriter.regions.signature import argument
-from rewriter.regions.waists import is_operation
+from rewriter.regions.waists import crosses, is_operation
 
 
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -39,8 +39,9 @@ def varying(graph: Graph, beginning: Node) -> set[Node]:
 def share_invariants(graph: Graph, moving: set[Node], piece: Mapping[Node, int], effects: Effects) -> None:
     """Merge equal operations of different pieces that are outside ``moving``, in place.
 
-    Left alone: what is read before it is written in place, which may be another value at each reading; and
-    what has a gradient, which would then be summed earlier, perhaps in a narrower dtype.
+    Left alone: what is read before it is written in place, which may be another value at each reading; what
+    has a gradient, which would then be summed earlier, perhaps in a narrower dtype; and what a layer reads
+    and cannot be parted from, as a ``torch.Size``: shared, it would hold the layers together.
     """
     written = _last_writes(effects)
 
@@ -48,6 +49,8 @@ def share_invariants(graph: Graph, moving: set[Node], piece: Mapping[Node, int],
         if not is_operation(node) or node in moving or is_impure(node) or is_random(node):
             return False
         if getattr(value_of(node), "requires_grad", False):
+            return False
+        if not crosses(node) and any(user in moving for user in node.users):
             return False
         return all(written.get(n, -1) <= effects.position[node] for n in (node, *node.all_input_nodes))
 
