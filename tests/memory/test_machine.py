@@ -7,8 +7,10 @@ from dataclasses import asdict, fields, replace
 import pytest
 import torch
 
-from rewriter.memory import machine as machines
-from rewriter.memory.machine import H200, KNOWN, Machine, MachineError, machine_for, measure
+from rewriter.memory import machine
+from rewriter.memory import measured as measuring
+from rewriter.memory.machine import H200, KNOWN, Machine, MachineError, machine_for
+from rewriter.memory.measured import measure
 
 
 @pytest.fixture(autouse=True)
@@ -31,9 +33,9 @@ def test_a_device_is_measured_in_seconds_and_all_rates_are_positive():
 
 def test_a_measurement_is_kept_for_the_next_time(tmp_path, monkeypatch):
     measured = replace(H200, name="made up")
-    monkeypatch.setattr(machines, "measure", lambda device: measured)
+    monkeypatch.setattr(measuring, "measure", lambda device: measured)
     assert machine_for(device) == measured
-    monkeypatch.setattr(machines, "measure", lambda device: pytest.fail("measured again"))
+    monkeypatch.setattr(measuring, "measure", lambda device: pytest.fail("measured again"))
     assert machine_for(device) == measured
     (file,) = (tmp_path / "rewriter").iterdir()
     assert torch.__version__.split("+")[0] in file.name
@@ -41,7 +43,7 @@ def test_a_measurement_is_kept_for_the_next_time(tmp_path, monkeypatch):
 
 def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
     (tmp_path / "rewriter").write_text("a file where the directory should be")
-    monkeypatch.setattr(machines, "measure", lambda device: H200)
+    monkeypatch.setattr(measuring, "measure", lambda device: H200)
     with pytest.warns(UserWarning, match="cannot be written"):
         assert machine_for(device) == H200
 
@@ -60,8 +62,8 @@ def test_a_device_without_room_to_be_measured_is_taken_for_a_known_one(tmp_path,
     def full(device):
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(machines, "measure", full)
-    monkeypatch.setattr(machines, "_name", lambda device: name)
+    monkeypatch.setattr(measuring, "measure", full)
+    monkeypatch.setattr(machine, "device_name", lambda device: name)
     assert machine_for(device) == replace(KNOWN[taken], name=f"{taken}, assumed")
     assert not (tmp_path / "rewriter").exists(), "measured when there is room"
 
