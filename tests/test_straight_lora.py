@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -26,18 +27,18 @@ class Pair(nn.Module):
         return self.down(self.up(x))
 
 
-def adapted(*, four_bits: bool = False, dtype=torch.float32, **settings) -> nn.Module:
+def adapted(*, four_bits: bool = False, dtype=torch.float32, **settings) -> Any:
     """``Pair`` with adapters whose B is not zero."""
     torch.manual_seed(0)
     if four_bits:
         library = pytest.importorskip("bitsandbytes")
-        inner = Pair(library.nn.Linear4bit, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").to(
-            "cpu"
-        )
+        settings_4bit = {"bias": False, "compute_dtype": torch.bfloat16, "quant_type": "nf4"}
+        inner: Any = Pair(library.nn.Linear4bit, **settings_4bit).to("cpu")
         inner.is_loaded_in_4bit = True
     else:
         inner = Pair(nn.Linear).to(dtype)
-    model = get_peft_model(inner, LoraConfig(r=4, target_modules=["up", "down"], **settings)).base_model.model
+    wrapped: Any = get_peft_model(inner, LoraConfig(r=4, target_modules=["up", "down"], **settings))
+    model = wrapped.base_model.model
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)

@@ -44,6 +44,12 @@ ADAPTERS = {
     "llama": ADAPTED,
     "gemma2": ADAPTED_ALTERNATING,
 }
+# Of one family, by its own words: the structure alone.
+VARIANTS = {
+    "llama_bias": ONE_KIND,
+    "llama_rope_llama3": ONE_KIND,
+    "cohere_qk_norm": ONE_KIND,
+}
 QUANTISED = {
     "llama": ADAPTED,
     "phi3": ADAPTED,
@@ -95,3 +101,14 @@ def test_four_bit_layers_become_the_regions_of_the_table_and_compute_the_same(na
     case = outlined(build(name, lora=True, nf4=True, layers=layers), **batch(), lowered=name == "llama")
     assert case.order == order
     assert_equal(numbers(run_program(case), case.values), numbers(case.body, case.values))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_of_a_family_becomes_the_regions_of_the_family(name):
+    layers, order = VARIANTS[name]
+    assert outlined(build(name, layers=layers), **batch()).order == order
+
+
+def test_adapters_on_a_dense_layer_and_on_layers_of_experts_become_two_kinds():
+    model = build("deepseek_v3", lora=True, layers=4)
+    assert outlined(model, **batch()).order == "beginning a a a end"
