@@ -6,7 +6,8 @@ from torch import nn
 
 from rewriter.advice import advice
 from rewriter.huggingface import prepare
-from tests.test_huggingface import MODELS, four_bit, hooked, ids, tiny_model, with_lora
+from tests.test_huggingface import MODELS, four_bit, hooked, ids
+from tests.tiny_llama import tiny_llama, with_lora
 
 
 @pytest.fixture(autouse=True)
@@ -35,19 +36,19 @@ def step(length):
 
 
 def test_a_cache_that_is_returned_is_counted_and_weighed():
-    (line,) = advised(tiny_model())
+    (line,) = advised(tiny_llama())
     # 2 layers, keys and values of (2, 2, 12, 8) in four bytes.
     assert line.startswith("4 keys and values") and "rewriter.prepare" in line
     assert f"{4 * 2 * 2 * 12 * 8 * 4 / 2**20:.1f} MiB" in line
 
 
 def test_lengths_that_vary_leave_the_size_out():
-    fixed, varying = advised(tiny_model(), step(12), step(9))
+    fixed, varying = advised(tiny_llama(), step(12), step(9))
     assert "MiB" in fixed and "MiB" not in varying and varying.startswith("4 keys and values")
 
 
 def test_a_graph_that_the_hook_broke_is_named():
-    lines = advised(hooked(with_lora(tiny_model())))
+    lines = advised(hooked(with_lora(tiny_llama())))
     assert sum("enable_input_require_grads" in line for line in lines) == 1
 
 

@@ -223,6 +223,8 @@ def _add_out_of_place(module: GraphModule) -> None:
     """``add_product_`` to the product that it stands for: the partitioner copies nodes, a write is one."""
     renamed: dict[Node, Node] = {}
     for node in list(module.graph.nodes):
+        # By the name that all readers know, however often it was added to.
+        written = node.args[0] if node.target is add_product_ else None
         node.args = map_arg(node.args, lambda n: renamed.get(n, n))
         node.kwargs = map_arg(node.kwargs, lambda n: renamed.get(n, n))
         if node.target is not add_product_:
@@ -233,7 +235,7 @@ def _add_out_of_place(module: GraphModule) -> None:
                 torch.ops.aten.addmm.default, (total, left, right), {"alpha": alpha}
             )
         added.meta["val"] = total.meta["val"]
-        renamed[total] = added
+        renamed[written] = added
         module.graph.erase_node(node)
     module.recompile()
 

@@ -272,9 +272,10 @@ def test_a_longer_recording_lies_in_the_memory_of_a_shorter_one():
         return (x.sum(),)
 
     recorder = CudaRecorder(weight.device)
-    held = []
+    recordings, held = [], []
     for rows in (8192, 9216, 10240):
-        recorder.record(program, [torch.ones(rows, 1024, device="cuda"), weight], [1])
+        inputs = [torch.ones(rows, 1024, device="cuda"), weight]
+        recordings.append(recorder.record(program, inputs, [1]))
         held.append(recorder.bytes())
     assert held[0] > 2**28 and held[-1] < 1.6 * held[0], held
 

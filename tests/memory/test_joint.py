@@ -195,6 +195,17 @@ def test_a_backward_that_reads_what_was_saved_gives_autograds_gradients(name):
     assert all(extra.untyped_storage().data_ptr() not in _places(given) for extra in extras)
 
 
+@pytest.mark.parametrize("name", ["lora", "lora, one input for two", "lora on nf4"])
+def test_gradients_are_autograds_where_products_add_in_place_as_on_a_gpu(name, monkeypatch):
+    def in_place(total, left, right, alpha=1.0):
+        torch.ops.rewriter.add_product_(total, left, right, alpha)
+        return total
+
+    monkeypatch.setattr("rewriter.kernels.lora_products.add_product", in_place)
+    test_a_backward_that_computes_again_gives_autograds_gradients(name)
+    test_a_backward_that_reads_what_was_saved_gives_autograds_gradients(name)
+
+
 @torch.no_grad()
 def _run(graph: GraphModule, inputs: list) -> list:
     return list(graph(*inputs))
