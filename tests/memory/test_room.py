@@ -128,7 +128,7 @@ def test_where_memory_is_planned_no_steps_are_recorded(free, monkeypatch):
     monkeypatch.setattr(
         "rewriter.backend.plan_recordings", lambda module, inputs, _: Plan(duplicate(module), inputs)
     )
-    free(300_000)
+    free(200_000)
     (graph,) = _trained()
     assert graph.memory is not None and "CUDA graphs: none after all, since memory is planned" in graph.notes
 
