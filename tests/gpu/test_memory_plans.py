@@ -25,6 +25,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 # Of bf16 products that are summed in another order: four times what was seen on a CPU.
 NEAR = 1e-2
+# What the driver takes of a card, and no allocator has.
+CONTEXT = int(0.6 * 2**30)
 
 
 @pytest.fixture
@@ -65,7 +67,8 @@ def test_a_step_within_a_budget_has_the_gradients_without_and_the_memory_foresee
     assert any("tiles" in way or "whole" in way for _, way, _ in foreseen.ways)
     assert foreseen.peak <= foreseen.device_budget
     if device == "cuda":
-        assert ours.peak <= foreseen.device_budget
+        # Of the card; the plan's own share of it leaves products' workspaces out.
+        assert ours.peak <= budget - CONTEXT
         assert abs(ours.peak / foreseen.peak - 1) < 0.1
 
 
