@@ -54,30 +54,23 @@ def finetune(*options):
 
 @pytest.mark.parametrize(
     "options",
-    [("--gradient-accumulation", 2), ("--full", "--bf16"), ("--load-in-4bit",), ("--load-in-4bit", "--bf16")],
-    ids=["LoRA", "all weights in bf16", "4-bit LoRA", "4-bit LoRA in bf16"],
+    [("--gradient-accumulation", 2, "--beside", "eager"), ("--full", "--bf16"), ("--load-in-4bit", "--bf16")],
+    ids=["LoRA, with another backend beside", "all weights in bf16", "4-bit LoRA in bf16"],
 )
-def test_it_trains_compares_and_saves(folder, tmp_path, capsys, options):
+def test_it_trains_compares_and_saves(folder, tmp_path, capsys, monkeypatch, options):
     torch._dynamo.reset()
+    monkeypatch.setattr(training.console, "width", 160)
     paths = ("--model", folder, "--data", folder / "talks.jsonl", "--output", tmp_path)
     size = ("--steps", 3, "--compare", 2, "--held-out", 2, "--max-length", 48, "--batch-size", 2)
     finetune(*paths, *size, "--backend", "aot_eager", *options)
     shown = capsys.readouterr().out
     for part in ("aot_eager loss", "held-out loss", "before:", "after:"):
         assert part in shown
+    # Of the run in eager PyTorch first, and of the one beside.
+    assert shown.count("eager s") == (3 if "--beside" in options else 2) and "typical" in shown
     name = "model.safetensors" if "--full" in options else "adapter_model.safetensors"
     with safe_open(tmp_path / name, "pt") as saved:
         assert len(saved.keys()) > 0
-
-
-def test_another_backend_runs_the_first_steps_beside(folder, capsys, monkeypatch):
-    torch._dynamo.reset()
-    monkeypatch.setattr(training.console, "width", 160)
-    size = ("--steps", 3, "--compare", 2, "--held-out", 2, "--max-length", 48, "--batch-size", 2)
-    both = ("--backend", "eager", "--beside", "eager")
-    finetune("--model", folder, "--data", folder / "talks.jsonl", *size, *both)
-    shown = capsys.readouterr().out
-    assert shown.count("eager s") == 3 and "typical" in shown
 
 
 def test_a_saved_model_can_be_trained_on(folder, tmp_path, capsys):

@@ -115,9 +115,8 @@ def test_what_was_saved_has_eagers_names_and_values(runs):
         torch.testing.assert_close(found[name], value, rtol=1e-2, atol=1e-4)
 
 
-def assert_goes_on(whole, model, settings):
+def assert_goes_on(whole, resumed):
     """A run from the second of six steps on is the ``whole`` run's."""
-    resumed = trainer(model, **settings)
     with rewriter.inspect() as report:
         resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-2")
     assert all(graph.passes for graph in report.graphs)
@@ -127,25 +126,29 @@ def assert_goes_on(whole, model, settings):
         assert losses(resumed, name) == pytest.approx(losses(whole, name), rel=2e-5), name
 
 
+@pytest.mark.parametrize("runs", [adapted], indirect=True)
 def test_a_resumed_run_goes_on_as_if_never_stopped(runs, tmp_path):
     build, _, whole = runs
-    assert_goes_on(whole, compiled(build(), **QUICK), everything(tmp_path))
+    assert_goes_on(whole, trainer(compiled(build(), **QUICK), **everything(tmp_path)))
 
 
 @pytest.mark.parametrize("runs", [tiny_llama], indirect=True)
 def test_trainer_compiles_the_model_by_the_name_of_the_backend(runs, tmp_path):
     build, _, whole = runs
     by_name = {"torch_compile": True, "torch_compile_backend": "rewriter"}
-    assert_goes_on(whole, build(), everything(tmp_path) | by_name)
+    resumed = trainer(build(), **everything(tmp_path), **by_name)
+    plugin = resumed.accelerator.state.dynamo_plugin
+    assert plugin.to_kwargs()["backend"] == "rewriter"
+    plugin.options = QUICK
+    assert_goes_on(whole, resumed)
 
 
-@pytest.mark.parametrize("build", [tiny_llama, adapted])
-def test_lengths_that_vary_cost_one_more_compilation(build, tmp_path):
+def test_lengths_that_vary_cost_one_more_compilation(tmp_path):
     lengths = [8 + 5 * index % 23 for index in range(16)]
     settings = {"folder": tmp_path, "lengths": lengths, "max_steps": 8}
-    eager = trainer(build(), **settings)
+    eager = trainer(tiny_llama(), **settings)
     eager.train()
-    varying = trainer(compiled(build(), **QUICK), **settings)
+    varying = trainer(compiled(tiny_llama(), **QUICK), **settings)
     with rewriter.inspect() as report:
         varying.train()
     assert len(report.graphs) == 2

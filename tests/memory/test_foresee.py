@@ -65,7 +65,7 @@ def test_the_layers_that_are_traced_stand_for_all():
 
 
 def test_layers_that_take_turns_are_left_out_by_turns():
-    question = asked(config(12, "gpt_oss"))
+    question = asked(config(12, "gemma2"))
     problem, _ = question.problem(512)
     assert question.made.left_out and question.made.left_out.window == range(2, 4)
     kinds = [part.kind for part in problem.parts]

@@ -36,7 +36,7 @@ def _tied():
 
 
 MODELS = {
-    "adapters on a fused projection": lambda: build("phi3", layers=2, lora=True),
+    "adapters on 4-bit fused projections": lambda: build("phi3", layers=2, lora=True, nf4=True),
     "gradient checkpointing": _checkpointed,
     "tied weights": _tied,
 }
