@@ -223,12 +223,13 @@ def _add_out_of_place(module: GraphModule) -> None:
     """``add_product_`` to the product that it stands for: the partitioner copies nodes, a write is one."""
     renamed: dict[Node, Node] = {}
     for node in list(module.graph.nodes):
-        # By the name that all readers know, however often it was added to.
-        written = node.args[0] if node.target is add_product_ else None
+        given = node.args
         node.args = map_arg(node.args, lambda n: renamed.get(n, n))
         node.kwargs = map_arg(node.kwargs, lambda n: renamed.get(n, n))
         if node.target is not add_product_:
             continue
+        # By the name that all readers know, however often it was added to.
+        written = given[0]
         total, left, right, alpha = node.args
         with module.graph.inserting_before(node):
             added = module.graph.call_function(
