@@ -180,7 +180,8 @@ def plan_memory(
     Raises:
         Infeasible: the budget is too small for any plan.
     """
-    budget = None if options.memory_budget == "off" else options.memory_budget
+    budget = options.memory_budget
+    assert budget != "off", "nothing is planned then"
     # Scheduling imports more of PyTorch than a run without a budget needs.
     from rewriter.memory.under_budget import memory_record, under_budget
 

@@ -22,7 +22,7 @@ from rewriter.memory.schedule import Fate, Schedule, schedule
 from rewriter.memory.stage_run import tile_length
 
 # Of a graph, its fakes and a number of tokens; kept for the choices of one layer, which share their graphs.
-_Cost = Callable[..., GraphCost]
+Cost = Callable[..., GraphCost]
 
 _TILES = (None, 32768, 16384, 8192, 4096, 2048)
 
@@ -52,7 +52,7 @@ class StagedChoice:
     window: int | None = None
 
 
-def cost_on(machine: Rates) -> _Cost:
+def cost_on(machine: Rates) -> Cost:
     """What graphs cost on ``machine``, each worked out once for a length."""
     return functools.cache(lambda graph, fakes, length: graph_cost(graph, fakes, length, machine))
 
@@ -63,7 +63,7 @@ def staged_choices(
     machine: Link,
     owns_gradient: bool,
     window: int = 0,
-    cost: _Cost | None = None,
+    cost: Cost | None = None,
 ) -> list[StagedChoice]:
     """Every combination of fates and tile that is not the same as another.
 
@@ -136,7 +136,7 @@ class _Walk:
         tile: int | None,
         tokens: int,
         owns_gradient: bool,
-        cost: _Cost,
+        cost: Cost,
         window: int,
     ):
         self.layer, self.tokens, self.cost, self.window = layer, tokens, cost, window

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rewriter.memory.arena import HostArena
 from rewriter.memory.budgets import Budgets
-from rewriter.memory.choices import Link, StagedChoice, cost_on, staged_choices
+from rewriter.memory.choices import Cost, Link, StagedChoice, cost_on, staged_choices
 from rewriter.memory.kept import kept_choice
 from rewriter.memory.layer import LayerStages, ScheduledLayer
 from rewriter.memory.layer_graphs import LayerGraphs, layer_graphs
@@ -177,28 +177,30 @@ def all_ways(
     layers = {
         region: graphs
         for region in _repeated_or_inner(program)
-        if (graphs := _or_noted(notes, region, lambda region=region: _cut(program, region))) is not None
+        if (graphs := _or_noted(notes, region, functools.partial(_cut, program, region))) is not None
     }
     windows, cost = (0, _window(layers)), cost_on(machine)
     found = {window: {region: list(ways) for region, ways in kept.items()} for window in windows}
     for region, graphs in layers.items():
-
-        def staged(
-            region: Region = region, graphs: list[LayerGraphs] = graphs
-        ) -> dict[int, list[StagedChoice]]:
-            owns = _owns_gradient(program, region)
-            return {
-                window: [
-                    way
-                    for layer in graphs
-                    for way in staged_choices(layer, layer.tokens, machine, owns, window, cost)
-                ]
-                for window in found
-            }
-
+        owns = _owns_gradient(program, region)
+        staged = functools.partial(_staged_ways, graphs, machine, owns, windows, cost)
         for window, ways in (_or_noted(notes, region, staged) or {}).items():
             found[window][region] += ways
     return found, notes
+
+
+def _staged_ways(
+    layers: Sequence[LayerGraphs], machine: Link, owns_gradient: bool, windows: Sequence[int], cost: Cost
+) -> dict[int, list[StagedChoice]]:
+    """By the window, the ways to run one region, of whose stages ``layers`` has two forms."""
+    return {
+        window: [
+            way
+            for layer in layers
+            for way in staged_choices(layer, layer.tokens, machine, owns_gradient, window, cost)
+        ]
+        for window in windows
+    }
 
 
 def _repeated_or_inner(program: Program) -> list[Region]:

@@ -3,8 +3,8 @@
 Most steps fit by far, and are compiled as if there were no planner: that they do is seen from the sizes of
 the values in the graph, in milliseconds. All that the forward makes, half as much again for what operations
 save inside, twice the largest region's (the gradients of one region's values live at a time, and what they
-are computed from) and what kernels need is more than is ever there at once: 1.1 to 5 times the planner's
-number (tiny models of seven families). Where that is too much, the planner's own number decides, in seconds.
+are computed from) and what kernels need is meant to be more than is ever there at once; it is no proof. Where
+that is too much, the planner's own number decides, in seconds.
 
 A graph of symbolic lengths fits up to some length: a guard sends longer batches back to the compiler, and the
 question is asked again. Graphs without gradients keep nothing, and are not asked about.

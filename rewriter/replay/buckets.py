@@ -1,10 +1,9 @@
 """Lengths in steps: how long the inputs of a captured program are made, so that a few captures serve all.
 
 Steps of 64 tokens up to 512, then eighths of the power of two below: no length is padded by more than an
-eighth, or 63 tokens, and lengths up to 4,096 make 32 buckets. Steps of 32 were no faster (32 layers
-of 8B, two rows, one H200: at 224 tokens 48 ms, at 256 46) and double the recordings.
+eighth, or 63 tokens, and lengths up to 4,096 make 32 buckets. Steps of 32 would double the recordings.
 
-Long steps are bound by their products, of which padding makes more, and gain some 5% from a recording. Theirs
+Long steps are bound by their products, of which padding makes more, and gain little from a recording. Theirs
 are multiples of 8, and beyond 256 thirty-seconds of the power of two below: a length is padded by less than
 1/32, by 1/64 on average.
 """

@@ -5,10 +5,11 @@ Both are estimated from the graph. Products: 4 operations a token and weight at 
 measured). Launches: 100 µs an operation of the graph, forward and backward, of the 154 ms that 32 layers in
 4 bits with adapters were seen to take on some 900. On a graphics card that is slower the limit is generous.
 
-Steps up to five times as long gain too, by what the device waits for the host at their beginning and between
-kernels: 4.4 ms of 71 in 8 layers of 8B on 4,096 tokens, a seventh of the launches' estimate. Their sizes have
-to come back, and their gradients, which a recording copies, must not take that again: those of
-adapters do not, those of a fully trained model do.
+Steps up to five times as long can gain what the device waits for the host at their beginning and between
+kernels: at most 4.4 ms of 71 in a trace of 8 layers of 8B on 4,096 tokens, a seventh of the launches'
+estimate, and less where the device is at its power limit: it runs the slower the less it waits. Their sizes
+have to come back, and their gradients, which a recording copies, must not take that again: those of adapters
+do not, those of a fully trained model do.
 
 Refused: graphs with an operation that no rule knows, since it could wait for the device; inputs that need a
 gradient and are no parameters; tensors off the one device; several processes, whose gradients are sent while

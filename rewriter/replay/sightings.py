@@ -1,7 +1,7 @@
 """When a size is recorded: once it has come back, the more often the less a recording of it gains.
 
 Of short steps a bucket is recorded at once, since buckets are known to come back, and other sizes at their
-fourth run. A long step is run twice more for its recording, which some thirty of its steps gain back: its
+fourth run. A long step is run twice more for its recording, which gains a few per cent of a step at most: its
 size has to come three times in a row, as where all batches have one length, or to be frequent.
 """
 

@@ -44,6 +44,17 @@ def assert_same(ours, true, rtol=1e-4):
         torch.testing.assert_close(gradient, true[name], rtol=rtol, atol=rtol * scale + 1e-8, msg=name)
 
 
+def assert_trains_as_without(call, model, given):
+    """A step through ``call`` has the model's own loss and gradients."""
+    loss = call(**given).loss
+    loss.backward()
+    ours = gradients(model)
+    true = model(**given).loss
+    true.backward()
+    torch.testing.assert_close(loss, true, rtol=1e-5, atol=1e-6)
+    assert_same(ours, gradients(model))
+
+
 def notes():
     return [note for graph in rewriter.report().graphs for note in graph.notes]
 
@@ -143,14 +154,7 @@ def test_padding_that_the_user_masks_is_padded_further():
     model = build("mistral", lora=True, device="cuda")
     call = compiled(model)
     for length in (40, 57, 33, 50, 21):
-        given = on_gpu(length, mask=True)
-        loss = call(**given).loss
-        loss.backward()
-        ours = gradients(model)
-        true = model(**given).loss
-        true.backward()
-        torch.testing.assert_close(loss, true, rtol=1e-5, atol=1e-6)
-        assert_same(ours, gradients(model))
+        assert_trains_as_without(call, model, on_gpu(length, mask=True))
     assert any("length 64 recorded" in note for note in notes()), notes()
 
 
@@ -288,14 +292,7 @@ def test_a_long_step_is_recorded_once_it_came_back(monkeypatch):
     model = build("llama", lora=True, device="cuda")
     call = compiled(model)
     for seed in range(5):
-        given = batch(rows=4, length=512, seed=seed, device="cuda")
-        loss = call(**given).loss
-        loss.backward()
-        ours = gradients(model)
-        true = model(**given).loss
-        true.backward()
-        torch.testing.assert_close(loss, true, rtol=1e-5, atol=1e-6)
-        assert_same(ours, gradients(model))
+        assert_trains_as_without(call, model, batch(rows=4, length=512, seed=seed, device="cuda"))
     assert any("its one size recorded" in note for note in notes()), notes()
 
 
