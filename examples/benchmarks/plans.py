@@ -1,6 +1,6 @@
 """The longest context that each card is foreseen to train, without a GPU or weights.
 
-    python examples/benchmarks/plans.py                        # some minutes on a CPU
+    python examples/benchmarks/plans.py                        # some minutes a card on a CPU
     python examples/benchmarks/plans.py --models 8b --cards 24 80
 
 QLoRA with NF4, r=32 on all linears, one row, an H200's rates, and 128 GiB of host memory less what the

@@ -10,8 +10,8 @@ from rewriter.foresee.repetition import Uneven, calls_of_all
 from rewriter.foresee.traced import in_tracing, traced
 from rewriter.memory.budgets import foreseen_bytes, usable_bytes
 from rewriter.memory.machine import Machine
-from rewriter.memory.plan import Part, Problem
-from rewriter.memory.planned import all_ways
+from rewriter.memory.plan import Problem
+from rewriter.memory.planned import all_ways, parts_of
 
 
 class Question:
@@ -58,12 +58,8 @@ class Question:
         everything, notes = in_tracing(made, self._autocast, lambda: all_ways(program, self._machine))
         static = foreseen_bytes(made.weight_bytes, made.trained_bytes)
         name = f"{self._rows} × {tokens:,} tokens"
-        problems = []
-        for window, ways in everything.items():
-            choices = {region: tuple(way.choice for way in found) for region, found in ways.items()}
-            parts = tuple(
-                Part(f"{call.region.name} {i}", call.region.name, choices[call.region])
-                for i, call in enumerate(calls)
-            )
-            problems.append(Problem(parts, static, self._device, self._host, name, window=window))
-        return tuple(problems), tuple(notes)
+        problems = tuple(
+            Problem(parts_of(calls, ways), static, self._device, self._host, name, window=window)
+            for window, ways in everything.items()
+        )
+        return problems, tuple(notes)

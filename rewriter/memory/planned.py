@@ -137,15 +137,20 @@ def _transfers(given: Budgets, device: torch.device) -> Callable[[], Transfers]:
 def _problem(
     program: Program, ways: Mapping[Region, list[StagedChoice]], given: Budgets, window: int = 0
 ) -> Problem:
-    choices = {
-        region: tuple(grown(way.choice, given.growth) for way in found) for region, found in ways.items()
-    }
-    parts = [
-        Part(f"{call.region.name} {i}", call.region.name, choices[call.region])
-        for i, call in enumerate(program.calls)
-    ]
+    parts = parts_of(program.calls, ways, given.growth)
     window = ceil(window * given.growth)
-    return Problem(tuple(parts), given.static, given.device, given.host, window=window)
+    return Problem(parts, given.static, given.device, given.host, window=window)
+
+
+def parts_of(
+    calls: Sequence[RegionCall], ways: Mapping[Region, list[StagedChoice]], growth: float = 1.0
+) -> tuple[Part, ...]:
+    """What the planner decides for each call; calls of one region share their choices."""
+    choices = {region: tuple(grown(way.choice, growth) for way in found) for region, found in ways.items()}
+    return tuple(
+        Part(f"{call.region.name} {i}", call.region.name, choices[call.region])
+        for i, call in enumerate(calls)
+    )
 
 
 def kept_ways(program: Program, machine: Link) -> dict[Region, list[StagedChoice]]:

@@ -1,10 +1,10 @@
 """Runs one compiled stage, forward and backward, whole or in tiles of the sequence.
 
-In tiles, a row-wise stage needs memory for its inside for ``tile`` tokens instead of for all: the backward of
-an MLP of 14336 channels took 4.9 GiB at 32,768 tokens on an H200, and takes in proportion. Results are the
-same numbers: tokens do not meet in such a stage. Gradients of weights are sums over tiles; they are taken in
-fp32, and rounded once at the end. What the stage saves for its own backward can leave the device tile by tile
-and come back so (``Tiles``): then it is never there as a whole.
+In tiles, a row-wise stage needs memory for its inside for ``tile`` tokens instead of for all: gate, up and
+their gradients of an MLP of 14336 channels are 3.5 GiB of bf16 at 32,768 tokens. Results are the same
+numbers: tokens do not meet in such a stage. Gradients of weights are sums over tiles; they are taken in fp32,
+and rounded once at the end. What the stage saves for its own backward can leave the device tile by tile and
+come back so (``Tiles``): then it is never there as a whole.
 """
 
 from collections.abc import Callable, Mapping, Sequence
