@@ -29,6 +29,7 @@ from rewriter.regions.program import Program
 from rewriter.replay.plan import Plan, plan_recordings
 from rewriter.report import GraphRecord, forget, record_graph
 from rewriter.verify import Stage, verified
+from rewriter.whole_under_ddp import keep_graphs_whole
 
 if TYPE_CHECKING:
     from rewriter.memory.planned import PlannedProgram
@@ -112,6 +113,7 @@ def _compile(
 rewriter.reset = forget
 # The backend is loaded by its name, before Dynamo traces the first graph for it.
 defer_full_collections()
+keep_graphs_whole()
 
 
 def rewrite_graph(module: GraphModule, options: Options, record: GraphRecord) -> list[Stage]:

@@ -35,7 +35,8 @@ class Options:
     Attributes:
         memory_budget: device memory to stay within, in bytes, as "24GB", or a fraction of the device; None
             for what is free on a GPU, where nothing is planned that fits; "off" to keep everything unasked.
-        host_budget: host memory that offloaded activations may take, likewise.
+        host_budget: host memory that offloaded activations may take, likewise, of all processes of the
+            machine together.
         max_tokens: the most tokens of a batch, rows times length, that the memory plan has to hold for where
             lengths vary; None: those of the batch at hand. A larger batch is planned anew.
         passes: names of the passes to run; None or an empty list for all. Names with a leading "-" are left

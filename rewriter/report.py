@@ -90,7 +90,7 @@ class MemoryRecord:
 
     Attributes:
         peak, where: the most that the device holds, and when; ``static`` of it all the time.
-        device_budget, host_budget: what the plan had to stay within.
+        device_budget, host_budget: what the plan had to stay within; of the host, this process's part.
         hosted: what is offloaded to host memory.
         ways: kind of layer, how it runs, and how many run so.
         timeline: (moment, device bytes, host bytes) over a step.

@@ -9,21 +9,13 @@ copy comes later (``transfer.py`` does). Not for several threads at once. Refuse
 than the limit, a block freed twice.
 """
 
-import os
-from collections.abc import Mapping
-from pathlib import Path
-
 import torch
 
 from rewriter.memory.extents import Extents, aligned
+from rewriter.memory.host_share import host_share
 from rewriter.memory.pinned import HostSlab
 
 _GROWTH = 2 << 30
-# Of the machine's memory, what the arenas of all its processes may take together where nobody says: the rest
-# is for the processes themselves, the weights on their way to the device, and the data.
-_DEFAULT_SHARE = 0.8
-# Past this the kernel ends the process, whatever the machine has.
-_CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 class HostMemoryError(MemoryError):
@@ -47,14 +39,14 @@ class _Slab:
 
 
 class HostArena:
-    """At most ``limit`` bytes of host memory; by default ``default_limit()``.
+    """At most ``limit`` bytes of host memory; by default ``host_share()``.
 
     ``pin``: page-lock it; by default where there is a CUDA device. ``growth``: the least bytes that a slab
     has which was not reserved.
     """
 
     def __init__(self, limit: int | None = None, *, pin: bool | None = None, growth: int = _GROWTH):
-        self.limit = default_limit() if limit is None else limit
+        self.limit = host_share() if limit is None else limit
         self.pin = torch.cuda.is_available() if pin is None else pin
         self.growth = growth
         self.in_use = self.peak = 0
@@ -158,22 +150,6 @@ class HostArena:
             f"largest free range passes the host budget of {_size(self.limit)}; give a larger host_budget, "
             "or a larger memory_budget, so that less is offloaded."
         )
-
-
-def default_limit(environment: Mapping[str, str] = os.environ) -> int:
-    """The host bytes for this process where no host_budget is given: its part of most of the machine's
-    memory.
-
-    LOCAL_WORLD_SIZE, which launchers of distributed training set, is the number of processes that share the
-    machine.
-    """
-    return int(_machine_memory() * _DEFAULT_SHARE) // int(environment.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def _machine_memory() -> int:
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    container = _CONTAINER_LIMIT.read_text().strip() if _CONTAINER_LIMIT.exists() else "max"
-    return min(total, int(container)) if container.isdigit() else total
 
 
 def _size(nbytes: int) -> str:

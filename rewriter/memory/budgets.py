@@ -6,7 +6,6 @@ of what is trained and two tensors of its size for the optimizer, as AdamW has, 
 time; where they are there already, they are not counted twice.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -16,8 +15,8 @@ import torch
 from torch import Tensor
 
 from rewriter.canonical import value_of
-from rewriter.memory.arena import default_limit
 from rewriter.memory.costs import value_bytes
+from rewriter.memory.host_share import host_share, machine_memory
 from rewriter.regions.program import Program
 
 _CONTEXT = 600 << 20
@@ -33,7 +32,7 @@ _TENSORS_A_TRAINED_ONE = 3
 
 @dataclass(frozen=True)
 class Budgets:
-    """Bytes: that plans may fill, that offloads may take, and that are there all the time.
+    """Bytes: that plans may fill, that this process may offload to, and that are there all the time.
 
     ``growth``: how many times the tokens at hand the plan has to hold for.
     """
@@ -54,9 +53,7 @@ def budgets(
         share = 1.0 if memory_budget is None else memory_budget
         card = int(share * total) if isinstance(share, float) else min(share, total)
         usable = usable_bytes(card, device)
-    host = int(host_budget * host_bytes()) if isinstance(host_budget, float) else host_budget
-    host = default_limit() if host is None else host
-    return Budgets(usable, host, static_bytes(program, device))
+    return Budgets(usable, host_share(host_budget), static_bytes(program, device))
 
 
 def usable_bytes(card: int, device: torch.device | None = None) -> int:
@@ -120,8 +117,6 @@ def static_bytes(program: Program, device: torch.device) -> int:
 
 def device_bytes(device: torch.device) -> int:
     """Of the device; of the host where it is the device."""
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else host_bytes()
-
-
-def host_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return (
+        torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else machine_memory()
+    )

@@ -33,7 +33,7 @@ from rewriter.regions.program import Program, Region, RegionCall
 log = logging.getLogger(__name__)
 
 _Made = TypeVar("_Made")
-# For blocks that begin at multiples of 512 bytes.
+# Of host memory, for blocks that begin at multiples of 512 bytes.
 _SPARE = 1 << 20
 
 
@@ -139,7 +139,7 @@ def _problem(
 ) -> Problem:
     parts = parts_of(program.calls, ways, given.growth)
     window = ceil(window * given.growth)
-    return Problem(parts, given.static, given.device, given.host, window=window)
+    return Problem(parts, given.static, given.device, max(given.host - _SPARE, 0), window=window)
 
 
 def parts_of(

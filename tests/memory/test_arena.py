@@ -5,8 +5,7 @@ import random
 import pytest
 import torch
 
-from rewriter.memory import arena as arena_module
-from rewriter.memory.arena import HostArena, HostMemoryError, default_limit
+from rewriter.memory.arena import HostArena, HostMemoryError
 from rewriter.memory.extents import ALIGNMENT, Extents, aligned
 
 MiB = 1 << 20
@@ -179,21 +178,6 @@ def test_blocks_of_one_owner_are_freed_together_and_others_stay():
     assert arena.in_use == MiB
     arena.free(other)
     arena.release()
-
-
-def test_processes_of_one_machine_share_its_memory_by_default():
-    alone = default_limit({})
-    assert default_limit({"LOCAL_WORLD_SIZE": "4"}) == alone // 4
-    assert HostArena(pin=False).limit == default_limit()
-
-
-def test_a_container_has_the_memory_that_its_limit_says(monkeypatch, tmp_path):
-    limit = tmp_path / "memory.max"
-    limit.write_text("max\n")
-    monkeypatch.setattr(arena_module, "_CONTAINER_LIMIT", limit)
-    machine = default_limit({})
-    limit.write_text(f"{100 * MiB}\n")
-    assert default_limit({}) == 80 * MiB < machine
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs page-locked memory")
