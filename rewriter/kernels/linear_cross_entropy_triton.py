@@ -1,21 +1,51 @@
 """One Triton kernel for a chunk of logits: the loss of each row, and the logits' gradient in their place.
 
-One program holds one row. It reads the row once for the log-sum-exp, kept online in one running maximum and
-sum per lane so that no iteration waits for a reduction across the program, then a second time to overwrite it
-with its gradient: three passes over the chunk, 6 bytes a bf16 logit. Programs are wide and few (one or two a
-multiprocessor), so that the rows in flight stay in the L2 cache and the second read mostly hits it.
+One program holds one row. It reads the row once for the log-sum-exp, then a second time, backwards, to
+overwrite it with its gradient. What was read last is still in the L2 cache and is read first, and each pass
+tells the cache what comes again, so that memory mostly sees one read and one write: 4 bytes a bf16 logit.
+
+At that rate arithmetic is the next limit, and each operation is counted. Exponentials are powers of two: one
+fused multiply-add and the hardware's own instruction, where `exp` adds three for subnormal results (flushed
+to zero here, where a probability is below 1e-38). The maximum that powers are taken relative to is kept for
+all of a thread's logits together, so that the running sum is rescaled once per tile and no thread waits for
+another before the row's end. Whole tiles are not masked, and the label's column is written by itself, last.
+
+The reference of the powers stays in units of log2 to the end: multiplied by log2(e) in the same fused
+operation as every logit, it cancels, where a product of its own would lose the digits of a large logit.
 """
 
 # Triton types a kernel as the plain function below its decorator, and `tl.range` as a function: launch
 # options, numbers for constexpr parameters and loops look like errors.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportAssignmentType=false
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-# Below any logit, yet finite: the difference of two infinities would be NaN.
-_LOWEST = tl.constexpr(-3.0e38)
+# Far below any sum of logits, yet finite: the difference of two infinities would be NaN.
+_LOWEST = tl.constexpr(-1.0e38)
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2 = tl.constexpr(0.6931471805599453)
+
+
+class Tile(NamedTuple):
+    """How a program takes its row: in each iteration, two vectors of `width` neighbouring logits a thread."""
+
+    warps: int
+    width: int
+
+
+def tile_of(vocab: int, itemsize: int, aligned: bool) -> Tile:
+    """The tile of a row: 16 bytes a load where rows start on as many, some eight iterations if it is long.
+
+    The rows in flight have to stay in the L2 cache: the longer a row, the more of a multiprocessor's threads
+    its program takes. Programs that fill an H200 hold 68 MB, half of it on average between the two passes.
+    """
+    warps = min(32, max(4, triton.next_power_of_2(triton.cdiv(vocab, 4096))))
+    return Tile(warps, 16 // itemsize if aligned else 1)
 
 
 @triton.jit
@@ -24,13 +54,42 @@ def _capped(z, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
     z = z.to(tl.float32) * SCALE
     slope = tl.zeros_like(z)
     if SOFTCAP != 0.0:
-        # tanh by one exponential that cannot overflow; its slope without the cancellation of 1 - tanh².
-        fading = tl.exp(tl.abs(z) * (-2.0 / SOFTCAP))
-        slope = 4.0 * fading / ((1.0 + fading) * (1.0 + fading))
-        height = (1.0 - fading) / (1.0 + fading) * SOFTCAP
+        # tanh by one power that cannot overflow; its slope without the cancellation of 1 - tanh².
+        fading = tl.exp2(tl.abs(z) * (-2.0 * _LOG2_E / SOFTCAP))
+        inverse = 1.0 / (1.0 + fading)
+        slope = 4.0 * fading * inverse * inverse
+        height = (1.0 - fading) * inverse * SOFTCAP
         # A NaN logit takes neither sign, and comes through `height`.
         z = tl.where(z < 0.0, -height, height)
     return z, slope
+
+
+@triton.jit
+def _power(z, reference):
+    """``e^z / 2^reference``"""
+    return tl.exp2(tl.fma(z, _LOG2_E, -reference))
+
+
+@triton.jit
+def _absorb(a, b, reference, power_sum):
+    """Two vectors of logits a thread, added to its sum of powers relative to its running maximum."""
+    higher = tl.maximum(tl.max(tl.maximum(a, b), 1) * _LOG2_E, reference)
+    powers = _power(a, higher[:, None]) + _power(b, higher[:, None])
+    return higher, power_sum * tl.exp2(reference - higher) + tl.sum(powers, 1)
+
+
+@triton.jit
+def _gradient(
+    raw, reference, factor, even, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr
+):
+    """Gradient of logits that are not the label's, in their dtype."""
+    z, slope = _capped(raw, SCALE, SOFTCAP)
+    gradient = _power(z, reference) * factor
+    if SMOOTHING != 0.0:
+        gradient -= even
+    if SOFTCAP != 0.0:
+        gradient *= slope
+    return gradient.to(raw.dtype)
 
 
 @triton.jit
@@ -46,63 +105,81 @@ def _row_loss_and_gradient(
     SOFTCAP: tl.constexpr,
     SMOOTHING: tl.constexpr,
     GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
+    THREADS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_stride
     label = tl.load(target + row)
-    lanes = tl.arange(0, BLOCK)
+    HALF: tl.constexpr = THREADS * WIDTH
+    lanes = tl.arange(0, THREADS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    whole = vocab // (2 * HALF) * (2 * HALF)
 
     if label == ignore_index:
         tl.store(losses + row, 0.0)
         if GRADIENT:
-            zero = tl.zeros((BLOCK,), logits.dtype.element_ty)
-            for start in range(0, vocab, BLOCK):
+            zero = tl.zeros((THREADS, WIDTH), logits.dtype.element_ty)
+            for start in range(0, vocab, HALF):
                 tl.store(logits + start + lanes, zero, mask=start + lanes < vocab)
         return
 
-    label_logit, label_slope = _capped(tl.load(logits + label), SCALE, SOFTCAP)
-    largest = tl.full((BLOCK,), _LOWEST, tl.float32)
-    exp_sum = tl.zeros((BLOCK,), tl.float32)
-    plain_sum = tl.zeros((BLOCK,), tl.float32)
-    for start in tl.range(0, vocab, BLOCK, num_stages=STAGES):
+    KEPT: tl.constexpr = "evict_last" if GRADIENT else "evict_first"
+    raw_label = tl.load(logits + label)
+    reference = tl.full((THREADS,), _LOWEST, tl.float32)
+    power_sum = tl.zeros((THREADS,), tl.float32)
+    plain_sum = tl.zeros((THREADS,), tl.float32)
+    for start in range(whole, vocab, HALF):
         inside = start + lanes < vocab
-        z, slope = _capped(tl.load(logits + start + lanes, mask=inside, other=0.0), SCALE, SOFTCAP)
+        raw = tl.load(logits + start + lanes, mask=inside, other=0.0, eviction_policy=KEPT)
+        z, slope = _capped(raw, SCALE, SOFTCAP)
         if SMOOTHING != 0.0:
-            plain_sum += z
-        z = tl.where(inside, z, _LOWEST)
-        # Of the two exponentials of an online softmax one is always exp(0): this computes the other only.
-        fading = tl.exp(-tl.abs(z - largest))
-        exp_sum = tl.where(z > largest, exp_sum * fading + 1.0, exp_sum + fading)
-        largest = tl.maximum(z, largest)
-    row_largest = tl.max(largest, 0)
-    row_sum = tl.sum(exp_sum * tl.exp(largest - row_largest), 0)
+            plain_sum += tl.sum(tl.where(inside, z, 0.0), 1)
+        z = tl.where(inside, z, float("-inf"))
+        reference, power_sum = _absorb(z, float("-inf"), reference, power_sum)
+    for start in range(0, whole, 2 * HALF):
+        raw_a = tl.load(logits + start + lanes, eviction_policy=KEPT)
+        raw_b = tl.load(logits + start + HALF + lanes, eviction_policy=KEPT)
+        a, slope = _capped(raw_a, SCALE, SOFTCAP)
+        b, slope = _capped(raw_b, SCALE, SOFTCAP)
+        if SMOOTHING != 0.0:
+            plain_sum += tl.sum(a + b, 1)
+        reference, power_sum = _absorb(a, b, reference, power_sum)
+    row_reference = tl.max(reference, 0)
+    row_sum = tl.sum(power_sum * tl.exp2(reference - row_reference), 0)
 
-    loss = row_largest - (1.0 - SMOOTHING) * label_logit
+    label_z, label_slope = _capped(raw_label, SCALE, SOFTCAP)
+    bits = tl.log2(row_sum) + (1.0 - SMOOTHING) * tl.fma(label_z, -_LOG2_E, row_reference)
     if SMOOTHING != 0.0:
-        loss -= SMOOTHING * (tl.sum(plain_sum, 0) / vocab)
-    tl.store(losses + row, loss + tl.log(row_sum))
+        bits += SMOOTHING * tl.fma(tl.sum(plain_sum, 0) / vocab, -_LOG2_E, row_reference)
+    tl.store(losses + row, bits * _LN_2)
 
     if GRADIENT:
-        # Every lane has read the label's logit before any lane overwrites it.
+        # Every thread has read the label's logit before any overwrites it.
         tl.debug_barrier()
         upstream = tl.load(gradient_scale) * SCALE
-        # Not exp(z - log_sum_exp): the sum's logarithm, added to the maximum, loses the digits that it needs.
-        inverse_sum = 1.0 / row_sum
-        even = 0.0
-        if SMOOTHING != 0.0:
-            even = SMOOTHING / vocab
-        for start in tl.range(0, vocab, BLOCK, num_stages=STAGES):
-            columns = start + lanes
-            inside = columns < vocab
-            z, slope = _capped(tl.load(logits + columns, mask=inside, other=0.0), SCALE, SOFTCAP)
-            gradient = tl.exp(z - row_largest) * inverse_sum - even
-            gradient = tl.where(columns == label, gradient - (1.0 - SMOOTHING), gradient)
-            if SOFTCAP != 0.0:
-                gradient *= slope
-            gradient *= upstream
-            tl.store(logits + columns, gradient.to(logits.dtype.element_ty), mask=inside)
+        # Not one power relative to the log-sum-exp: that sum, rounded, loses the digits that it needs.
+        factor = upstream / row_sum
+        even = upstream * (SMOOTHING / vocab)
+        for back in range(0, whole, 2 * HALF):
+            columns = whole - 2 * HALF - back + lanes
+            # Both loads before a store, past which the compiler moves none.
+            raw_a = tl.load(logits + columns, eviction_policy="evict_first")
+            raw_b = tl.load(logits + columns + HALF, eviction_policy="evict_first")
+            a = _gradient(raw_a, row_reference, factor, even, SCALE, SOFTCAP, SMOOTHING)
+            b = _gradient(raw_b, row_reference, factor, even, SCALE, SOFTCAP, SMOOTHING)
+            tl.store(logits + columns, a, eviction_policy="evict_first")
+            tl.store(logits + columns + HALF, b, eviction_policy="evict_first")
+        for start in range(whole, vocab, HALF):
+            inside = start + lanes < vocab
+            raw = tl.load(logits + start + lanes, mask=inside, other=0.0, eviction_policy="evict_first")
+            gradient = _gradient(raw, row_reference, factor, even, SCALE, SOFTCAP, SMOOTHING)
+            tl.store(logits + start + lanes, gradient, mask=inside, eviction_policy="evict_first")
+        # The label's own is the last write to its place.
+        tl.debug_barrier()
+        gradient = (_power(label_z, row_reference) / row_sum - (1.0 - SMOOTHING)) * upstream - even
+        if SOFTCAP != 0.0:
+            gradient *= label_slope
+        tl.store(logits + label, gradient.to(logits.dtype.element_ty))
 
 
 def chunk_loss(
@@ -128,7 +205,8 @@ def chunk_loss(
     rows, vocab = logits.shape
     if rows == 0:
         return logits
-    block = min(8192, max(128, triton.next_power_of_2(vocab)))
+    aligned = logits.stride(0) * logits.itemsize % 16 == 0 and logits.data_ptr() % 16 == 0
+    tile = tile_of(vocab, logits.itemsize, aligned)
     _row_loss_and_gradient[(rows,)](
         logits,
         target,
@@ -141,8 +219,8 @@ def chunk_loss(
         SOFTCAP=softcap,
         SMOOTHING=label_smoothing,
         GRADIENT=gradient,
-        BLOCK=block,
-        STAGES=3,
-        num_warps=max(4, block // 512),
+        THREADS=32 * tile.warps,
+        WIDTH=tile.width,
+        num_warps=tile.warps,
     )
     return logits

@@ -65,6 +65,19 @@ def test_a_chunk_of_more_than_2_31_logits():
     torch.testing.assert_close(logits[-64:], last.grad.bfloat16(), rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("size", [1.0, 30.0, 1e4])
+def test_losses_of_large_logits_keep_their_digits(size):
+    from rewriter.kernels.linear_cross_entropy_triton import chunk_loss
+
+    logits = torch.randn(64, 50257, device="cuda") * size
+    target = torch.randint(50257, (64,), device="cuda")
+    truth, eager = (F.cross_entropy(z, target, reduction="none") for z in (logits.double(), logits))
+    losses = torch.empty(64, device="cuda")
+    options = {"scale": 1.0, "softcap": 0.0, "ignore_index": -100, "label_smoothing": 0.0}
+    chunk_loss(logits, target, torch.ones((), device="cuda"), losses, gradient=True, **options)
+    assert_as_accurate(losses, eager, truth)
+
+
 def test_a_cuda_graph_captures_it_and_replays_with_other_labels():
     x, weight, target = head(1024, width=512)
     target[::2] = -100

@@ -189,7 +189,7 @@ def test_the_triton_kernel_of_a_chunk(dtype, gradient, options):
 
     options = {"scale": 1.0, "softcap": 0.0, "label_smoothing": 0.0, "ignore_index": -100, **options}
     options.pop("reduction", None)
-    rows, vocab = 5, 8192 + 321
+    rows, vocab = 5, 4096 + 1024 + 321  # whole iterations, and a rest of more than one
     logits = (torch.randn(rows, vocab + 63, device=device) * 4).to(dtype)[:, :vocab]
     target = torch.randint(vocab, (rows,), device=device)
     target[2] = options["ignore_index"]
@@ -223,6 +223,25 @@ def test_the_triton_kernel_of_a_chunk(dtype, gradient, options):
         return
     assert made is logits and not logits[2].any()
     assert_as_accurate(logits, eager_gradient, true_gradient, name="gradient")
+
+
+@pytest.mark.parametrize("vocab", [2, 513, 2048])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_the_triton_kernel_takes_rows_of_any_length_and_alignment(vocab, offset):
+    from rewriter.kernels.linear_cross_entropy_triton import chunk_loss
+
+    rows = 4
+    logits = torch.randn(rows, vocab + offset, device=device).bfloat16()[:, offset:]
+    logits[:, 5:9] = float("-inf")
+    target = torch.tensor([0, vocab - 1, vocab // 2, -100], device=device)
+    leaf = logits.double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(leaf, target, reduction="none")
+    expected.sum().backward()
+    losses, factor = torch.empty(rows, device=device), torch.ones((), device=device)
+    options = {"scale": 1.0, "softcap": 0.0, "ignore_index": -100, "label_smoothing": 0.0}
+    chunk_loss(logits, target, factor, losses, gradient=True, **options)
+    torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits.double(), leaf.grad, rtol=1e-2, atol=1e-6)
 
 
 @pytest.mark.parametrize("needs", [(True, False, False), (True, True, True), (False, False, False)], ids=str)
