@@ -1,9 +1,9 @@
 """What of a machine's memory one process may offload to, where several run on it.
 
 A ``host_budget`` is the machine's, as the memory is: the processes of one machine, under DDP one a GPU, have
-equal parts of it. ``LOCAL_WORLD_SIZE``, which torchrun and accelerate set, says how many they are. Where it is
-missing and ``torch.distributed`` runs, all of its processes are taken to be on this machine, which can only
-make the parts too small.
+equal parts of it. ``LOCAL_WORLD_SIZE``, which torchrun and accelerate set, says how many they are. Where it
+is missing and ``torch.distributed`` runs, all of its processes are taken to be on this machine, which can
+only make the parts too small.
 """
 
 import os
