@@ -14,10 +14,9 @@ end (``unit``), where multiplying by it is exact: so fp16 gradients do not under
 the loss itself rounds as eager does. An upstream gradient that is no power of two adds one rounding, in the
 dtype of ``x``; keeping the gradient in fp32 instead would double the largest tensor that this op keeps.
 
-Rows without a label cost no product. Their number is on the device, so the host has to wait for it once; the
-device computes the first rows' logits meanwhile (`labelled_rows`). Done only when the head's products are far
-longer than finding the rows (`_SYNC_FROM`), and never while a CUDA graph is captured; otherwise all rows are
-computed, and the gradient of those without a label written as zeros.
+Rows without a label cost no product. Their number is on the device, so the host has to wait for it once: a
+bubble of some 50 µs, taken only when the head's products are far longer (`_SYNC_FROM`), and never while a
+CUDA graph is captured; otherwise they are computed with the others and their gradient written as zeros.
 
 Refused: class weights, targets that are probabilities, and reduction "none", for which the gradient's
 upstream is not one number. fp64 runs the reference.

@@ -9,15 +9,9 @@ from collections.abc import Iterator
 
 import torch
 
-from .labelled_rows import LabelledRows
-
 _CUDA_BUFFER = 2**28  # bytes of logits: a bf16 chunk of 1024 rows at 128K tokens fills the multiprocessors
 _CPU_BUFFER = 2**27  # bytes of logits: with fewer rows the products read the weight too often
 _SYNC_FROM = 2**25  # logits: from here on the products outlast the host's wait for the number of labels
-# Multiplications done while the host waits for the number of labels and wakes up, some 0.4 ms: logits of the
-# first labelled rows. All that an ignored row can cost is to be among them.
-_CUDA_AHEAD = 2**37
-_CPU_AHEAD = 0
 
 
 def _chunk_loss(
@@ -51,31 +45,25 @@ def _chunk_loss(
     return z if z is logits else logits.copy_(z)
 
 
-def _skips_rows(target: torch.Tensor, vocab: int) -> bool:
-    """Whether to find the rows that have a label, rather than to compute all."""
-    if not target.is_cuda:
-        return True
-    return target.shape[0] * vocab >= _SYNC_FROM and not torch.cuda.is_current_stream_capturing()
+def _labelled_rows(target: torch.Tensor, vocab: int, ignore_index: int) -> torch.Tensor | None:
+    """Indices of the rows that have a label, or None to compute all rows."""
+    tokens = target.shape[0]
+    if target.is_cuda and (tokens * vocab < _SYNC_FROM or torch.cuda.is_current_stream_capturing()):
+        return None
+    rows = (target != ignore_index).nonzero().squeeze(1)
+    return None if rows.shape[0] == tokens else rows
 
 
-def _most_rows(vocab: int, dtype: torch.dtype, *, cuda: bool, weight_bytes: int) -> int:
-    """How many rows' logits fit the buffer.
+def _chunks(rows: int, vocab: int, dtype: torch.dtype, *, cuda: bool, weight_bytes: int) -> Iterator[slice]:
+    """Slices of about equal length whose logits fit the buffer.
 
     ``weight_bytes`` is 0 for a frozen weight. The gradient of a trainable one is read and written once a
     chunk, in fp32: a buffer of half the weight's size makes that seldom, and is small beside it.
     """
     buffer = max(_CUDA_BUFFER, weight_bytes // 2) if cuda else _CPU_BUFFER
     most = max(1, buffer // (vocab * dtype.itemsize))
-    return most - most % 128 if most >= 128 else most  # whole tiles of the matrix products
-
-
-def _rows_ahead(products: int, *, cuda: bool) -> int:
-    """How many rows of so many multiplications are computed before it is known how many there are."""
-    return -(-(_CUDA_AHEAD if cuda else _CPU_AHEAD) // (128 * products)) * 128
-
-
-def _chunks(rows: int, most: int) -> Iterator[slice]:
-    """Slices of about equal length, no longer than ``most``."""
+    if most >= 128:
+        most -= most % 128  # whole tiles of the matrix products
     count = -(-rows // most)
     length = -(-rows // max(1, count))
     if length > 128:
@@ -135,40 +123,28 @@ def forward(
     mantissa = 2.0 * torch.frexp(factor).mantissa
     unit = factor / mantissa
 
-    tokens = x.shape[0]
-    most = _most_rows(vocab, compute_dtype, cuda=x.is_cuda, weight_bytes=weight.nbytes if needs_weight else 0)
-    # Rows that start on 128 bytes, for wide loads and for the matrix products, whatever the vocabulary.
-    row_length = -(-vocab // 64) * 64 if x.is_cuda else vocab
-    longest = min(most, tokens) if offset is None else 0
-    buffer = x.new_empty((longest, row_length), dtype=compute_dtype)[:, :vocab]
-
-    rows, count, ahead = None, tokens, 0
-    if _skips_rows(target, vocab):
-        labelled = LabelledRows(target, ignore_index)
-        ahead = min(longest, _rows_ahead(vocab * hidden, cuda=x.is_cuda))
-        torch.mm(x.index_select(0, labelled.order[:ahead]).to(compute_dtype), head.t(), out=buffer[:ahead])
-        count = labelled.count()
-        # The order of rows that all have a label is their own.
-        rows = None if count == tokens else labelled.order
-    labels = (target if rows is None else target.index_select(0, rows[:count])).contiguous()
-    chunks = list(_chunks(count, most))
+    rows = _labelled_rows(target, vocab, ignore_index)
+    labels = (target if rows is None else target.index_select(0, rows)).contiguous()
+    count = labels.shape[0]
+    weight_bytes = weight.nbytes if needs_weight else 0
+    chunks = list(_chunks(count, vocab, compute_dtype, cuda=x.is_cuda, weight_bytes=weight_bytes))
 
     losses = x.new_empty(count, dtype=torch.float32)
-    dx = _gradient_buffer(x, x.shape, compute_dtype, needs_x, zeros=False)
-    if needs_x and rows is not None:
-        dx.index_fill_(0, rows[count:], 0.0)
+    dx = _gradient_buffer(x, x.shape, compute_dtype, needs_x, zeros=rows is not None)
     # A single product rounds as eager's does; but sums over tokens, not yet divided, can pass fp16's range.
     direct = len(chunks) == 1 and compute_dtype != torch.float16
     total_dtype = compute_dtype if direct else torch.float32
     dw = _gradient_buffer(x, weight.shape, total_dtype, needs_weight, zeros=not chunks)
     db = _gradient_buffer(x, weight.shape[:1], torch.float32, needs_bias, zeros=True)
 
+    longest = max((chunk.stop - chunk.start for chunk in chunks), default=0)
+    # Rows that start on 128 bytes, for wide loads and for the matrix products, whatever the vocabulary.
+    row_length = -(-vocab // 64) * 64 if x.is_cuda else vocab
+    buffer = x.new_empty((longest if offset is None else 0, row_length), dtype=compute_dtype)[:, :vocab]
     for number, chunk in enumerate(chunks):
         part = (x[chunk] if rows is None else x.index_select(0, rows[chunk])).to(compute_dtype)
         if offset is None:
-            logits = buffer[: part.shape[0]]
-            begin = min(ahead, part.shape[0]) if number == 0 else 0
-            torch.mm(part[begin:], head.t(), out=logits[begin:])
+            logits = torch.mm(part, head.t(), out=buffer[: part.shape[0]])
         else:
             # A tensor of its own takes the path of the model's linear: the bias is added before rounding.
             logits = torch.addmm(offset, part, head.t())

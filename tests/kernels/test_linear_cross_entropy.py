@@ -139,20 +139,6 @@ def test_ignored_rows_get_a_zero_gradient_and_cost_no_product(monkeypatch, small
     assert not dx[target == -100].any() and dx[target != -100].any(1).all()
 
 
-@pytest.mark.parametrize("labelled", [0, 3, 128, 140, 200])
-def test_rows_computed_before_their_number_is_known_are_used_once(labelled, monkeypatch):
-    x, weight, _, target = make(tokens=200, hidden=8, vocab=40, bias=False, ignored=0.0)
-    target[torch.randperm(200, device=device)[labelled:]] = -100
-    monkeypatch.setattr(module, "_SYNC_FROM", 2**60)
-    plain = run(linear_cross_entropy, x, weight, None, target, reduction="sum")
-    monkeypatch.setattr(module, "_SYNC_FROM", 0)
-    monkeypatch.setattr(module, "_CPU_AHEAD", 1)
-    monkeypatch.setattr(module, "_CUDA_AHEAD", 1)
-    ahead = run(linear_cross_entropy, x, weight, None, target, reduction="sum")
-    for a, b in zip(ahead[:3], plain[:3], strict=True):
-        torch.testing.assert_close(a, b)
-
-
 def test_nan_in_the_weight_propagates():
     x, weight, _, target = make(ignored=0.0)
     weight[3, 3] = torch.nan
@@ -188,8 +174,7 @@ def test_without_grad_mode_nothing_is_made_for_a_backward():
 def test_chunks_cover_the_rows_and_fit_the_buffer():
     for rows, vocab in [(0, 5), (1, 10**6), (8192, 128256), (8193, 128256), (300000, 262144), (129, 1000)]:
         for cuda, weight_bytes in [(True, 0), (True, 2**30), (False, 0)]:
-            most = module._most_rows(vocab, torch.bfloat16, cuda=cuda, weight_bytes=weight_bytes)
-            chunks = list(module._chunks(rows, most))
+            chunks = list(module._chunks(rows, vocab, torch.bfloat16, cuda=cuda, weight_bytes=weight_bytes))
             assert [i for c in chunks for i in (c.start, c.stop)][1:-1:2] == [c.start for c in chunks][1:]
             assert sum(c.stop - c.start for c in chunks) == rows
             buffer = max(module._CUDA_BUFFER, weight_bytes // 2) if cuda else module._CPU_BUFFER
