@@ -11,6 +11,10 @@ Bytes moved per weight to bf16: 0.5 read, 2 written, and 1/64 or, without double
 scales; the aim is 85% of what a copy moves in a second. Nothing is saved and nothing has a gradient: a 4-bit
 weight is frozen.
 
+In the same launch ``dequantize_4bit_beside`` puts an adapter's matrix to the right of the weight, and
+``dequantize_4bit_above`` beneath it, among zeros; ``extended_product`` says what for. Every byte of the
+result is written.
+
 The packed weight, but not its scales, may lie in page-locked host memory: the kernel then reads it over the
 bus, 0.5 bytes a weight, and nothing of it stays on the device. Where it is not locked it is copied first.
 
@@ -83,6 +87,64 @@ def dequantize_4bit(packed: Packed4bit, dtype: torch.dtype, use: int = 0) -> Ten
     return torch.ops.rewriter.dequantize_4bit(*packed, dtype, use)
 
 
+def dequantize_4bit_beside(
+    packed: Packed4bit, dtype: torch.dtype, columns: Tensor, start: int, room: int, use: int = 0
+) -> Tensor:
+    """``[W | 0 | columns | 0]``, (N, K + room) in ``dtype``: the weight as ``dequantize_4bit`` gives it.
+
+    Args:
+        columns: (N, r), of any strides and floating dtype, rounded to ``dtype`` once.
+        start: how many columns after W's last they begin.
+        room: columns beside W.
+        use: as in ``dequantize_4bit``.
+
+    Raises:
+        ValueError, TypeError: as ``dequantize_4bit``, or the columns are not as high as the weight or do not
+            fit.
+    """
+    if not packed.absmax.is_cuda:
+        return dequantize_4bit_beside_reference(packed, dtype, columns, start, room)
+    return torch.ops.rewriter.dequantize_4bit_beside(*packed, dtype, columns, start, room, use)
+
+
+def dequantize_4bit_beside_reference(
+    packed: Packed4bit, dtype: torch.dtype, columns: Tensor, start: int, room: int
+) -> Tensor:
+    """The same in plain PyTorch."""
+    _check_columns(packed.shape, columns, start, room)
+    weight = dequantize_4bit_reference(packed, dtype)
+    filled = torch.nn.functional.pad(columns.to(dtype), (start, room - start - columns.shape[1]))
+    return torch.cat((weight, filled), 1)
+
+
+def dequantize_4bit_above(
+    packed: Packed4bit, dtype: torch.dtype, rows: Tensor, room: int, use: int = 0
+) -> Tensor:
+    """``[W ; rows ; 0]``, (N + room, K) in ``dtype``: the weight as ``dequantize_4bit`` gives it.
+
+    Args:
+        rows: (r, K), of any strides and floating dtype, rounded to ``dtype`` once.
+        room: rows beneath W.
+        use: as in ``dequantize_4bit``.
+
+    Raises:
+        ValueError, TypeError: as ``dequantize_4bit``, or the rows are not as wide as the weight or more than
+            fit.
+    """
+    if not packed.absmax.is_cuda:
+        return dequantize_4bit_above_reference(packed, dtype, rows, room)
+    return torch.ops.rewriter.dequantize_4bit_above(*packed, dtype, rows, room, use)
+
+
+def dequantize_4bit_above_reference(
+    packed: Packed4bit, dtype: torch.dtype, rows: Tensor, room: int
+) -> Tensor:
+    """The same in plain PyTorch."""
+    _check_rows(packed.shape, rows, room)
+    weight = dequantize_4bit_reference(packed, dtype)
+    return torch.cat((weight, torch.nn.functional.pad(rows.to(dtype), (0, 0, 0, room - rows.shape[0]))))
+
+
 def dequantize_4bit_reference(packed: Packed4bit, dtype: torch.dtype) -> Tensor:
     """The same in plain PyTorch."""
     _check(*packed, dtype)
@@ -132,17 +194,41 @@ def _check(data, shape, absmax, blocksize, quant_type, absmax_8bit, absmax_code,
         )
 
 
+def _check_columns(shape, columns, start, room) -> None:
+    if columns.dim() != 2 or columns.shape[0] != shape[0]:
+        raise ValueError(
+            f"dequantize_4bit_beside: columns {tuple(columns.shape)}; the weight has {shape[0]} rows."
+        )
+    if start < 0 or start + columns.shape[1] > room:
+        raise ValueError(
+            f"dequantize_4bit_beside: {columns.shape[1]} columns from {start} on do not fit a room of {room}."
+        )
+
+
+def _check_rows(shape, rows, room) -> None:
+    if rows.dim() != 2 or rows.shape[1] != shape[1]:
+        raise ValueError(
+            f"dequantize_4bit_above: rows {tuple(rows.shape)}; the weight has {shape[1]} columns."
+        )
+    if rows.shape[0] > room:
+        raise ValueError(f"dequantize_4bit_above: {rows.shape[0]} rows do not fit a room of {room}.")
+
+
+def _launch(packed: Packed4bit, out: Tensor, matrix: Tensor | None = None, start: int = 0) -> Tensor:
+    from .dequantize_triton import launch
+
+    data, shape, absmax, blocksize, quant_type, *second = packed
+    if data.device != absmax.device and not data.is_pinned():
+        data = data.to(absmax.device)
+    launch(_octets(data), shape, absmax, blocksize, quant_type, *second, out, matrix, start)
+    return out
+
+
 def _kernel(
     data, shape, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset, dtype, use=0
 ) -> Tensor:
-    from .dequantize_triton import launch
-
-    _check(data, shape, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset, dtype)
-    if data.device != absmax.device and not data.is_pinned():
-        data = data.to(absmax.device)
-    out = torch.empty(shape, dtype=dtype, device=absmax.device)
-    launch(_octets(data), absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset, out)
-    return out
+    packed = Packed4bit(data, shape, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset)
+    return _launch(packed, _fake(*packed, dtype))
 
 
 def _fake(
@@ -152,9 +238,52 @@ def _fake(
     return absmax.new_empty(shape, dtype=dtype)
 
 
+def _beside_kernel(
+    data, shape, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset, dtype,
+    columns, start, room, use=0,
+) -> Tensor:  # fmt: skip
+    packed = Packed4bit(data, shape, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset)
+    return _launch(packed, _beside_fake(*packed, dtype, columns, start, room), columns, start)
+
+
+def _beside_fake(
+    data, shape, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset, dtype,
+    columns, start, room, use=0,
+) -> Tensor:  # fmt: skip
+    _check(data, shape, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset, dtype)
+    _check_columns(shape, columns, start, room)
+    return absmax.new_empty((shape[0], shape[1] + room), dtype=dtype)
+
+
+def _above_kernel(
+    data, shape, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset, dtype,
+    rows, room, use=0,
+) -> Tensor:  # fmt: skip
+    packed = Packed4bit(data, shape, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset)
+    return _launch(packed, _above_fake(*packed, dtype, rows, room), rows)
+
+
+def _above_fake(
+    data, shape, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset, dtype,
+    rows, room, use=0,
+) -> Tensor:  # fmt: skip
+    _check(data, shape, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset, dtype)
+    _check_rows(shape, rows, room)
+    return absmax.new_empty((shape[0] + room, shape[1]), dtype=dtype)
+
+
+_PACKED = (
+    "Tensor data, SymInt[] shape, Tensor absmax, int blocksize, str quant_type, Tensor? absmax_8bit, "
+    "Tensor? absmax_code, Tensor? absmax_offset, ScalarType dtype"
+)
+define(f"dequantize_4bit({_PACKED}, int use=0) -> Tensor", kernel=_kernel, fake=_fake)
 define(
-    "dequantize_4bit(Tensor data, SymInt[] shape, Tensor absmax, int blocksize, str quant_type, "
-    "Tensor? absmax_8bit, Tensor? absmax_code, Tensor? absmax_offset, ScalarType dtype, int use=0) -> Tensor",
-    kernel=_kernel,
-    fake=_fake,
+    f"dequantize_4bit_beside({_PACKED}, Tensor columns, int start, int room, int use=0) -> Tensor",
+    kernel=_beside_kernel,
+    fake=_beside_fake,
+)
+define(
+    f"dequantize_4bit_above({_PACKED}, Tensor rows, int room, int use=0) -> Tensor",
+    kernel=_above_kernel,
+    fake=_above_fake,
 )

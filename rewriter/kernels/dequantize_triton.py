@@ -5,6 +5,10 @@ loads and stores of a warp are each one unbroken run, and nothing changes thread
 the code are made by the program itself and looked up in shared memory (``tl.gather``, no bank conflicts): a
 tree of selections costs 15 instructions a weight, where an H200 has 17 at full bandwidth (this takes 10 in
 all), and a table in device memory would be state that somebody has to own.
+
+With room for another matrix, the last programs fill it, so that there is still one launch. Room to the right
+makes the result's rows longer than the weight's: a division a word says in which row it lies. Room beneath
+changes nothing for the weight.
 """
 
 # Triton types a kernel as the plain function below its decorator, and `tl.range` as a function: launch
@@ -18,6 +22,7 @@ import triton.language as tl
 _WARPS = 4
 _WORDS = 32 * _WARPS
 _TILES = 8
+_SPAN = 2048
 
 
 @triton.jit
@@ -88,40 +93,67 @@ def _load_scales(
 
 
 @triton.jit
-def _store_weights(out, left, word, scale, values, tile: tl.constexpr, WORDS: tl.constexpr):
+def _store_weights(
+    out, left, column, k, room, word, scale, values,
+    tile: tl.constexpr, WORDS: tl.constexpr, BESIDE: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
     nibble = tl.arange(0, 8)
     # Within a byte the high nibble is the earlier weight, hence the exclusive or.
     index = (word[:, None] >> (4 * (nibble ^ 1))[None, :]) & 15
     weight = tl.gather(values, tl.reshape(index, (WORDS * 8,)), 0)
     weight = tl.reshape(weight, (WORDS, 8)) * scale[:, None]
-    at = (tile * WORDS + tl.arange(0, WORDS))[:, None] * 8 + nibble[None, :]
-    tl.store(out + at, weight.to(out.dtype.element_ty), mask=at < left)
+    first = (tile * WORDS + tl.arange(0, WORDS)) * 8
+    at = first[:, None] + nibble[None, :]
+    place = at
+    if BESIDE:
+        if WHOLE:
+            # The eight weights of a word lie in one row.
+            first += column
+            place = tl.multiple_of(first + first // k * room, [8])[:, None] + nibble[None, :]
+        else:
+            place = at + column
+            place += place // k * room
+    tl.store(out + place, weight.to(out.dtype.element_ty), mask=at < left)
 
 
 @triton.jit
-def _dequantize_kernel(
-    data,
-    absmax,
-    quantised,
-    code,
-    offset_pointer,
-    out,
-    n,
-    BLOCK: tl.constexpr,
-    NF4: tl.constexpr,
-    NESTED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    WORDS: tl.constexpr,
-    TILES: tl.constexpr,
-):
+def _fill(
+    out, number, height, width, stride, matrix, rows, columns, start, row_stride, column_stride,
+    SPAN: tl.constexpr,
+):  # fmt: skip
+    """A program's part of the room: ``matrix`` from column ``start`` on, and zeros around it."""
+    first = number.to(tl.int64) * SPAN
+    row = first // width
+    at = (first - row * width).to(tl.int32) + tl.arange(0, SPAN)
+    column = at % width
+    row += at // width
+    source = column - start
+    given = (row < rows) & (source >= 0) & (source < columns)
+    value = tl.load(matrix + row * row_stride + source.to(tl.int64) * column_stride, mask=given, other=0.0)
+    tl.store(out + row * stride + column, value.to(out.dtype.element_ty), mask=row < height)
+
+
+@triton.jit
+def _weights(
+    data, absmax, quantised, code, offset_pointer, out, number, n, k, room,
+    BLOCK: tl.constexpr, NF4: tl.constexpr, NESTED: tl.constexpr, ALIGNED: tl.constexpr,
+    BESIDE: tl.constexpr, WHOLE: tl.constexpr, WORDS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """A program's part of the weights."""
     values = _codebook(NF4)
     span: tl.constexpr = WORDS * TILES * 8
     # Only a program's first weight can lie past 2^31; inside it, and for blocks of 32 or more, 32 bits do.
-    first = tl.program_id(0).to(tl.int64) * span
+    first = number.to(tl.int64) * span
     left = tl.minimum(n - first, span).to(tl.int32)
     block = (first // BLOCK).to(tl.int32)
     data += first // 2
-    out += first
+    column = 0
+    if BESIDE:
+        row = first // k
+        column = (first - row * k).to(tl.int32)
+        out += row * (k + room)
+    else:
+        out += first
     offset = 0.0
     if NESTED:
         offset = tl.load(offset_pointer)
@@ -135,31 +167,80 @@ def _dequantize_kernel(
             _load_scales(absmax, quantised, code, offset, block, left, tile, BLOCK, WORDS, NESTED),
         )
     for tile in tl.static_range(TILES):
-        _store_weights(out, left, words[tile], scales[tile], values, tile, WORDS)
+        _store_weights(
+            out, left, column, k, room, words[tile], scales[tile], values, tile, WORDS, BESIDE, WHOLE
+        )
 
 
-def launch(octets, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset, out) -> None:
-    """Fill the dense ``out`` with the weights packed in ``octets``, a dense uint8 vector."""
-    count = out.numel()
-    if count == 0:
+@triton.jit
+def _dequantize_kernel(
+    data, absmax, quantised, code, offset_pointer, out, programs, n, k, room,
+    vacant, height, width, matrix, rows, columns, start, row_stride, column_stride,
+    BLOCK: tl.constexpr, NF4: tl.constexpr, NESTED: tl.constexpr, ALIGNED: tl.constexpr,
+    BESIDE: tl.constexpr, WHOLE: tl.constexpr, FILLED: tl.constexpr,
+    WORDS: tl.constexpr, TILES: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    number = tl.program_id(0)
+    if FILLED:
+        if number >= programs:
+            _fill(vacant, number - programs, height, width, k + room, matrix, rows, columns, start,
+                  row_stride, column_stride, SPAN)  # fmt: skip
+        else:
+            _weights(data, absmax, quantised, code, offset_pointer, out, number, n, k, room,
+                     BLOCK, NF4, NESTED, ALIGNED, BESIDE, WHOLE, WORDS, TILES)  # fmt: skip
+    else:
+        _weights(data, absmax, quantised, code, offset_pointer, out, number, n, k, room,
+                 BLOCK, NF4, NESTED, ALIGNED, BESIDE, WHOLE, WORDS, TILES)  # fmt: skip
+
+
+def launch(
+    octets, shape, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset, out, matrix, start
+) -> None:
+    """Fill the dense ``out`` with the weights in ``octets``, a dense uint8 vector, and with ``matrix``.
+
+    Args:
+        out: of ``shape``, or with more columns, or with more rows.
+        matrix: None; or as many rows as ``out``, for its further columns, ``start`` of them later; or as many
+            columns, for its further rows. The rest of the room is filled with zeros.
+    """
+    n, k = shape
+    room = out.shape[1] - k
+    vacant = out[:, k:] if room else out[n:]
+    programs = triton.cdiv(n * k, _WORDS * _TILES * 8)
+    filling = triton.cdiv(vacant.numel(), _SPAN)
+    if programs + filling == 0:
         return
     nested = absmax_8bit is not None
+    matrix = absmax.reshape(1, -1) if matrix is None else matrix
     with torch.cuda.device_of(out):
-        _dequantize_kernel[(triton.cdiv(count, _WORDS * _TILES * 8),)](
+        _dequantize_kernel[(programs + filling,)](
             octets,
             absmax.contiguous(),
             absmax_8bit.contiguous() if nested else octets,
             absmax_code.contiguous() if nested else absmax,
             absmax_offset if nested else absmax,
             out,
-            count,
+            programs,
+            n * k,
+            k,
+            room,
+            vacant,
+            *vacant.shape,
+            matrix,
+            *matrix.shape,
+            start,
+            *matrix.stride(),
             BLOCK=blocksize,
             NF4=quant_type == "nf4",
             NESTED=nested,
             # The last word may be read past the weights, never past the tensor.
             ALIGNED=octets.data_ptr() % 4 == 0 and octets.numel() % 4 == 0,
+            BESIDE=room > 0,
+            WHOLE=k % 8 == 0 and room % 8 == 0,
+            FILLED=filling > 0,
             WORDS=_WORDS,
             TILES=_TILES,
+            SPAN=_SPAN,
             num_warps=_WARPS,
             # A scale of double quantisation is a product and a sum, each rounded.
             enable_fp_fusion=False,

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .add_product import add_product
-from .dequantize import Packed4bit, dequantize_4bit
+from .dequantize import Packed4bit, dequantize_4bit, dequantize_4bit_above, dequantize_4bit_beside
+from .extended_product import extended, few_enough, room, wide_enough
 
 # Told apart, so that no compiler merges the two and keeps the 16-bit weight in between.
 _FORWARD, _BACKWARD = 0, 1
@@ -48,10 +49,22 @@ class Projection:
         """The weight in the product's dtype, (N, K)."""
         if self.packing is None:
             return p.weight.to(self.compute)
+        return dequantize_4bit(self.packed(p), self.compute, use)
+
+    def packed(self, p: Operands) -> Packed4bit:
+        assert self.packing is not None
         shape, blocksize, quant_type = self.packing
         scales = (p.absmax_8bit, p.absmax_code, p.absmax_offset)
-        packed = Packed4bit(p.weight, shape, p.absmax, blocksize, quant_type, *scales)
-        return dequantize_4bit(packed, self.compute, use)
+        return Packed4bit(p.weight, shape, p.absmax, blocksize, quant_type, *scales)
+
+    @property
+    def may_extend(self) -> bool:
+        """Whether the weight is made anew, in the one 16-bit dtype that the adapter and the result have."""
+        return (
+            self.packing is not None
+            and self.compute == self.adapter == self.out
+            and self.compute.itemsize == 2
+        )
 
 
 def tensors_of(weight: Tensor | Packed4bit) -> tuple[_Slot, _Slot, _Slot, _Slot, _Slot]:
@@ -96,8 +109,70 @@ def _accumulate(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.
 
 
 def _scaled(left: Tensor, right: Tensor, scale: float, shape: Tensor) -> Tensor:
-    """``scale · left right``, rounded once; of ``shape`` only the shape counts."""
+    """``scale · left right``, rounded once; of ``shape``, which may broadcast, only the shape counts."""
     return torch.addmm(shape, left, right, beta=0, alpha=scale)
+
+
+def _beside(projections: Sequence[Projection], operands: Sequence[Operands]) -> list[int]:
+    """Whose update is added by the base's own product, in columns beside the input and the weight."""
+    wide = [
+        i
+        for i, p in enumerate(operands)
+        if p.a is not None and projections[i].may_extend and wide_enough(p.b.shape[0], p.a.shape[1])
+    ]
+    # One product makes all their columns, and has one scale. Symbols are not compared: it would be a guard.
+    scales = [projections[i].scale for i in wide]
+    alike = all(isinstance(s, (int, float)) and s == scales[0] for s in scales)
+    return wide if few_enough([operands[i].a.shape[0] for i in wide]) and (alike or len(wide) == 1) else []
+
+
+def _beneath(projections: Sequence[Projection], operands: Sequence[Operands], x: torch.dtype) -> bool:
+    """Whether the base's own product adds the adapter's gradient of the only input, of dtype ``x``."""
+    (p, *more), projection = operands, projections[0]
+    if more or p.a is None or p.dropped is not None or not projection.may_extend or projection.compute != x:
+        return False
+    return wide_enough(p.a.shape[1], p.b.shape[0]) and few_enough([p.a.shape[0]])
+
+
+class _Down(NamedTuple):
+    """What each B multiplies.
+
+    Attributes:
+        parts: (tokens, r) of each projection, None without an adapter; scaled where it is among ``columns``.
+        columns: matrices to extend the input by.
+        starts: of each projection whose update is added by the base's product: its first column of those.
+    """
+
+    parts: list[Tensor | None]
+    columns: list[Tensor]
+    starts: dict[int, int]
+
+
+def _down(projections: Sequence[Projection], operands: Sequence[Operands], rows: Tensor) -> _Down:
+    made = _Down([None] * len(operands), [], {})
+    beside = _beside(projections, operands)
+    # Who reads one input in one dtype shares a product; an input after dropout is a projection's own.
+    groups: dict[tuple, list[int]] = {}
+    for i, p in enumerate(operands):
+        if p.a is not None:
+            own = None if p.dropped is None else i
+            groups.setdefault((own, projections[i].adapter, i in beside), []).append(i)
+    start = 0
+    for (own, dtype, scaled), members in groups.items():
+        source = rows if own is None else operands[own].dropped.reshape(rows.shape)
+        left, stack = source.to(dtype), _stacked([operands[i].a.to(dtype) for i in members], 0)
+        ranks = [operands[i].a.shape[0] for i in members]
+        if scaled:
+            down = _scaled(left, stack.t(), projections[members[0]].scale, stack[:, 0])
+            made.columns.append(down)
+        else:
+            down = left @ stack.t()
+        for i, part in zip(members, down.split(ranks, 1), strict=True):
+            made.parts[i] = part
+            if scaled:
+                made.starts[i] = start
+                start += part.shape[1]
+    return made
 
 
 class LoraProducts(torch.autograd.Function):
@@ -107,22 +182,20 @@ class LoraProducts(torch.autograd.Function):
     def forward(ctx, projections, x, *tensors):
         operands = _unflatten(tensors)
         rows = x.reshape(-1, x.shape[-1])
-        down: list[_Slot] = [None] * len(projections)
-        shared = [i for i, p in enumerate(operands) if p.a is not None and p.dropped is None]
-        for dtype, members in _sharing(projections, shared).items():
-            stack = _stacked([operands[i].a.to(dtype) for i in members], 0)
-            parts = (rows.to(dtype) @ stack.t()).split([operands[i].a.shape[0] for i in members], 1)
-            for i, part in zip(members, parts, strict=True):
-                down[i] = part
-        outputs = []
+        down = _down(projections, operands, rows)
+        vacant = room(rows.shape[1], [c.shape[1] for c in down.columns])
+        outputs, wide = [], None
         for i, (projection, p) in enumerate(zip(projections, operands, strict=True)):
-            if p.dropped is not None:
-                down[i] = (
-                    p.dropped.reshape(rows.shape).to(projection.adapter) @ p.a.to(projection.adapter).t()
-                )
+            left = rows.to(projection.compute)
             bias = None if p.bias is None else p.bias.to(projection.compute)
-            y = F.linear(rows.to(projection.compute), projection.weight(p, _FORWARD), bias)
-            y = y.to(projection.out) if p.a is None else _add_update(projection, y, down[i], p.b)
+            if i in down.starts:
+                wide = extended(left, down.columns, vacant) if wide is None else wide
+                place = (p.b, down.starts[i], vacant)
+                packed = projection.packed(p)
+                y = F.linear(wide, dequantize_4bit_beside(packed, left.dtype, *place, _FORWARD), bias)
+            else:
+                y = F.linear(left, projection.weight(p, _FORWARD), bias)
+                y = y.to(projection.out) if p.a is None else _add_update(projection, y, down.parts[i], p.b)
             # A view made in here could not be written in place, as models do with a linear's result.
             outputs.append(torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])))
         _save(ctx, projections, x, operands, down)
@@ -138,6 +211,7 @@ class LoraProducts(torch.autograd.Function):
         # None where no gradient reads the input.
         rows: Any = None if x is None else x.reshape(-1, x.shape[-1])
         dx, ddown = None, {}
+        beneath = needs_x and ctx.beneath
         for i, (projection, p, need) in enumerate(zip(ctx.projections, operands, needs, strict=True)):
             if grads[i] is None:
                 continue
@@ -146,7 +220,7 @@ class LoraProducts(torch.autograd.Function):
                 result["bias"] = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
             if need.weight:
                 result["weight"] = dy.to(projection.compute).t() @ rows.to(projection.compute)
-            if needs_x:
+            if needs_x and not beneath:
                 dx = _accumulate(
                     dx, dy.to(projection.compute), projection.weight(p, _BACKWARD), ctx.dtypes[0]
                 )
@@ -154,9 +228,17 @@ class LoraProducts(torch.autograd.Function):
                 continue
             dy, b = dy.to(projection.adapter), p.b.to(projection.adapter)
             if need.b:
-                result["b"] = _scaled(dy.t(), down[i], projection.scale, b)
+                # What was made for columns beside the input is scaled.
+                result["b"] = (
+                    dy.t() @ down[i] if ctx.scaled[i] else _scaled(dy.t(), down[i], projection.scale, b)
+                )
             if need.a or (need.dropped if own else needs_x):
                 ddown[i] = _scaled(dy, b, projection.scale, down[i])
+            if beneath:
+                vacant = room(dy.shape[1], [ddown[i].shape[1]])
+                packed = projection.packed(p)
+                weight = dequantize_4bit_above(packed, projection.compute, p.a, vacant, _BACKWARD)
+                dx = extended(dy, [ddown[i]], vacant) @ weight
             if own and need.a:
                 result["a"] = ddown[i].t() @ p.dropped.reshape(-1, p.dropped.shape[-1]).to(projection.adapter)
             if own and need.dropped:
@@ -167,7 +249,7 @@ class LoraProducts(torch.autograd.Function):
                 parts = (stack.t() @ rows.to(dtype)).split([ddown[i].shape[1] for i in members], 0)
                 for i, part in zip(members, parts, strict=True):
                     results[i]["a"] = part if needs[i].a else None
-            if needs_x:
+            if needs_x and not beneath:
                 a = _stacked([operands[i].a.to(dtype) for i in members], 0)
                 dx = _accumulate(dx, stack, a, ctx.dtypes[0])
         dx = None if dx is None else dx.to(ctx.dtypes[0]).view(ctx.shape)
@@ -179,15 +261,17 @@ class LoraProducts(torch.autograd.Function):
         return None, dx, *flat
 
 
-def _save(ctx, projections, x, operands, down) -> None:
+def _save(ctx, projections, x, operands, down: _Down) -> None:
     """Save what some gradient reads, and no more."""
     ctx.set_materialize_grads(False)
     ctx.projections, ctx.shape = projections, x.shape
+    ctx.scaled = [i in down.starts for i in range(len(operands))]
     ctx.own = [p.dropped is not None for p in operands]
     ctx.dtypes = x.dtype, [Operands(*(None if t is None else t.dtype for t in p)) for p in operands]
+    ctx.beneath = _beneath(projections, operands, x.dtype)
     needs_x, needs = ctx.needs_input_grad[1], _unflatten(ctx.needs_input_grad[2:])
     reads_x, kept_down, kept = False, [], []
-    for p, need, d, own in zip(operands, needs, down, ctx.own, strict=True):
+    for p, need, d, own in zip(operands, needs, down.parts, ctx.own, strict=True):
         reads_x |= need.weight or (need.a and not own)
         through = need.dropped if own else needs_x
         adapts = through or need.a or need.b
