@@ -118,6 +118,24 @@ def _nf4_case():
     return Case(linear, [_randn(2, 5, 64), data, state.absmax, _randn(2, 64), _randn(64, 2)])
 
 
+def _extended_case(*widths, k=64):
+    """Adapters on 4-bit weights, added by the bases' own products."""
+    bnb = pytest.importorskip("bitsandbytes.functional")
+    inputs, weights = [_randn(2, 5, k, dtype=torch.bfloat16)], []
+    for n in widths:
+        data, state = bnb.quantize_4bit(_randn(n, k, grad=False), quant_type="nf4")
+        weights.append((data, (n, k), state.absmax, state.blocksize, "nf4"))
+        inputs += [data, state.absmax, _randn(4, k, dtype=torch.bfloat16), _randn(n, 4, dtype=torch.bfloat16)]
+
+    def linears(x, *operands):
+        parts = [operands[i : i + 4] for i in range(0, len(operands), 4)]
+        packed = [Packed4bit(p[0], w[1], p[1], *w[3:]) for p, w in zip(parts, weights, strict=True)]
+        none = [None] * len(parts)
+        return lora_linears(x, packed, none, [p[2] for p in parts], [p[3] for p in parts], [0.5] * len(parts))
+
+    return Case(linears, inputs)
+
+
 def _autocast_case():
     def mixed(x, weight):
         with torch.autocast("cpu", torch.bfloat16):
@@ -158,6 +176,8 @@ CASES = {
     "lora, dropped input": lambda: _lora_case(dropped=True),
     "lora, one input for two": _lora_pair,
     "lora on nf4": _nf4_case,
+    "lora on nf4, two wide results": lambda: _extended_case(128, 192),
+    "lora on nf4, a wide input": lambda: _extended_case(32, k=128),
     "autocast": _autocast_case,
     "results without a gradient": _with_indices,
     "inputs without a gradient": _frozen_input,
@@ -320,3 +340,27 @@ def test_a_view_of_an_input_is_taken_again_and_not_saved():
     with tracing(TracingContext(fakes.mode)), fakes.mode:
         _, _, saved = partitioned_graphs(part, signature_of(part, inputs, [False, True]))
     assert saved.inputs == (0,) and saved.extras == 0
+
+
+@pytest.mark.parametrize("name", ["lora on nf4, two wide results", "lora on nf4, a wide input"])
+def test_what_was_extended_is_not_saved_and_is_made_where_it_is_read(name, monkeypatch):
+    for op in ("dequantize_4bit", "dequantize_4bit_beside", "dequantize_4bit_above"):
+        kernel = getattr(torch.ops.rewriter, op)
+        monkeypatch.setattr(f"rewriter.kernels.lora_products.{op}", lambda p, *rest, op=kernel: op(*p, *rest))
+    wide = "results" in name
+    signature, (forward, backward, saved) = CASES[name]().traced(partitioned_graphs)
+    (output,) = forward.graph.find_nodes(op="output")
+    extras = [n.meta["val"].shape for n in output.args[0][len(signature.results) :]]
+    # Both A in one, and x Aᵀ of each.
+    shapes = [tuple(map(int, shape)) for shape in extras]
+    assert shapes == ([(8, 64), (10, 4), (10, 4)] if wide else [(10, 4)])
+    assert _counts(forward) == ([0, 2, 0, 1] if wide else [1, 0, 0, 0])
+    assert _counts(backward) == ([2, 0, 0, 0] if wide else [0, 0, 1, 1])
+    _, again = CASES[name]().traced(backward_graph)
+    assert _counts(again) == _counts(backward)
+
+
+def _counts(graph: GraphModule) -> list[int]:
+    names = ("dequantize_4bit", "dequantize_4bit_beside", "dequantize_4bit_above", "extended")
+    ops = [getattr(torch.ops.rewriter, name).default for name in names]
+    return [sum(n.target is op for n in graph.graph.nodes) for op in ops]
