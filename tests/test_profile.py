@@ -11,6 +11,7 @@ from rewriter.kernels import (  # noqa: F401  (they define the ops)
     add_product,
     clamped_gate,
     dequantize,
+    extended_product,
     gated_activation,
     layer_norm,
     rms_norm,

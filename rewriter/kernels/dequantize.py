@@ -217,10 +217,10 @@ def _check_rows(shape, rows, room) -> None:
 def _launch(packed: Packed4bit, out: Tensor, matrix: Tensor | None = None, start: int = 0) -> Tensor:
     from .dequantize_triton import launch
 
-    data, shape, absmax, blocksize, quant_type, *second = packed
-    if data.device != absmax.device and not data.is_pinned():
-        data = data.to(absmax.device)
-    launch(_octets(data), shape, absmax, blocksize, quant_type, *second, out, matrix, start)
+    data = packed.data
+    if data.device != out.device and not data.is_pinned():
+        data = data.to(out.device)
+    launch(packed._replace(data=_octets(data)), out, matrix, start)
     return out
 
 

@@ -193,17 +193,16 @@ def _dequantize_kernel(
                  BLOCK, NF4, NESTED, ALIGNED, BESIDE, WHOLE, WORDS, TILES)  # fmt: skip
 
 
-def launch(
-    octets, shape, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset, out, matrix, start
-) -> None:
-    """Fill the dense ``out`` with the weights in ``octets``, a dense uint8 vector, and with ``matrix``.
+def launch(packed, out, matrix, start) -> None:
+    """Fill the dense ``out`` with the weights of ``packed``, and with ``matrix``.
 
     Args:
-        out: of ``shape``, or with more columns, or with more rows.
+        packed: a ``Packed4bit`` whose data is a dense uint8 vector.
+        out: of the weight's shape, or with more columns, or with more rows.
         matrix: None; or as many rows as ``out``, for its further columns, ``start`` of them later; or as many
             columns, for its further rows. The rest of the room is filled with zeros.
     """
-    n, k = shape
+    octets, (n, k), absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset = packed
     room = out.shape[1] - k
     vacant = out[:, k:] if room else out[n:]
     programs = triton.cdiv(n * k, _WORDS * _TILES * 8)

@@ -1,19 +1,21 @@
 """Linear layers with LoRA adapters on a 16-bit, 32-bit or 4-bit weight: ``x Wᵀ + bias + scale (x Aᵀ) Bᵀ``.
 
 After Hu et al., "LoRA" (arXiv:2106.09685), and QLoRA (arXiv:2305.14314). Nothing here is a kernel: it is one
-autograd function (``lora_products``) made of PyTorch's own products and the op ``dequantize_4bit``, so that
-Inductor and a partitioner see every product. What it saves against the model's own code, for M tokens, a
-weight (N, K) and rank r:
+autograd function (``lora_products``) made of PyTorch's own products and ops that make their operands, as
+``dequantize_4bit``, so that Inductor and a partitioner see every product. What it saves against the model's
+own code, for M tokens, a weight (N, K) and rank r:
 
 - the update is added by the product that makes it, where dtypes allow (``add_product``): ``update``,
   ``update * scale`` and their gradients, M·N each, are not made;
+- over a 4-bit weight whose result is much wider than its input, or the other way round in the backward, the
+  base's own product adds it (``extended_product``), and the wide result is written once;
 - projections of one input (q, k, v; gate and up) share the product with their stacked A matrices, so that
   ``x`` is read once for them, and one gradient of ``x`` is accumulated for all;
 - a 4-bit weight is dequantised again in the backward, not kept: 2·N·K bytes;
 - a frozen weight gets no gradient, and neither does an input that needs none.
 
 Saved for the backward: ``x`` (and dropped inputs), the weights as given (packed), A, B, and ``x Aᵀ`` (M·r),
-each only where a gradient needs it.
+scaled where the base's product adds it, each only where a gradient needs it.
 
 Precision is the graph's: each product in the dtype that the model's code has for it, sums in fp32 inside a
 product, and never a rounding more than the model's code makes. A parameter in another dtype is cast, and its

@@ -143,7 +143,7 @@ class _Down(NamedTuple):
         starts: of each projection whose update is added by the base's product: its first column of those.
     """
 
-    parts: list[Tensor | None]
+    parts: list[_Slot]
     columns: list[Tensor]
     starts: dict[int, int]
 
@@ -152,14 +152,14 @@ def _down(projections: Sequence[Projection], operands: Sequence[Operands], rows:
     made = _Down([None] * len(operands), [], {})
     beside = _beside(projections, operands)
     # Who reads one input in one dtype shares a product; an input after dropout is a projection's own.
-    groups: dict[tuple, list[int]] = {}
+    groups: dict[tuple[int, torch.dtype, bool], list[int]] = {}
     for i, p in enumerate(operands):
         if p.a is not None:
-            own = None if p.dropped is None else i
+            own = -1 if p.dropped is None else i
             groups.setdefault((own, projections[i].adapter, i in beside), []).append(i)
     start = 0
     for (own, dtype, scaled), members in groups.items():
-        source = rows if own is None else operands[own].dropped.reshape(rows.shape)
+        source = rows if own < 0 else operands[own].dropped.reshape(rows.shape)
         left, stack = source.to(dtype), _stacked([operands[i].a.to(dtype) for i in members], 0)
         ranks = [operands[i].a.shape[0] for i in members]
         if scaled:
