@@ -163,7 +163,7 @@ def _down(projections: Sequence[Projection], operands: Sequence[Operands], rows:
         left, stack = source.to(dtype), _stacked([operands[i].a.to(dtype) for i in members], 0)
         ranks = [operands[i].a.shape[0] for i in members]
         if scaled:
-            down = _scaled(left, stack.t(), projections[members[0]].scale, stack[:, 0])
+            down = _scaled(left, stack.t(), projections[members[0]].scale, left.narrow(1, 0, 1))
             made.columns.append(down)
         else:
             down = left @ stack.t()
