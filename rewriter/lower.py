@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch._guards import TracingContext, tracing
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 from torch.utils.checkpoint import CheckpointPolicy
 
+from rewriter.gate_gradients import join_gate_gradients
 from rewriter.kernels.gated_activation import gated_activation, gated_activation_packed
 from rewriter.kernels.registration import operators
 from rewriter.options import Options
@@ -52,7 +53,7 @@ def lower(module: GraphModule, example_inputs: Sequence[Any], options: Options) 
     from torch._inductor.compile_fx import compile_fx
 
     _register_operators()
-    patches = {**_mode_settings(options.mode), **_cache_key(module)}
+    patches = {**_mode_settings(options.mode), **_cache_key(module), **_graph_passes()}
     compiled = compile_fx(module, list(example_inputs), config_patches=patches)
     return cast(Callable, compiled)
 
@@ -143,6 +144,29 @@ def _register_operators() -> None:
             make_fallback(op, layout_constraint=tag_to_layout_constraint(tag))
 
 
+def _graph_passes() -> dict[str, Any]:
+    """What of ours changes the graphs that Inductor compiles; nothing where the user has a pass of theirs."""
+    from torch._inductor import config
+
+    name = "post_grad_custom_pre_pass"
+    return {} if getattr(config, name) else {name: _gate_pass()}
+
+
+@functools.cache
+def _gate_pass() -> Callable:
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class JoinGateGradients(CustomGraphPass):
+        def __call__(self, graph: Graph) -> None:
+            join_gate_gradients(graph, functional=True)
+
+        def uuid(self) -> str:
+            # Caches hold what it made under this key.
+            return source_hash()
+
+    return JoinGateGradients()
+
+
 def _cache_key(module: GraphModule) -> dict[str, Any]:
     """Let PyTorch's caches hold graphs that call our functions, under a key that changes with our sources.
 
@@ -174,7 +198,14 @@ def _lower_eager(module: GraphModule, example_inputs: Sequence[Any]) -> Callable
     from torch._dynamo.backends.debugging import boxed_nop
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
+    def backward_compiler(backward: GraphModule, inputs: Sequence[Any]) -> Callable:
+        join_gate_gradients(backward.graph, functional=True)
+        backward.recompile()
+        return boxed_nop(backward, inputs)
+
     compiler = aot_autograd(
-        fw_compiler=boxed_nop, bw_compiler=boxed_nop, partition_fn=min_cut_rematerialization_partition
+        fw_compiler=boxed_nop,
+        bw_compiler=backward_compiler,
+        partition_fn=min_cut_rematerialization_partition,
     )
     return compiler(module, list(example_inputs))

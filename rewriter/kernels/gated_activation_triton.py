@@ -74,8 +74,9 @@ def _forward_kernel(
 def _backward_kernel(
     grad, gate, up, d_gate, d_up,
     grad_stride, gate_stride, up_stride, d_gate_stride, d_up_stride, width, blocks,
-    ACTIVATION: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr, BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr, RESULT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """The gradients; with ``RESULT`` the activation, too, in the place of ``grad``."""
     program = tl.program_id(0)
     row = (program // blocks).to(tl.int64)
     column = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -83,8 +84,11 @@ def _backward_kernel(
     dy = tl.load(grad + row * grad_stride + column, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(gate + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
     value, slope = _activate(g, ACTIVATION)
-    if GATE:
+    if GATE or RESULT:
         u = tl.load(up + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
+    if RESULT:
+        tl.store(grad + row * grad_stride + column, (value * u).to(grad.dtype.element_ty), mask=inside)
+    if GATE:
         dg = (dy * u * slope).to(d_gate.dtype.element_ty)
         tl.store(d_gate + row * d_gate_stride + column, dg, mask=inside)
     if UP:
@@ -134,11 +138,14 @@ def launch_backward(
     d_gate: torch.Tensor | None,
     d_up: torch.Tensor | None,
     activation: str,
+    *,
+    result: bool = False,
 ) -> None:
     """Write the gradients that are not None; all (..., width), the outputs of strides that view as rows.
 
     Where all have one dtype, each element is read by the thread that writes it before it is written: the
-    outputs may then be ``gate``, ``up`` or ``grad`` themselves, if those die here.
+    outputs may then be ``gate``, ``up`` or ``grad`` themselves, if those die here. With ``result`` what the
+    forward wrote takes the place of ``grad``, which has to be contiguous.
     """
     outputs = [x for x in (d_gate, d_up) if x is not None]
     if not outputs or grad.numel() == 0:
@@ -149,6 +156,6 @@ def launch_backward(
     _backward_kernel[(gate.size(0) * blocks,)](
         grad, gate, up, first, last,
         grad.stride(0), gate.stride(0), up.stride(0), first.stride(0), last.stride(0), width, blocks,
-        ACTIVATION=activation, GATE=d_gate is not None, UP=d_up is not None, BLOCK=block,
+        ACTIVATION=activation, GATE=d_gate is not None, UP=d_up is not None, RESULT=result, BLOCK=block,
         num_warps=BACKWARD_WARPS,
     )  # fmt: skip

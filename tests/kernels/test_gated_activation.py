@@ -202,3 +202,53 @@ def test_errors_name_the_value_and_the_way_out():
         gated_activation_packed(x, "silu")
     with pytest.raises(ValueError, match="differ in shape; use gated_activation_reference"):
         op(x, x[:, :1], "silu")
+
+
+def assert_same(ours, apart):
+    assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(ours, apart, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_and_result_in_one_pass_are_the_same_bits(activation, dtype):
+    ops = torch.ops.rewriter
+    gate, up, grad = (spread(2, 5, 301, dtype=dtype) for _ in range(3))
+    apart = *ops.gated_activation_backward(grad, gate, up, activation, True, True), op(gate, up, activation)
+    result = grad.clone()
+    gradients = ops.gated_activation_backward_with_result_(result, gate, up, activation)
+    assert_same((*gradients, result), apart)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_same_of_halves(order, dtype):
+    ops = torch.ops.rewriter
+    gate_up, grad = spread(2, 5, 2 * 67, dtype=dtype), spread(2, 5, 67, dtype=dtype)
+    for given in (gate_up, gate_up.expand(3, 2, 5, 134)[1], torch.cat((gate_up, gate_up), -1)[..., :134]):
+        d_packed = ops.gated_activation_packed_backward(grad, given, "silu", order)
+        apart = d_packed, packed_op(given, "silu", order)
+        result = grad.clone()
+        gradient = ops.gated_activation_packed_backward_with_result_(result, given, "silu", order)
+        assert_same((gradient, result), apart)
+
+
+def test_gradients_and_result_of_more_than_one_block_and_of_any_strides():
+    ops = torch.ops.rewriter
+    gate, up, odd = spread(3, 2 * 2051)[:, ::2], spread(3, 2100)[:, :2051], spread(2051, 3).t()
+    for grad in (odd.contiguous(), odd):
+        apart = *ops.gated_activation_backward(grad, gate, up, "silu", True, True), op(gate, up, "silu")
+        result = grad.clone()
+        assert result.stride() == grad.stride()
+        gradients = ops.gated_activation_backward_with_result_(result, gate, up, "silu")
+        assert all(map(torch.equal, (*gradients, result), apart))
+
+
+def test_operator_contract_of_the_gradients_with_the_result():
+    ops, x, packed = torch.ops.rewriter, spread(3, 5), spread(3, 10)
+    tests = "test_schema", "test_faketensor"
+    two = ops.gated_activation_backward_with_result_.default
+    torch.library.opcheck(two, (x.clone(), x, spread(3, 5), "silu"), test_utils=tests)
+    one = ops.gated_activation_packed_backward_with_result_.default
+    torch.library.opcheck(one, (x.clone(), packed, "silu", "gate_up"), test_utils=tests)
+    empty = spread(0, 6)
+    assert two(empty, empty, empty, "silu")[0].shape == (0, 6)
