@@ -11,7 +11,8 @@ for theirs. One launch moves 12 bytes an element of bf16 where two move 16. The 
 
 Left as they are: an activation that ``dh`` is made of; a ``dh`` of another dtype or other strides, one that
 is read again, and one whose memory is not the graph's own; and where something in between writes to what the
-operations that move have read.
+operations that move have read. A product with a sum that counts for nothing (``beta`` of 0: LoRA's scaled
+products) depends on that sum's shape alone, and gets a row of a factor in its place.
 """
 
 import operator
@@ -68,6 +69,7 @@ def join_gate_gradients(graph: Graph, *, functional: bool) -> None:
         moved = gate.made_before_gradients()
         if moved is None:
             continue
+        gate.part_from_shapes(moved)
         last = gate.join(functional)
         for node in moved:
             last.append(node)
@@ -117,7 +119,7 @@ class _Gate:
         while (node := node.next) is not self.backward:
             if node.op == "root":
                 return []  # The activation itself comes after its gradients.
-            if any(source is self.forward or source in made for source in node.all_input_nodes):
+            if any(source is self.forward or source in made for source in _read(node)):
                 made[node] = None
             elif isinstance(node.target, OpOverload):
                 written.update(_written(node.target, node.args))
@@ -127,6 +129,19 @@ class _Gate:
             return None
         read = {s for n in made for source in n.all_input_nodes for s in _storages(source)}
         return list(made) if read.isdisjoint(written) else None
+
+    def part_from_shapes(self, moved: Sequence[Node]) -> None:
+        """Where what stays reads ``moved`` for its shape alone, let it read something else."""
+        node = self.forward
+        while (node := node.next).op != "root" and node is not self.backward:
+            if node in moved or not _is_scaled_product(node):
+                continue
+            shape, _, right = node.args
+            if isinstance(right, Node) and (shape is self.forward or shape in moved):
+                with node.graph.inserting_before(node):
+                    row = node.graph.call_function(torch.ops.aten.select.int, (right, 0, 0))
+                row.meta["val"] = right.meta["val"].select(0, 0)
+                node.update_arg(0, row)
 
     def join(self, functional: bool) -> Node:
         """Put the launch in the place of ``backward``; its last node."""
@@ -154,6 +169,18 @@ class _Gate:
         graph.erase_node(backward)
         graph.erase_node(self.forward)
         return result
+
+
+def _is_scaled_product(node: Node) -> bool:
+    """Whether the sum that a product is added to counts for nothing, as a LoRA layer's backward has it."""
+    return node.target is torch.ops.aten.addmm.default and node.kwargs.get("beta") == 0
+
+
+def _read(node: Node) -> list[Node]:
+    """The operands whose numbers count."""
+    if not _is_scaled_product(node):
+        return node.all_input_nodes
+    return [n for n in node.args[1:] if isinstance(n, Node)]
 
 
 def _part(launch: Node, index: int) -> Node:

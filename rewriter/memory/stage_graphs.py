@@ -15,6 +15,7 @@ from torch import SymInt, Tensor
 from torch._guards import TracingContext, tracing
 from torch.fx import GraphModule
 
+from rewriter.gate_gradients import join_gate_gradients
 from rewriter.kernels.attention_groups import by_groups
 from rewriter.memory.costs import argument_of, int_hint
 from rewriter.memory.fakes import StageFakes, memory_order
@@ -204,8 +205,16 @@ def _traced(
             pass
         else:
             attend_by_groups(backward)
-            return forward, backward, saved
-    return forward_graph(module, signature), backward_graph(module, signature), None
+            return forward, _with_gates_joined(backward), saved
+    backward = backward_graph(module, signature)
+    return forward_graph(module, signature), _with_gates_joined(backward), None
+
+
+def _with_gates_joined(backward: GraphModule) -> GraphModule:
+    """Here, and not when Inductor compiles it: what a stage costs is read off its graph."""
+    join_gate_gradients(backward.graph, functional=False)
+    backward.recompile()
+    return backward
 
 
 # Query heads of one group alone fill the device from about here.
