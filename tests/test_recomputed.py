@@ -1,4 +1,6 @@
-"""What a backward computes again instead of keeping it: a gated activation."""
+"""What a backward computes again instead of keeping it: a gated activation, with its gradients."""
+
+from uuid import uuid4
 
 import pytest
 import torch
@@ -55,9 +57,18 @@ def trained(model, lowering):
 
 @pytest.mark.parametrize("lowering", ["eager", "inductor"])
 def test_a_gated_activation_is_computed_again_from_what_its_own_backward_keeps(mlp, lowering, monkeypatch):
+    graphs = []
+    join = rewriter.lower.join_gate_gradients
+    monkeypatch.setattr(
+        rewriter.lower,
+        "join_gate_gradients",
+        lambda graph, functional: (join(graph, functional=functional), graphs.append(str(graph))),
+    )
+    # PyTorch's caches know the package by its sources alone; nothing of an earlier run is taken.
+    monkeypatch.setattr(rewriter.lower, "source_hash", lambda run=uuid4().hex: run)
     saved, gradients = trained(mlp, lowering)
+    assert "backward_with_result_" in graphs[-1]
     monkeypatch.setattr(rewriter.lower, "RECOMPUTED", frozenset())
-    # PyTorch's caches know the package by its sources alone.
     monkeypatch.setattr(rewriter.lower, "source_hash", lambda: "without")
     kept, same = trained(mlp, lowering)
     assert sum(kept) - sum(saved) == TOKENS * WIDTH
