@@ -173,7 +173,7 @@ class _Gate:
 
 def _is_scaled_product(node: Node) -> bool:
     """Whether the sum that a product is added to counts for nothing, as a LoRA layer's backward has it."""
-    return node.target is torch.ops.aten.addmm.default and node.kwargs.get("beta") in (0,)
+    return node.target is torch.ops.aten.addmm.default and not node.kwargs.get("beta", 1)
 
 
 def _read(node: Node) -> list[Node]:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 # Functions whose results a backward computes again. A gated activation is as wide as what it is made of,
-# which is saved for its own backward, and costs one more write in the launch of that; a partitioner would save
+# which is saved for its own backward, and costs one more write in that one's launch; a partitioner would save
 # the result of any op that it does not know: in 8 layers of 8B, 4,096 tokens, 0.9 GiB.
 RECOMPUTED = frozenset((gated_activation, gated_activation_packed))
 

@@ -57,7 +57,7 @@ def trained(model, lowering):
 
 @pytest.mark.parametrize("lowering", ["eager", "inductor"])
 def test_a_gated_activation_is_computed_again_from_what_its_own_backward_keeps(mlp, lowering, monkeypatch):
-    graphs = []
+    graphs, run = [], uuid4().hex
     join = rewriter.lower.join_gate_gradients
     monkeypatch.setattr(
         rewriter.lower,
@@ -65,7 +65,7 @@ def test_a_gated_activation_is_computed_again_from_what_its_own_backward_keeps(m
         lambda graph, functional: (join(graph, functional=functional), graphs.append(str(graph))),
     )
     # PyTorch's caches know the package by its sources alone; nothing of an earlier run is taken.
-    monkeypatch.setattr(rewriter.lower, "source_hash", lambda run=uuid4().hex: run)
+    monkeypatch.setattr(rewriter.lower, "source_hash", lambda: run)
     saved, gradients = trained(mlp, lowering)
     assert "backward_with_result_" in graphs[-1]
     monkeypatch.setattr(rewriter.lower, "RECOMPUTED", frozenset())
