@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
+from torch.multiprocessing import SimpleQueue, get_context
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from rewriter.memory.budgets import card_bytes
@@ -85,14 +86,14 @@ def test_both_stay_within_their_device_budget(seen):
 
 def outcomes(kind: str, length: int, sizes: Sizes) -> list[Seen]:
     """What two processes saw, each on a device of its own of ``kind``, "cuda" or "cpu"."""
-    context = multiprocessing.get_context("spawn")
+    context = get_context("spawn")
     results = context.SimpleQueue()
     given = (_free_port(), kind, length, sizes, results)
-    multiprocessing.start_processes(_work, given, nprocs=2, start_method="spawn")
+    spawn(_work, given, nprocs=2)
     return [results.get() for _ in range(2)]
 
 
-def _work(rank: int, port: int, kind: str, length: int, sizes: Sizes, results) -> None:
+def _work(rank: int, port: int, kind: str, length: int, sizes: Sizes, results: SimpleQueue) -> None:
     os.environ.update(ENVIRONMENT, MASTER_PORT=str(port), RANK=str(rank))
     torch.set_num_threads(1)
     device = "cpu"
