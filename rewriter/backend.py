@@ -100,7 +100,8 @@ def _compile(
             line.now("compiling")
             compiled = lower(recorded.module, recorded.example_inputs, options)
         elif plan is not None:
-            compiled = lower_planned(plan, options, line.now)
+            compiled, plan = lower_planned(plan, options, line.now)
+            record_plan(plan, record)
         else:
             compiled = lower_program(program, options, line.now)
         compiled = finish(recorded.replayed(compiled, record.notes))
@@ -185,10 +186,10 @@ def plan_memory(
     budget = options.memory_budget
     assert budget != "off", "nothing is planned then"
     # Scheduling imports more of PyTorch than a run without a budget needs.
-    from rewriter.memory.under_budget import memory_record, under_budget
+    from rewriter.memory.under_budget import under_budget
 
     try:
-        plan = under_budget(program, example_inputs, budget, options.host_budget, options.max_tokens)
+        return under_budget(program, example_inputs, budget, options.host_budget, options.max_tokens)
     except Infeasible:
         if budget is not None:
             raise
@@ -198,10 +199,15 @@ def plan_memory(
         log.warning("planning memory failed, everything is kept: %s", error, exc_info=True)
         record.notes.append(f"memory: everything is kept, planning failed: {error}")
         return None
+
+
+def record_plan(plan: "PlannedProgram", record: GraphRecord) -> None:
+    """Write down what runs how."""
+    from rewriter.memory.under_budget import memory_record
+
     record.notes += plan.notes
     record.memory = memory_record(plan.plan)
     record.program = describe(plan.program)
-    return plan
 
 
 def plan_replay(

@@ -5,6 +5,7 @@ PyTorch's private modules that lowering needs are touched here alone.
 
 import functools
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from rewriter.memory.layer_graphs import LayerGraphs
     from rewriter.memory.planned import PlannedProgram
 
+
+log = logging.getLogger(__name__)
 
 # Functions whose results a backward computes again. A gated activation is as wide as what it is made of,
 # which is saved for its own backward, and costs one more write in that one's launch; a partitioner would save
@@ -100,26 +103,50 @@ def lower_program(program: Program, options: Options, say: Callable[[str], None]
     return link(program, compiled)
 
 
-def lower_planned(planned: "PlannedProgram", options: Options, say: Callable[[str], None]) -> Callable:
-    """Compile what a planned program calls, each stage once for all the ways in which its layers run."""
+def lower_planned(
+    planned: "PlannedProgram", options: Options, say: Callable[[str], None]
+) -> tuple[Callable, "PlannedProgram"]:
+    """Compile what a planned program calls, each stage once for all the ways in which its layers run.
+
+    Returns:
+        The program, and the plan that it follows: another one where stages could not be compiled.
+    """
+    stages: dict[LayerGraphs, LayerStages] = {}
+    while (failed := _compile_stages(planned, options, say, stages)) is not None:
+        planned = planned.without(*failed)
+    compiled: dict[Region, Callable] = {}
+    for region in planned.program.regions:
+        staged = planned.staged.get(region)
+        if staged is None:
+            say(f"compiling {region.name}")
+            compiled[region] = lower_beside(region.module, region.inputs, options)
+        else:
+            compiled[region] = staged.scheduled(stages[staged.layer], planned.transfers)
+    planned.reserve_host_memory()
+    return link(planned.program, compiled), planned
+
+
+def _compile_stages(
+    planned: "PlannedProgram",
+    options: Options,
+    say: Callable[[str], None],
+    stages: "dict[LayerGraphs, LayerStages]",
+) -> "tuple[LayerGraphs, Exception] | None":
+    """Put into ``stages`` what the plan runs and is not there yet; the first that fails, and why."""
 
     def compile_graph(module: GraphModule, inputs: Sequence[Any], fake_mode: Any) -> Callable:
         return lower_stage(module, inputs, fake_mode, options)
 
-    stages: dict[LayerGraphs, LayerStages] = {}
-    compiled: dict[Region, Callable] = {}
-    regions = planned.program.regions
-    for number, region in enumerate(regions, 1):
-        say(f"compiling {region.name}, {number} of {len(regions)}")
-        staged = planned.staged.get(region)
-        if staged is None:
-            compiled[region] = lower_beside(region.module, region.inputs, options)
+    for region, staged in planned.staged.items():
+        if staged.layer in stages:
             continue
-        if staged.layer not in stages:
+        say(f"compiling the stages of {region.name}")
+        try:
             stages[staged.layer] = staged.layer.compiled(compile_graph)
-        compiled[region] = staged.scheduled(stages[staged.layer], planned.transfers)
-    planned.reserve_host_memory()
-    return link(planned.program, compiled)
+        except Exception as error:
+            log.warning("the stages of %s cannot be compiled: %s", region.name, error, exc_info=True)
+            return staged.layer, error
+    return None
 
 
 def lower_stage(module: GraphModule, inputs: Sequence[Any], fake_mode: Any, options: Options) -> Callable:

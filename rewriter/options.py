@@ -20,6 +20,8 @@ _UNITS = {
     "MIB": 2**20,
     "GIB": 2**30,
 }
+# A number without a unit below this was meant in another one.
+_LEAST = 1 << 20
 _LOWERINGS = ("inductor", "eager")
 _MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -39,8 +41,8 @@ class Options:
             machine together.
         max_tokens: the most tokens of a batch, rows times length, that the memory plan has to hold for where
             lengths vary; None: those of the batch at hand. A larger batch is planned anew.
-        passes: names of the passes to run; None or an empty list for all. Names with a leading "-" are left
-            out instead.
+        passes: names of the passes to run, none in an empty list; None for all. Names with a leading "-" are
+            left out instead.
         verify: compare loss and gradients with the unrewritten graph on each graph's first call.
         lowering: "inductor", or "eager" for AOTAutograd without Inductor.
         regions: outline repeated layers, and compile each kind once.
@@ -100,9 +102,10 @@ class Options:
         """Whether the pass of that name is asked for."""
         if self.passes is None:
             return True
-        excluded = {p[1:] for p in self.passes if p.startswith("-")}
-        included = {p for p in self.passes if not p.startswith("-")}
-        return pass_name not in excluded and (not included or pass_name in included)
+        if f"-{pass_name}" in self.passes:
+            return False
+        left_out_alone = bool(self.passes) and all(name.startswith("-") for name in self.passes)
+        return left_out_alone or pass_name in self.passes
 
 
 def _parse_count(name: str, value: Any) -> int | None:
@@ -122,7 +125,8 @@ def parse_budget(name: str, value: Any, otherwise: str = "") -> int | float | No
         otherwise: what the option takes beside, for the message.
 
     Raises:
-        OptionError: for anything else, with the forms that are understood.
+        OptionError: for anything else, with the forms that are understood; for a number without a unit that
+            is below 1 MiB.
     """
     if value is None:
         return None
@@ -135,7 +139,7 @@ def parse_budget(name: str, value: Any, otherwise: str = "") -> int | float | No
         and value > 1
         and float(value).is_integer()
     ):
-        return int(value)
+        return _meant(name, int(value))
     matched = (
         re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)\s*", value, re.IGNORECASE)
         if isinstance(value, str)
@@ -144,6 +148,16 @@ def parse_budget(name: str, value: Any, otherwise: str = "") -> int | float | No
     if matched is None or float(matched[1]) == 0.0:
         raise OptionError(f"rewriter: option {name!r} is {value!r}; give {forms}{otherwise}.")
     return int(float(matched[1]) * _UNITS[matched[2].upper()])
+
+
+def _meant(name: str, size: int) -> int:
+    if size >= _LEAST:
+        return size
+    likely = f"{size}GB" if size < 1024 else f"{size}MB"
+    raise OptionError(
+        f"rewriter: option {name!r} is {size}, which is {size} bytes, less than any step takes; write "
+        f'"{likely}", or "{size}B" where bytes are meant.'
+    )
 
 
 def _parse_switch(name: str, value: Any) -> bool:

@@ -47,6 +47,16 @@ def test_a_malformed_budget_is_an_error_with_the_forms_that_are_understood(name,
         parse(**{name: value})
 
 
+@pytest.mark.parametrize(
+    ("value", "way_out"), [(24, "24GB"), (24.0, "24GB"), (24_000, "24000MB"), (2**20 - 1, "1048575B")]
+)
+def test_a_number_of_few_bytes_is_an_error_with_the_unit_that_was_meant(value, way_out):
+    for name in ("memory_budget", "host_budget"):
+        with pytest.raises(OptionError, match=rf'{name}\' is {int(value)}, which is .* bytes.*"{way_out}"'):
+            parse(**{name: value})
+    assert parse(memory_budget=2**20, host_budget="24B") == Options(memory_budget=2**20, host_budget=24)
+
+
 def test_planning_is_turned_off_by_a_word():
     assert parse(memory_budget="off").memory_budget == "off"
     with pytest.raises(OptionError, match='or "off" to plan nothing'):
@@ -90,7 +100,16 @@ def test_passes_run_alone_or_are_left_out():
     assert [n for n in pass_names() if parse(passes=["norm"]).runs(n)] == ["norm"]
     assert "norm" not in [n for n in pass_names() if parse(passes=["-norm"]).runs(n)]
     assert not any(parse(passes=["norm", "-norm"]).runs(n) for n in pass_names())
-    assert all(parse(passes=[]).runs(n) for n in pass_names())
+    assert all(parse(passes=None).runs(n) for n in pass_names())
+
+
+def test_an_empty_list_of_passes_is_none():
+    assert not any(parse(passes=[]).runs(n) for n in pass_names())
+    torch._dynamo.reset()
+    with rewriter.inspect() as report:
+        options = {"lowering": "eager", "passes": []}
+        torch.compile(torch.nn.LayerNorm(8), backend="rewriter", options=options)(torch.randn(2, 8))
+    assert not report.counts() and not report.graphs[0].passes
 
 
 @pytest.mark.parametrize("value", [1, "yes", None])

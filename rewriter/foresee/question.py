@@ -11,7 +11,8 @@ from rewriter.foresee.traced import in_tracing, traced
 from rewriter.memory.budgets import foreseen_bytes, usable_bytes
 from rewriter.memory.machine import Machine
 from rewriter.memory.plan import Problem
-from rewriter.memory.planned import all_ways, parts_of
+from rewriter.memory.planned import parts_of
+from rewriter.memory.ways import all_ways
 
 
 class Question:

@@ -1,38 +1,29 @@
 """A program under a memory budget: which of its layers run how, and the program that says so.
 
-The layers of a program are parted into stages, each way to run them is costed, and the planner chooses for
-every call. Calls of one region that run differently become regions of their own, so that the program's text
-shows what the plan does.
+The planner chooses for every call among the ways to run its region (``ways.py``). Calls of one region that
+run differently become regions of their own, so that the program's text shows what the plan does.
 """
 
 import functools
 import itertools
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from rewriter.memory.arena import HostArena
 from rewriter.memory.budgets import Budgets
-from rewriter.memory.choices import Cost, Link, StagedChoice, cost_on, staged_choices
-from rewriter.memory.kept import kept_choice
+from rewriter.memory.choices import Link, StagedChoice
 from rewriter.memory.layer import LayerStages, ScheduledLayer
-from rewriter.memory.layer_graphs import LayerGraphs, layer_graphs
+from rewriter.memory.layer_graphs import LayerGraphs
 from rewriter.memory.lengths import grown
-from rewriter.memory.plan import Choice, MemoryPlan, Part, Problem
-from rewriter.memory.planner import best
-from rewriter.memory.room import made_bytes
-from rewriter.memory.stage_graphs import Unstaged
+from rewriter.memory.plan import Infeasible, MemoryPlan, Part, Problem
+from rewriter.memory.planner import best, least
 from rewriter.memory.transfer import Transfers
+from rewriter.memory.ways import all_ways, kept_ways, owns_gradient
 from rewriter.regions.program import Program, Region, RegionCall
 
-log = logging.getLogger(__name__)
-
-_Made = TypeVar("_Made")
 # Of host memory, for blocks that begin at multiples of 512 bytes.
 _SPARE = 1 << 20
 
@@ -73,6 +64,7 @@ class PlannedProgram:
         plan: what was chosen, and what it comes to.
         notes: why layers could not be run in stages.
         transfers: to host memory and back, made when they are first asked for.
+        ways: what was chosen from; None where there was nothing to choose.
     """
 
     program: Program
@@ -80,6 +72,15 @@ class PlannedProgram:
     plan: MemoryPlan
     notes: tuple[str, ...]
     transfers: Callable[[], Transfers]
+    ways: "Ways | None" = None
+
+    def without(self, layer: LayerGraphs, error: Exception) -> "PlannedProgram":
+        """Planned anew where the stages of ``layer`` cannot be compiled; the notes say why."""
+        assert self.ways is not None
+        kind = next(region.name for region, staged in self.staged.items() if staged.layer is layer)
+        found = self.ways.without(layer).chosen()
+        why = f"{kind} runs in other ways, compiling its stages failed: {type(error).__name__}: {error}"
+        return replace(found, notes=(*self.notes, why, *found.notes))
 
     def reserve_host_memory(self) -> None:
         """Have what the plan offloads in one piece: grown bit by bit, it would leave a rest in each."""
@@ -97,11 +98,47 @@ def planned(program: Program, given: Budgets, machine: Link, device: torch.devic
     if found := _everything_kept(program, kept, given, device):
         return found
     everything, notes = all_ways(program, machine, kept)
-    problems = [_problem(program, ways, given, window) for window, ways in everything.items()]
-    found = best(problems)
-    ways = next(w for w, p in zip(everything.values(), problems, strict=True) if p is found.problem)
-    staged_program, staged = _apply(program, ways, found, given.growth)
-    return PlannedProgram(staged_program, staged, found, tuple(notes), _transfers(given, device))
+    found = Ways(program, everything, given, device).chosen()
+    return replace(found, notes=tuple(notes))
+
+
+@dataclass(frozen=True, eq=False)
+class Ways:
+    """The ways to run the regions of ``program``, by the window, and what there is to choose within."""
+
+    program: Program
+    by_window: Mapping[int, Mapping[Region, list[StagedChoice]]]
+    given: Budgets
+    device: torch.device
+    forced: bool = False
+
+    def chosen(self) -> PlannedProgram:
+        """The fastest plan; where ways were refused and nothing fits, the smallest, and a note of it.
+
+        Raises:
+            Infeasible: no plan stays within the budgets.
+        """
+        given, notes = self.given, ()
+        problems = [_problem(self.program, w, given, window) for window, w in self.by_window.items()]
+        try:
+            found = best(problems)
+        except Infeasible as error:
+            if not self.forced:
+                raise
+            found, notes = least(problems[0]), (f"memory: this step may run out of it. {error}",)
+        ways = next(w for w, p in zip(self.by_window.values(), problems, strict=True) if p is found.problem)
+        program, staged = _apply(self.program, ways, found, given.growth)
+        return PlannedProgram(program, staged, found, notes, _transfers(given, self.device), self)
+
+    def without(self, layer: LayerGraphs) -> "Ways":
+        """All but those that run the stages of ``layer``."""
+        left = {
+            window: {
+                region: [way for way in found if way.layer is not layer] for region, found in ways.items()
+            }
+            for window, ways in self.by_window.items()
+        }
+        return replace(self, by_window=left, forced=True)
 
 
 def everything_kept(
@@ -135,7 +172,7 @@ def _transfers(given: Budgets, device: torch.device) -> Callable[[], Transfers]:
 
 
 def _problem(
-    program: Program, ways: Mapping[Region, list[StagedChoice]], given: Budgets, window: int = 0
+    program: Program, ways: Mapping[Region, Sequence[StagedChoice]], given: Budgets, window: int = 0
 ) -> Problem:
     parts = parts_of(program.calls, ways, given.growth)
     window = ceil(window * given.growth)
@@ -143,7 +180,7 @@ def _problem(
 
 
 def parts_of(
-    calls: Sequence[RegionCall], ways: Mapping[Region, list[StagedChoice]], growth: float = 1.0
+    calls: Sequence[RegionCall], ways: Mapping[Region, Sequence[StagedChoice]], growth: float = 1.0
 ) -> tuple[Part, ...]:
     """What the planner decides for each call; calls of one region share their choices."""
     choices = {region: tuple(grown(way.choice, growth) for way in found) for region, found in ways.items()}
@@ -153,130 +190,9 @@ def parts_of(
     )
 
 
-def kept_ways(program: Program, machine: Link) -> dict[Region, list[StagedChoice]]:
-    """Each region as it runs without a budget."""
-    return {region: [StagedChoice(_kept_choice(program, region, machine))] for region in program.regions}
-
-
-def _kept_choice(program: Program, region: Region, machine: Link) -> Choice:
-    """By the region's forward and backward; where they cannot be traced, by the sizes of its values."""
-    try:
-        return kept_choice(region, _shared(program, region), machine)
-    except Exception as error:
-        log.warning("%s is foreseen from sizes alone: %s", region.name, error, exc_info=True)
-        made = made_bytes(region.module)
-        return Choice("keep all, foreseen from sizes alone", made, 0, made, 3 * made, 0.0, 0.0)
-
-
-def all_ways(
-    program: Program, machine: Link, kept: Mapping[Region, list[StagedChoice]] | None = None
-) -> tuple[dict[int, dict[Region, list[StagedChoice]]], list[str]]:
-    """Every way to run each region, and why some cannot run in stages; ``kept`` where it is known already.
-
-    By the window of device memory that is set aside for copies under way: none, which needs least, and one.
-    Regions between the first and the last call, or that repeat, may run in stages. One that fails to be cut
-    keeps everything; the others are planned.
-    """
-    notes: list[str] = []
-    kept = kept or kept_ways(program, machine)
-    layers = {
-        region: graphs
-        for region in _repeated_or_inner(program)
-        if (graphs := _or_noted(notes, region, functools.partial(_cut, program, region))) is not None
-    }
-    windows, cost = (0, _window(layers)), cost_on(machine)
-    found = {window: {region: list(ways) for region, ways in kept.items()} for window in windows}
-    for region, graphs in layers.items():
-        owns = _owns_gradient(program, region)
-        staged = functools.partial(_staged_ways, graphs, machine, owns, windows, cost)
-        for window, ways in (_or_noted(notes, region, staged) or {}).items():
-            found[window][region] += ways
-    return found, notes
-
-
-def _staged_ways(
-    layers: Sequence[LayerGraphs], machine: Link, owns_gradient: bool, windows: Sequence[int], cost: Cost
-) -> dict[int, list[StagedChoice]]:
-    """By the window, the ways to run one region, of whose stages ``layers`` has two forms."""
-    return {
-        window: [
-            way
-            for layer in layers
-            for way in staged_choices(layer, layer.tokens, machine, owns_gradient, window, cost)
-        ]
-        for window in windows
-    }
-
-
-def _repeated_or_inner(program: Program) -> list[Region]:
-    times = program.times()
-    ends = {program.calls[0].region, program.calls[-1].region}
-    return [region for region in program.regions if times[region] > 1 or region not in ends]
-
-
-def _or_noted(notes: list[str], region: Region, make: Callable[[], _Made]) -> _Made | None:
-    """What ``make`` makes; None, and a note, where it fails: the region then keeps everything."""
-    try:
-        return make()
-    except Unstaged as reason:
-        notes.append(f"{region.name} keeps what its backward reads: {reason}")
-    except Exception as error:
-        log.warning("%s cannot be planned and keeps everything: %s", region.name, error, exc_info=True)
-        failed = f"planning it failed: {type(error).__name__}: {error}"
-        notes.append(f"{region.name} keeps everything, {failed}")
-    return None
-
-
-def _cut(program: Program, region: Region) -> list[LayerGraphs]:
-    shared = _shared(program, region)
-    return [layer_graphs(region, shared, saving=saving) for saving in (False, True)]
-
-
-def _window(layers: Mapping[Region, Sequence[LayerGraphs]]) -> int:
-    """Device bytes for copies under way: half of the most that one layer saves in tiles.
-
-    It is made in half of the layer's forward, and takes about all of it to leave.
-    """
-    sizes = (
-        sum(layer.sizes()[name] for name in layer.saved_in_tiles)
-        for graphs in layers.values()
-        for layer in graphs
-    )
-    return max(sizes, default=0) // 2
-
-
-def _shared(program: Program, region: Region) -> frozenset[int]:
-    """Inputs that live anyway: all but those that one call makes and this one alone reads.
-
-    Where calls differ, as where the first layer reads an input of the graph, they are the layer's own.
-    """
-    readers: dict[Any, int] = {}
-    for call in program.calls:
-        for node in call.inputs:
-            readers[node] = readers.get(node, 0) + 1
-    (output,) = program.source.graph.find_nodes(op="output")
-    made = {n for call in program.calls for n in call.outputs} - set(output.all_input_nodes)
-    calls = [call for call in program.calls if call.region is region]
-    return frozenset(
-        i
-        for i, value in enumerate(region.inputs)
-        if not isinstance(value, Tensor)
-        or all(call.inputs[i] not in made or readers[call.inputs[i]] > 1 for call in calls)
-    )
-
-
-def _owns_gradient(program: Program, region: Region) -> bool:
-    """Whether each result has one reader, whose backward makes its gradient for this region alone."""
-    (output,) = program.source.graph.find_nodes(op="output")
-    returned = set(output.all_input_nodes)
-    read = [node for call in program.calls for node in call.inputs]
-    results = [n for call in program.calls if call.region is region for n in call.outputs]
-    return all(read.count(n) == 1 and n not in returned for n in results)
-
-
 def _apply(
     program: Program,
-    ways: Mapping[Region, list[StagedChoice]],
+    ways: Mapping[Region, Sequence[StagedChoice]],
     found: MemoryPlan,
     growth: float,
 ) -> tuple[Program, dict[Region, StagedRegion]]:
@@ -295,7 +211,7 @@ def _apply(
             made[key] = Region(name, region.module, region.inputs)
             way = next(w for w in ways[region] if w.choice.name == choice.name)
             if way.layer is not None:
-                staged[made[key]] = StagedRegion(way.layer, way, _owns_gradient(program, region), growth)
+                staged[made[key]] = StagedRegion(way.layer, way, owns_gradient(program, region), growth)
         calls.append(RegionCall(made[key], call.inputs, call.outputs))
     return replace(program, calls=tuple(calls)), staged
 

@@ -36,9 +36,10 @@ def steps(model, batches) -> tuple[list, dict]:
 
 
 def compiled(model, budget, **options):
-    model.compile(
-        backend="rewriter", options={"lowering": "eager", "memory_budget": budget, **options}, dynamic=None
-    )
+    """``model`` under ``budget``, bytes of which there may be few."""
+    size = f"{budget}B" if isinstance(budget, int) else budget
+    given = {"lowering": "eager", "memory_budget": size, **options}
+    model.compile(backend="rewriter", options=given, dynamic=None)
     return model
 
 

@@ -48,40 +48,40 @@ def _losses(chain, lengths):
     return losses, [p.grad for p in chain.parameters()]
 
 
-def _trained(lengths, **options):
+def trained(lengths, **options):
     """Losses and gradients under a budget that is too small to keep everything, and the plans."""
     torch._dynamo.reset()
     chain = _chain()
-    given = {"memory_budget": 280_000, "lowering": "eager", **options}
+    given = {"memory_budget": "280KB", "lowering": "eager", **options}
     chain.compile(backend="rewriter", dynamic=True, options=given)
     with rewriter.inspect() as report:
         found = _losses(chain, lengths)
     return found, [graph.memory for graph in report.graphs]
 
 
-def _assert_as_eager(found, lengths):
+def assert_as_eager(found, lengths):
     torch.testing.assert_close(found, _losses(_chain(), lengths))
 
 
 def test_a_longer_batch_is_planned_anew():
     lengths = [20, 12, 20, 30, 25]
-    found, plans = _trained(lengths)
-    _assert_as_eager(found, lengths)
+    found, plans = trained(lengths)
+    assert_as_eager(found, lengths)
     assert len(plans) == 2
 
 
 def test_one_plan_serves_all_lengths_up_to_the_most_that_is_said():
     lengths = [20, 12, 30, 40, 25]
-    found, plans = _trained(lengths, max_tokens=80)
-    _assert_as_eager(found, lengths)
+    found, plans = trained(lengths, max_tokens=80)
+    assert_as_eager(found, lengths)
     (plan,) = plans
     assert plan is not None and any("offload" in way or "recompute" in way for _, way, _ in plan.ways)
 
 
 def test_the_most_that_is_said_may_be_passed():
     lengths = [20, 30]
-    found, plans = _trained(lengths, max_tokens=44)
-    _assert_as_eager(found, lengths)
+    found, plans = trained(lengths, max_tokens=44)
+    assert_as_eager(found, lengths)
     assert len(plans) == 2
 
 
@@ -100,7 +100,7 @@ def test_a_number_of_tokens_that_is_none_is_an_error(value):
 
 
 def test_the_report_has_the_plan_as_a_chart_and_as_a_picture():
-    _, (plan,) = _trained([20, 12], max_tokens=80)
+    _, (plan,) = trained([20, 12], max_tokens=80)
     assert plan is not None and plan.peak <= plan.device_budget
     assert "forward" in plan.chart and plan.chart.count("\n") > 5
     assert plan.picture.startswith("<svg") and plan.picture.rstrip().endswith("</svg>")

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from rewriter.memory import planned as planned_module
+from rewriter.memory import ways as ways_module
 from rewriter.memory.borders import parted_at_borders
 from rewriter.memory.budgets import Budgets, card_bytes, usable_bytes
 from rewriter.memory.plan import Infeasible
-from rewriter.memory.planned import all_ways, everything_kept, kept_plan, planned
+from rewriter.memory.planned import everything_kept, kept_plan, planned
+from rewriter.memory.ways import all_ways
 from rewriter.regions.outline import outline
 from rewriter.regions.program import source_of
 from tests.families import build
@@ -92,14 +94,14 @@ def test_a_layer_that_cannot_be_cut_keeps_everything_and_the_others_are_planned(
     torch._dynamo.reset()
     program, _ = _program(build("llama", layers=3, lora=True))
     broken, sound = (region for region in program.regions if region.name.startswith("layer"))
-    cut = planned_module.layer_graphs
+    cut = ways_module.layer_graphs
 
     def graphs(region, shared, *, saving):
         if region is broken:
             raise RuntimeError("no stages today")
         return cut(region, shared, saving=saving)
 
-    monkeypatch.setattr(planned_module, "layer_graphs", graphs)
+    monkeypatch.setattr(ways_module, "layer_graphs", graphs)
     ways, notes = all_ways(program, Linked())
     assert len(ways) == 2
     for found in ways.values():
@@ -108,7 +110,7 @@ def test_a_layer_that_cannot_be_cut_keeps_everything_and_the_others_are_planned(
 
 
 def test_a_region_that_cannot_be_traced_is_foreseen_from_sizes(program, monkeypatch):
-    trace = planned_module.kept_choice
+    trace = ways_module.kept_choice
     broken = program.calls[-1].region
 
     def choice(region, *given):
@@ -117,7 +119,7 @@ def test_a_region_that_cannot_be_traced_is_foreseen_from_sizes(program, monkeypa
         return trace(region, *given)
 
     whole = kept_plan(program, Budgets(0, 0, 0), Linked())
-    monkeypatch.setattr(planned_module, "kept_choice", choice)
+    monkeypatch.setattr(ways_module, "kept_choice", choice)
     found = kept_plan(program, Budgets(0, 0, 0), Linked())
     assert found.choices[-1].name == "keep all, foreseen from sizes alone"
     assert found.choices[:-1] == whole.choices[:-1] and found.peak > whole.peak / 2

@@ -1,0 +1,50 @@
+"""Stages that cannot be compiled: their layers run in other ways, and the report says so."""
+
+import pytest
+import torch
+
+import rewriter
+from rewriter import lower
+from tests.memory.test_lengths import assert_as_eager, trained
+
+LENGTHS = [20, 20]
+
+
+@pytest.fixture
+def fails(monkeypatch):
+    """Stages fail to compile: all, or as many as are said."""
+    compile_stage, failed = lower.lower_stage, []
+
+    def set_up(most: int):
+        def failing(*arguments):
+            if len(failed) < most:
+                failed.append(arguments)
+                raise RuntimeError("no kernel today")
+            return compile_stage(*arguments)
+
+        monkeypatch.setattr(lower, "lower_stage", failing)
+
+    return set_up
+
+
+def test_where_none_can_be_compiled_everything_is_kept_and_that_it_does_not_fit_is_said(fails):
+    fails(1000)
+    found, (plan,) = trained(LENGTHS, max_tokens=80)
+    assert_as_eager(found, LENGTHS)
+    assert plan is not None and plan.peak > plan.device_budget
+    assert {way for kind, way, _ in plan.ways if kind.startswith("layer")} == {"keep all"}
+    notes = rewriter.report().graphs[-1].notes
+    assert any("compiling its stages failed: RuntimeError: no kernel today" in note for note in notes)
+    assert any("this step may run out of it" in note and "are needed" in note for note in notes)
+
+
+def test_where_some_can_be_compiled_the_plan_is_made_of_those(fails):
+    fails(1)
+    found, (plan,) = trained(LENGTHS, max_tokens=80)
+    assert_as_eager(found, LENGTHS)
+    assert plan is not None and plan.peak <= plan.device_budget
+    assert {way for kind, way, _ in plan.ways if kind.startswith("layer")} != {"keep all"}
+    notes = rewriter.report().graphs[-1].notes
+    assert any("runs in other ways" in note for note in notes)
+    assert not any("may run out" in note for note in notes)
+    torch._dynamo.reset()
