@@ -5,18 +5,20 @@
 Two kinds can go there. Of the embedding of the tokens a batch reads as many rows as it has tokens
 (``kernels/host_embedding.py``). The packed weights of 4-bit linears are read where they are dequantised, once
 a forward and once a backward (``kernels/dequantize.py``): 109 MB a layer of an 8B Llama, 2 ms at 55 GB/s.
+Under a memory plan they are copied while the layer before runs (``memory/weights_ahead.py``).
 
 Such a weight is no longer among the parameters of its module, since whoever walks over those expects one
 device: ``model.device`` of transformers is the first one's, DDP refuses two, ``model.to(device)`` would bring
 it back. It is an attribute, and the module's class one made for it, that still saves it to state dicts, under
 its old name, and loads it. The parameter is the same object all along.
 
-Refused: weights that are trained, or shared with another module.
+Refused: weights that are trained, or shared with another module; the head, all of which the loss reads when
+the most is on the device; 16-bit weights of layers, which no kernel reads over the bus.
 """
 
 import functools
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +31,7 @@ from rewriter.memory.pinned import HostSlab
 
 EMBEDDING, LAYERS = KINDS = ("embedding", "layers")
 _NAME = "weight"
+_POSSIBLE = f"What can live in host memory is {' and '.join(KINDS)}."
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,8 +121,13 @@ def checked(kinds: Iterable[str]) -> tuple[str, ...]:
     """``kinds``, of which a single one may be given by itself."""
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     for kind in kinds:
+        if kind == "head":
+            raise ValueError(
+                "host is 'head'; the loss reads the head's weight for every chunk of tokens, at one of the "
+                f"step's worst moments: it stays on the device. {_POSSIBLE}"
+            )
         if kind not in KINDS:
-            raise ValueError(f"host is {kind!r}; what can live in host memory is {' and '.join(KINDS)}.")
+            raise ValueError(f"host is {kind!r}. {_POSSIBLE}")
     return kinds
 
 
@@ -156,14 +164,21 @@ def embedding_of(model: nn.Module) -> nn.Embedding:
     return embedding
 
 
-def could_live_in_host_memory(sizes: Mapping[str, int]) -> str:
-    """What to add to an error for want of memory, of bytes by kind; "" for none."""
+def could_live_in_host_memory(sizes: Mapping[str, int], least: Callable[[int], int]) -> str:
+    """What to add to an error for want of memory, of bytes by kind; "" for none.
+
+    Args:
+        least: the least memory_budget that would do with so many bytes less on the device.
+    """
     names = {EMBEDDING: "the frozen embedding's", LAYERS: "the frozen layers'"}
     parts = [f"{names[kind]} {size / 2**30:.2f} GiB" for kind, size in sizes.items()]
     if not parts:
         return ""
     kinds = repr(tuple(sizes)) if len(sizes) > 1 else repr(next(iter(sizes)))
-    return f" Of the weights, {' and '.join(parts)} can live in host memory: prepare(model, host={kinds})."
+    return (
+        f" Of the weights, {' and '.join(parts)} can live in host memory: after "
+        f"prepare(model, host={kinds}), memory_budget={least(sum(sizes.values()))} would do."
+    )
 
 
 def _input(model: nn.Module) -> nn.Module:
@@ -175,8 +190,8 @@ def _quantised(model: nn.Module, layers: Sequence[nn.Module]) -> list[nn.Module]
     found = [m for m in layers if getattr(m.weight, "quant_state", None) is not None]
     if not found:
         raise ValueError(
-            "host='layers': no frozen 4-bit linear of bitsandbytes is there; weights of other dtypes stay on "
-            "the device. Load the model in 4 bits, on its device."
+            "host='layers': no frozen 4-bit linear of bitsandbytes is there; 16-bit weights, which no kernel "
+            "reads over the bus, stay on the device. Load the model in 4 bits, on its device."
         )
     for module in found:
         _refuse_shared(model, module)

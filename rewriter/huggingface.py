@@ -74,8 +74,9 @@ def prepare(model: nn.Module, *, host: str | Iterable[str] = ()) -> Preparation:
         host: frozen weights to keep in host memory instead of on the device, so that more of it is left for
             activations: "embedding", of which a batch reads as many rows as it has tokens, and "layers", the
             packed weights of 4-bit linears, which are read over the bus in each forward and each backward
-            (an 8B model's 3.5 GB in 65 ms, 55 GB/s). Once the model is on its device. Such weights are in the
-            state dict as before, and no longer among ``model.parameters()``.
+            (an 8B model's 3.5 GB in 65 ms, 55 GB/s): within a memory budget, while the layer before runs.
+            Once the model is on its device. Such weights are in the state dict as before, and no longer among
+            ``model.parameters()``.
 
     Returns:
         What was changed; ``print`` it. The model keeps it for ``restore``.

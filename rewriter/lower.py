@@ -123,7 +123,7 @@ def lower_planned(
         else:
             compiled[region] = staged.scheduled(stages[staged.layer], planned.transfers)
     planned.reserve_host_memory()
-    return link(planned.program, compiled), planned
+    return planned.announced(link(planned.program, compiled)), planned
 
 
 def _compile_stages(

@@ -17,6 +17,7 @@ import torch
 from rewriter.foresee.longest import longest
 from rewriter.foresee.question import Question
 from rewriter.host_weights import could_live_in_host_memory
+from rewriter.memory.budgets import card_bytes
 from rewriter.memory.machine import H200, KNOWN, Machine, machine_for
 from rewriter.memory.plan import Infeasible, MemoryPlan
 from rewriter.memory.planner import best
@@ -40,8 +41,8 @@ class Foresight:
         machine: whose rates were taken.
         memory_budget: bytes of the card, or of the share of it that may be taken.
         host_budget: bytes that offloads may take, without weights in host memory.
-        seconds: of a step: forward, backward, the update of what is trained, and reading what weights are in
-            host memory.
+        seconds: of a step: forward, backward, the update of what is trained, and reading an embedding in host
+            memory.
         plan: what each layer does, with the memory that it takes over the step.
         notes: what the plan could not do.
     """
@@ -151,8 +152,10 @@ def plan(
     try:
         found = best(problems)
     except Infeasible as error:
-        could = could_live_in_host_memory(made.host.could)
-        raise Infeasible(f"{error}{could}", error.least_device, error.least_host) from None
+        if (least := error.least_device) is None:
+            raise
+        could = could_live_in_host_memory(made.host.could, lambda spared: card_bytes(least - spared))
+        raise Infeasible(f"{error}{could}", least, error.least_host) from None
     update = _UPDATE_PASSES * made.trained_bytes / chosen.bandwidth
     bus = made.host.read_over_the_bus(rows * tokens) / chosen.to_device
     return Foresight(

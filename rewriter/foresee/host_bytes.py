@@ -1,4 +1,4 @@
-"""How much of a model to trace is in host memory, how much could be, and what a step reads of it there."""
+"""How much of a model to trace is in host memory, how much could be, and what a batch reads of it there."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -8,9 +8,6 @@ from torch import nn
 from rewriter.foresee.packed_linear import PackedLinear
 from rewriter.foresee.repetition import Repetition, layers_of
 from rewriter.host_weights import EMBEDDING, LAYERS, embedding_of
-
-# A packed weight is read where it is dequantised: in the forward and in the backward.
-_READS = 2
 
 
 @dataclass(frozen=True)
@@ -28,9 +25,8 @@ class HostBytes:
     row: int = 0
 
     def read_over_the_bus(self, tokens: int) -> int:
-        """In a step on so many tokens."""
-        rows = tokens * self.row if EMBEDDING in self.there else 0
-        return rows + _READS * self.there.get(LAYERS, 0)
+        """Of the embedding, in a step on so many tokens; what layers read is part of their plan."""
+        return tokens * self.row if EMBEDDING in self.there else 0
 
     def notes(self) -> tuple[str, ...]:
         size = sum(self.there.values()) / 2**30

@@ -8,7 +8,9 @@ import torch
 from rewriter.foresee.blueprint import Blueprint, blueprint
 from rewriter.foresee.repetition import Uneven, calls_of_all
 from rewriter.foresee.traced import in_tracing, traced
+from rewriter.host_weights import LAYERS
 from rewriter.memory.budgets import foreseen_bytes, usable_bytes
+from rewriter.memory.in_host import packed_weights
 from rewriter.memory.machine import Machine
 from rewriter.memory.plan import Problem
 from rewriter.memory.planned import parts_of
@@ -56,11 +58,14 @@ class Question:
         made = self.made
         program = traced(made, self._rows, tokens, self._autocast)
         calls = calls_of_all(program, made.left_out)
-        everything, notes = in_tracing(made, self._autocast, lambda: all_ways(program, self._machine))
+        in_host = packed_weights(program) if LAYERS in made.host.there else frozenset()
+        everything, notes = in_tracing(
+            made, self._autocast, lambda: all_ways(program, self._machine, in_host=in_host)
+        )
         static = foreseen_bytes(made.weight_bytes, made.trained_bytes)
         name = f"{self._rows} × {tokens:,} tokens"
         problems = tuple(
-            Problem(parts_of(calls, ways), static, self._device, self._host, name, window=window)
-            for window, ways in everything.items()
+            Problem(parts_of(calls, ways), static, self._device, self._host, name, window=aside.grown(1.0))
+            for aside, ways in everything.items()
         )
         return problems, tuple(notes)

@@ -7,15 +7,22 @@ budget, is the fastest, and one of them.
 With a *window* of device memory set aside for copies under way, what a stage in tiles saves for its own
 backward leaves and returns tile by tile: gate and up of an MLP, the largest of what a layer saves, are then
 never on the device as a whole.
+
+Weights in host memory are read over the bus, once for each tile that reads them, while nothing else runs; or,
+with room for two layers' set aside, copied while the layer before runs: with its reloads in the backward, on
+a bus that is idle in this direction in the forward.
 """
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Protocol
 
+from torch.fx import GraphModule
+
 from rewriter.memory.costs import GraphCost, Rates, graph_cost
+from rewriter.memory.in_host import NONE, InHost
 from rewriter.memory.layer_graphs import LayerGraphs, longest_tile
 from rewriter.memory.plan import Choice
 from rewriter.memory.schedule import Fate, Schedule, schedule
@@ -41,7 +48,8 @@ class StagedChoice:
     """A choice, and how it is run: a layer's stages by a schedule, in tiles of at most ``tile`` tokens.
 
     Without a layer and a schedule: as it is run without a plan. ``in_tiles`` are values that leave and return
-    in tiles, ``window`` the bytes of copies that may be under way; None: those of a whole layer.
+    in tiles, ``window`` the bytes of copies that may be under way; None: those of a whole layer. ``in_host``:
+    its weights in host memory.
     """
 
     choice: Choice
@@ -50,6 +58,7 @@ class StagedChoice:
     layer: LayerGraphs | None = None
     in_tiles: frozenset[str] = frozenset()
     window: int | None = None
+    in_host: InHost = NONE
 
 
 def cost_on(machine: Rates) -> Cost:
@@ -64,6 +73,7 @@ def staged_choices(
     owns_gradient: bool,
     window: int = 0,
     cost: Cost | None = None,
+    in_host: InHost = NONE,
 ) -> list[StagedChoice]:
     """Every combination of fates and tile that is not the same as another.
 
@@ -72,6 +82,7 @@ def staged_choices(
         owns_gradient: as in ``ScheduledLayer``.
         window: device bytes that are set aside for copies under way.
         cost: from ``cost_on(machine)``, where other choices share it.
+        in_host: the layer's weights in host memory.
     """
     cost = cost or cost_on(machine)
     tiles = [t for t in _TILES if (t or tokens) <= longest_tile(tokens) and (t or 0) < tokens]
@@ -80,7 +91,7 @@ def staged_choices(
         plan = schedule(layer.values(), layer.own_inputs, layer.wiring.outputs, fates)
         for tile in tiles:
             if (plan, tile) not in found:
-                walk = _Walk(layer, tile, tokens, owns_gradient, cost, window)
+                walk = _Walk(layer, tile, tokens, owns_gradient, cost, window, in_host, machine)
                 found[plan, tile] = _costed(layer, plan, fates, tile, machine, walk)
     return list(found.values())
 
@@ -111,20 +122,23 @@ def _costed(
     backward_peak, backward_seconds = walk.backward(plan)
     hosted = sum(size[v] for v in plan.offloaded)
     whole = sum(size[v] for v in plan.offloaded if v not in walk.in_tiles)
+    fetching = walk.in_host.nbytes / machine.to_device if walk.in_host.ahead else 0.0
     choice = Choice(
-        _named(layer, plan, fates, tile),
+        _named(layer, plan, fates, tile) + walk.in_host.words,
         sum(size[v] for v in plan.kept),
         hosted,
         forward_peak,
         backward_peak,
-        forward_seconds,
+        # The next layer's weights come meanwhile; in the backward they share the bus with what is reloaded.
+        max(forward_seconds, fetching),
         backward_seconds,
         hosted / machine.to_host,
-        hosted / machine.to_device,
+        hosted / machine.to_device + fetching,
         max(0, whole - walk.window),
     )
     in_tiles = walk.in_tiles.intersection(plan.offloaded)
-    return StagedChoice(choice, plan, tile, layer, in_tiles, max(walk.window, whole) if walk.window else None)
+    window = max(walk.window, whole) if walk.window else None
+    return StagedChoice(choice, plan, tile, layer, in_tiles, window, walk.in_host)
 
 
 class _Walk:
@@ -138,7 +152,10 @@ class _Walk:
         owns_gradient: bool,
         cost: Cost,
         window: int,
+        in_host: InHost,
+        machine: Link,
     ):
+        self.in_host, self.to_device = in_host, machine.to_device
         self.layer, self.tokens, self.cost, self.window = layer, tokens, cost, window
         self.tile = None if tile is None or tile >= tokens else tile_length(tokens, tile)
         # Of what is offloaded, that which is on the device one tile at a time.
@@ -194,7 +211,8 @@ class _Walk:
         whole = sum(size for name, size in gives.items() if name not in live) if count > 1 else 0
         peak = sum(live.values()) + whole + cost.peak_bytes
         live.update(gives)
-        return peak, cost.seconds * count
+        reading = self._reading(graphs.forward, self.layer.wiring.takes[index])
+        return peak, (cost.seconds + reading) * count
 
     def _backward(
         self,
@@ -225,7 +243,12 @@ class _Walk:
             if name in gradients and (name not in above or name in taken):
                 del gradients[name]
         gradients.update(made)
-        return before + room + cost.peak_bytes, cost.seconds * count
+        reading = self._reading(graphs.backward, self.layer.wiring.reads_back[index])
+        return before + room + cost.peak_bytes, (cost.seconds + reading) * count
+
+    def _reading(self, graph: GraphModule, names: Sequence[str]) -> float:
+        """Seconds in which one run waits for weights over the bus."""
+        return self.in_host.read_by(graph, names) / self.to_device
 
     def _tiles(self, index: int) -> tuple[int, int]:
         """Length of a tile and their number, of a stage."""

@@ -69,6 +69,7 @@ class ScheduledLayer:
         owns_gradient: whether nobody else reads the gradients that the layer is given.
         in_tiles: of what is offloaded, what leaves and returns tile by tile.
         window: bytes of copies that may be under way, as ``Transfers.group`` says.
+        ahead: names of the weights that come from host memory while the layer before runs.
     """
 
     stages: LayerStages
@@ -79,6 +80,7 @@ class ScheduledLayer:
     owns_gradient: bool
     in_tiles: frozenset[str] = frozenset()
     window: int | None = None
+    ahead: tuple[str, ...] = ()
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
@@ -95,13 +97,14 @@ class ScheduledLayer:
         for name in self.in_tiles:
             tickets[name] = []
             sinks[name] = functools.partial(_send, transfers, tickets[name])
-        for step in self.schedule.forward:
-            if step.kind == "run":
-                self.stages.run(step.stage, here, self.tile, sinks)
-            elif step.kind == "offload" and transfers is not None and step.value not in sinks:
-                tickets[step.value] = transfers.offload(here[step.value])
-            elif step.kind == "free":
-                del here[step.value]
+        with self._weights(here, returns=transfers is not None):
+            for step in self.schedule.forward:
+                if step.kind == "run":
+                    self.stages.run(step.stage, here, self.tile, sinks)
+                elif step.kind == "offload" and transfers is not None and step.value not in sinks:
+                    tickets[step.value] = transfers.offload(here[step.value])
+                elif step.kind == "free":
+                    del here[step.value]
         results = tuple(here[name] for name in self.stages.wiring.outputs)
         states = [n for n in map(_state_of, range(len(self.stages.runs))) if n in here]
         kept = {name: here[name] for name in (*self.schedule.kept, *states)} if transfers is not None else {}
@@ -120,18 +123,26 @@ class ScheduledLayer:
         given = set(gradients)
         transfers.prefetch_latest()
         lent = _sharing(gradients) if self.owns_gradient else given
-        for step in self.schedule.backward:
-            if step.kind == "run":
-                self.stages.run(step.stage, here, self.tile)
-            elif step.kind == "reload":
-                ticket = tickets.pop(step.value)
-                whole = step.value not in self.in_tiles
-                here[step.value] = transfers.reload(ticket) if whole else Tiles(ticket, transfers.reload)
-            elif step.kind == "backward":
-                self._backward_of(step.stage, here, gradients, given, lent)
-            elif step.kind == "free":
-                del here[step.value]
+        with self._weights(here, backward=True):
+            for step in self.schedule.backward:
+                if step.kind == "run":
+                    self.stages.run(step.stage, here, self.tile)
+                elif step.kind == "reload":
+                    ticket = tickets.pop(step.value)
+                    whole = step.value not in self.in_tiles
+                    here[step.value] = transfers.reload(ticket) if whole else Tiles(ticket, transfers.reload)
+                elif step.kind == "backward":
+                    self._backward_of(step.stage, here, gradients, given, lent)
+                elif step.kind == "free":
+                    del here[step.value]
         return {name: gradients.get(name) for name in self.stages.wiring.inputs}
+
+    def _weights(
+        self, here: dict[str, Any], *, backward: bool = False, returns: bool = False
+    ) -> AbstractContextManager:
+        if not self.ahead:
+            return nullcontext()
+        return self.transfers().weights.on_device(here, self.ahead, backward=backward, returns=returns)
 
     def in_order_of_need(self, tickets: Mapping[str, Any]) -> list[Any]:
         """``tickets`` as the backward comes to them: those of tiles, tile after tile."""

@@ -1,12 +1,13 @@
 """Frozen weights on the device that could be in host memory: what to say where a step does not fit."""
 
 import torch.nn.functional as F
-from torch import Tensor, uint8
+from torch import Tensor
 from torch.fx import Node
 
 from rewriter.canonical import value_of
 from rewriter.host_weights import EMBEDDING, LAYERS
 from rewriter.memory.costs import value_bytes
+from rewriter.memory.in_host import is_packed
 from rewriter.regions.program import Program
 
 
@@ -19,7 +20,7 @@ def movable_bytes(program: Program) -> dict[str, int]:
             continue
         if node.users and all(_reads_rows(user, node) for user in node.users):
             sizes[EMBEDDING] += value_bytes(value)
-        elif _is_packed(value):
+        elif is_packed(value) and value.device.type != "cpu":
             sizes[LAYERS] += value_bytes(value)
     return {kind: size for kind, size in sizes.items() if size}
 
@@ -27,8 +28,3 @@ def movable_bytes(program: Program) -> dict[str, int]:
 def _reads_rows(user: Node, weight: Node) -> bool:
     """Whether that is all it does with the weight, which no other operation reads: a tied head would."""
     return user.target is F.embedding and weight in user.args[1:2]
-
-
-def _is_packed(value: Tensor) -> bool:
-    """As bitsandbytes packs a weight in 4 bits, on a device."""
-    return value.dtype == uint8 and value.dim() == 2 and value.shape[1] == 1 and value.device.type != "cpu"

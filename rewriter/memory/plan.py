@@ -59,10 +59,12 @@ class Choice:
         forward_peak: bytes on the device at the worst moment of the forward, beyond what earlier parts saved:
             inputs, results and its own ``saved`` included, as far as they are there at that moment.
         backward_peak: the same for the backward, what has been reloaded for it included.
-        forward_seconds: computation of the forward.
+        forward_seconds: computation of the forward; or of the next part's weights, which come meanwhile, the
+            copy, if that takes longer.
         backward_seconds: computation of the backward, with what it recomputes.
         offload_seconds: copying ``hosted`` to the host, which overlaps the next part's forward.
-        reload_seconds: copying it back, which overlaps the backward of the part that runs before this one's.
+        reload_seconds: copying it back, and weights that come ahead from host memory, which overlaps the
+            backward of the part that runs before this one's.
         flight: of ``hosted``, what is on the device while a neighbour runs, beyond the problem's window; all
             of it where it is not said.
     """
@@ -118,7 +120,7 @@ class Problem:
         host_budget: bytes that all offloads together may take.
         name: what needs the memory, for messages: "32 layers at 65,536 tokens".
         static_name: what ``static`` is, for messages.
-        window: bytes set aside on the device for copies under way.
+        window: bytes set aside on the device for copies under way, weights that come ahead among them.
     """
 
     parts: tuple[Part, ...]

@@ -9,19 +9,21 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
+from typing import Any
 
 import torch
 
 from rewriter.memory.arena import HostArena
 from rewriter.memory.budgets import Budgets
 from rewriter.memory.choices import Link, StagedChoice
+from rewriter.memory.in_host import packed_in_host_memory
 from rewriter.memory.layer import LayerStages, ScheduledLayer
 from rewriter.memory.layer_graphs import LayerGraphs
 from rewriter.memory.lengths import grown
 from rewriter.memory.plan import Infeasible, MemoryPlan, Part, Problem
 from rewriter.memory.planner import best, least
 from rewriter.memory.transfer import Transfers
-from rewriter.memory.ways import all_ways, kept_ways, owns_gradient
+from rewriter.memory.ways import Aside, all_ways, kept_ways, owns_gradient
 from rewriter.regions.program import Program, Region, RegionCall
 
 # Of host memory, for blocks that begin at multiples of 512 bytes.
@@ -51,6 +53,7 @@ class StagedRegion:
             self.owns_gradient,
             way.in_tiles,
             None if way.window is None else ceil(way.window * self.growth),
+            way.in_host.names if way.in_host.ahead else (),
         )
 
 
@@ -87,6 +90,23 @@ class PlannedProgram:
         if self.plan.hosted:
             self.transfers().arena.reserve(self.plan.hosted + _SPARE)
 
+    def announced(self, run: Callable) -> Callable:
+        """``run``, the linked program, that first says which layers' weights come from host memory when."""
+        places = {n: i for i, n in enumerate(self.program.source.graph.find_nodes(op="placeholder"))}
+        layers = [
+            [places[call.inputs[i]] for i in staged.way.in_host.places(call.region)]
+            for call in self.program.calls
+            if (staged := self.staged.get(call.region)) and staged.way.in_host.ahead
+        ]
+        if not layers:
+            return run
+
+        def program(*inputs: Any) -> Any:
+            self.transfers().weights.begin([[inputs[i] for i in layer] for layer in layers])
+            return run(*inputs)
+
+        return program
+
 
 def planned(program: Program, given: Budgets, machine: Link, device: torch.device) -> PlannedProgram:
     """Choose for every call of ``program`` how it runs: as without a budget wherever everything fits.
@@ -94,20 +114,22 @@ def planned(program: Program, given: Budgets, machine: Link, device: torch.devic
     Raises:
         Infeasible: no plan stays within the budgets.
     """
-    kept = kept_ways(program, machine)
-    if found := _everything_kept(program, kept, given, device):
+    in_host = packed_in_host_memory(program, device)
+    kept = kept_ways(program, machine, in_host)
+    # Layers that run as without a budget wait for weights in host memory: there is more to choose then.
+    if not in_host and (found := _everything_kept(program, kept, given, device)):
         return found
-    everything, notes = all_ways(program, machine, kept)
+    everything, notes = all_ways(program, machine, kept, in_host)
     found = Ways(program, everything, given, device).chosen()
     return replace(found, notes=tuple(notes))
 
 
 @dataclass(frozen=True, eq=False)
 class Ways:
-    """The ways to run the regions of ``program``, by the window, and what there is to choose within."""
+    """The ways to run the regions of ``program``, by what is set aside, and the budgets to choose within."""
 
     program: Program
-    by_window: Mapping[int, Mapping[Region, list[StagedChoice]]]
+    by_aside: Mapping[Aside, Mapping[Region, list[StagedChoice]]]
     given: Budgets
     device: torch.device
     forced: bool = False
@@ -119,32 +141,34 @@ class Ways:
             Infeasible: no plan stays within the budgets.
         """
         given, notes = self.given, ()
-        problems = [_problem(self.program, w, given, window) for window, w in self.by_window.items()]
+        problems = [_problem(self.program, w, given, aside) for aside, w in self.by_aside.items()]
         try:
             found = best(problems)
         except Infeasible as error:
             if not self.forced:
                 raise
             found, notes = least(problems[0]), (f"memory: this step may run out of it. {error}",)
-        ways = next(w for w, p in zip(self.by_window.values(), problems, strict=True) if p is found.problem)
+        ways = next(w for w, p in zip(self.by_aside.values(), problems, strict=True) if p is found.problem)
         program, staged = _apply(self.program, ways, found, given.growth)
         return PlannedProgram(program, staged, found, notes, _transfers(given, self.device), self)
 
     def without(self, layer: LayerGraphs) -> "Ways":
         """All but those that run the stages of ``layer``."""
         left = {
-            window: {
+            aside: {
                 region: [way for way in found if way.layer is not layer] for region, found in ways.items()
             }
-            for window, ways in self.by_window.items()
+            for aside, ways in self.by_aside.items()
         }
-        return replace(self, by_window=left, forced=True)
+        return replace(self, by_aside=left, forced=True)
 
 
 def everything_kept(
     program: Program, given: Budgets, machine: Link, device: torch.device
 ) -> PlannedProgram | None:
-    """``program`` as it runs without a budget; None where that does not fit."""
+    """``program`` as it runs without a budget; None where that does not fit, or waits for weights."""
+    if packed_in_host_memory(program, device):
+        return None
     return _everything_kept(program, kept_ways(program, machine), given, device)
 
 
@@ -172,10 +196,13 @@ def _transfers(given: Budgets, device: torch.device) -> Callable[[], Transfers]:
 
 
 def _problem(
-    program: Program, ways: Mapping[Region, Sequence[StagedChoice]], given: Budgets, window: int = 0
+    program: Program,
+    ways: Mapping[Region, Sequence[StagedChoice]],
+    given: Budgets,
+    aside: Aside | None = None,
 ) -> Problem:
     parts = parts_of(program.calls, ways, given.growth)
-    window = ceil(window * given.growth)
+    window = aside.grown(given.growth) if aside is not None else 0
     return Problem(parts, given.static, given.device, max(given.host - _SPARE, 0), window=window)
 
 

@@ -42,6 +42,7 @@ from rewriter.memory.groups import Group
 from rewriter.memory.layout import Layout, bytes_of
 from rewriter.memory.streams import streams_of
 from rewriter.memory.tickets import Copy, Ticket, identity, version_of
+from rewriter.memory.weights_ahead import WeightsAhead
 
 # All bits set are a NaN in float64, float32, float16, bfloat16 and the usual float8 formats.
 _POISON = 255
@@ -72,6 +73,9 @@ class Transfers:
         depth: how many complete groups may be in device memory and in flight. 0: none, the computation waits
             for each group's copies; 1: they run beside the next group's computation.
         poison: fill memory with NaN as soon as others may use it, to show a wait that is missing. Slow.
+
+    Attributes:
+        weights: of layers, from host memory, on the same streams.
     """
 
     def __init__(self, arena: HostArena, device: torch.device | str, *, depth: int = 1, poison: bool = False):
@@ -79,6 +83,7 @@ class Transfers:
         self.device = _with_index(torch.device(device))
         self.stats = TransferStats()
         self._streams = streams_of(self.device)
+        self.weights = WeightsAhead(self.device, self._streams, poison)
         self._groups: list[Group] = []
         self._completed: deque[Group] = deque()
         # In the order of their copies; some given up already.
@@ -187,6 +192,7 @@ class Transfers:
         All tickets are void. The next step begins as the first one did.
         """
         self._streams.synchronize()
+        self.weights.let_go()
         self._epoch += 1
         for group in self._groups:
             for copy in group.copies:

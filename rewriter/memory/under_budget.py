@@ -58,10 +58,14 @@ def under_budget(
     except Infeasible as error:
         if error.least_device is None:
             raise
-        card = card_bytes(error.least_device, device)
+        least = error.least_device
+        card = card_bytes(least, device)
+        could = could_live_in_host_memory(
+            movable_bytes(whole), lambda spared: card_bytes(least - spared, device)
+        )
         message = (
             f"{error} With what driver and allocator take, memory_budget={card} is the least that would do."
-            f"{could_live_in_host_memory(movable_bytes(whole))}"
+            f"{could}"
         )
         if memory_budget is not None:
             raise Infeasible(message, card, error.least_host) from None

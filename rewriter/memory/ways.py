@@ -2,17 +2,23 @@
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from math import ceil
 from typing import Any, TypeVar
 
 from torch import Tensor
+from torch.fx import Node
 
 from rewriter.memory.choices import Cost, Link, StagedChoice, cost_on, staged_choices
+from rewriter.memory.costs import value_bytes
+from rewriter.memory.in_host import InHost, in_host_of
 from rewriter.memory.kept import kept_choice
 from rewriter.memory.layer_graphs import LayerGraphs, layer_graphs
 from rewriter.memory.plan import Choice
 from rewriter.memory.room import made_bytes
 from rewriter.memory.stage_graphs import Unstaged
+from rewriter.memory.weights_ahead import BUFFERS, buffer_bytes
 from rewriter.regions.program import Program, Region
 
 log = logging.getLogger(__name__)
@@ -20,9 +26,41 @@ log = logging.getLogger(__name__)
 _Made = TypeVar("_Made")
 
 
-def kept_ways(program: Program, machine: Link) -> dict[Region, list[StagedChoice]]:
-    """Each region as it runs without a budget."""
-    return {region: [StagedChoice(_kept_choice(program, region, machine))] for region in program.regions}
+@dataclass(frozen=True)
+class Aside:
+    """Device bytes that are set aside: for copies under way, and for layers' weights that come a layer ahead.
+
+    The first grow with the tokens, the second do not.
+    """
+
+    window: int = 0
+    weights: int = 0
+
+    def grown(self, growth: float) -> int:
+        return ceil(self.window * growth) + self.weights
+
+
+def kept_ways(
+    program: Program, machine: Link, in_host: Set[Node] = frozenset()
+) -> dict[Region, list[StagedChoice]]:
+    """Each region as it runs without a budget; the weights ``in_host`` memory are read over the bus."""
+    found = {}
+    for region in program.regions:
+        weights = in_host_of(program, region, in_host)
+        choice = _waiting(_kept_choice(program, region, machine), weights, machine)
+        found[region] = [StagedChoice(choice, in_host=weights)]
+    return found
+
+
+def _waiting(choice: Choice, weights: InHost, machine: Link) -> Choice:
+    """``choice``, whose kernels wait for the bus in both directions."""
+    seconds = weights.nbytes / machine.to_device
+    return replace(
+        choice,
+        name=choice.name + weights.words,
+        forward_seconds=choice.forward_seconds + seconds,
+        backward_seconds=choice.backward_seconds + (seconds if choice.backward_seconds else 0.0),
+    )
 
 
 def _kept_choice(program: Program, region: Region, machine: Link) -> Choice:
@@ -36,43 +74,66 @@ def _kept_choice(program: Program, region: Region, machine: Link) -> Choice:
 
 
 def all_ways(
-    program: Program, machine: Link, kept: Mapping[Region, list[StagedChoice]] | None = None
-) -> tuple[dict[int, dict[Region, list[StagedChoice]]], list[str]]:
+    program: Program,
+    machine: Link,
+    kept: Mapping[Region, list[StagedChoice]] | None = None,
+    in_host: Set[Node] = frozenset(),
+) -> tuple[dict[Aside, dict[Region, list[StagedChoice]]], list[str]]:
     """Every way to run each region, and why some cannot run in stages; ``kept`` where it is known already.
 
-    By the window of device memory that is set aside for copies under way: none, which needs least, and one.
+    By the device memory that is set aside: none, which needs least; room for two layers' weights, where they
+    are ``in_host`` memory; and a window for copies under way beside it.
     Regions between the first and the last call, or that repeat, may run in stages. One that fails to be cut
     keeps everything; the others are planned.
     """
     notes: list[str] = []
-    kept = kept or kept_ways(program, machine)
+    kept = kept or kept_ways(program, machine, in_host)
     layers = {
         region: graphs
         for region in _repeated_or_inner(program)
         if (graphs := _or_noted(notes, region, functools.partial(_cut, program, region))) is not None
     }
-    windows, cost = (0, _window(layers)), cost_on(machine)
-    found = {window: {region: list(ways) for region, ways in kept.items()} for window in windows}
+    weights = {region: in_host_of(program, region, in_host) for region in layers}
+    room, cost = _room_for_weights(weights), cost_on(machine)
+    asides = dict.fromkeys([Aside(), Aside(0, room), Aside(_window(layers), room)])
+    found = {aside: {region: list(ways) for region, ways in kept.items()} for aside in asides}
     for region, graphs in layers.items():
         owns = owns_gradient(program, region)
-        staged = functools.partial(_staged_ways, graphs, machine, owns, windows, cost)
-        for window, ways in (_or_noted(notes, region, staged) or {}).items():
-            found[window][region] += ways
+        staged = functools.partial(_staged_ways, graphs, machine, owns, tuple(asides), cost, weights[region])
+        for aside, ways in (_or_noted(notes, region, staged) or {}).items():
+            found[aside][region] += ways
     return found, notes
 
 
 def _staged_ways(
-    layers: Sequence[LayerGraphs], machine: Link, owns_gradient: bool, windows: Sequence[int], cost: Cost
-) -> dict[int, list[StagedChoice]]:
-    """By the window, the ways to run one region, of whose stages ``layers`` has two forms."""
-    return {
-        window: [
+    layers: Sequence[LayerGraphs],
+    machine: Link,
+    owns_gradient: bool,
+    asides: Sequence[Aside],
+    cost: Cost,
+    weights: InHost,
+) -> dict[Aside, list[StagedChoice]]:
+    """By what is set aside, the ways to run one region, of whose stages ``layers`` has two forms."""
+    found = {}
+    for aside in asides:
+        in_host = replace(weights, ahead=bool(aside.weights and weights.names))
+        found[aside] = [
             way
             for layer in layers
-            for way in staged_choices(layer, layer.tokens, machine, owns_gradient, window, cost)
+            for way in staged_choices(
+                layer, layer.tokens, machine, owns_gradient, aside.window, cost, in_host
+            )
         ]
-        for window in windows
-    }
+    return found
+
+
+def _room_for_weights(weights: Mapping[Region, InHost]) -> int:
+    """Device bytes for those of a layer that runs and of the one that runs next."""
+    sizes = (
+        buffer_bytes(value_bytes(region.inputs[i]) for i in in_host.places(region))
+        for region, in_host in weights.items()
+    )
+    return BUFFERS * max(sizes, default=0)
 
 
 def _repeated_or_inner(program: Program) -> list[Region]:

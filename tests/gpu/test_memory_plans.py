@@ -88,6 +88,25 @@ def test_copies_wait_for_what_they_must(device, sizes, length):
     assert transfers.arena.in_use == 0
 
 
+def test_weights_in_host_memory_come_a_layer_ahead(device, sizes, length):
+    model, ids = small_llama(device, sizes, nf4=True), tokens(length, device)
+    whole = step(compiled(model, "off"), ids)
+    rewriter.prepare(model, host="layers")
+    with poisoned(device) as transfers:
+        budget = _card(whole, 0.7)
+        compiled(model, budget)
+        for _ in range(3):
+            ours = step(model, ids)
+            assert distance(ours, whole) < NEAR
+    rewriter.restore(model)
+    ahead = [count for _, way, count in plan().ways if way.endswith("weights a layer ahead")]
+    assert sum(ahead) >= 2
+    assert transfers.weights.late == 3 and transfers.weights.bytes_in > 0
+    assert not transfers.weights._buffers and transfers.arena.in_use == 0
+    if device == "cuda":
+        assert ours.peak <= budget - CONTEXT
+
+
 def test_after_a_step_that_ran_out_of_memory_the_next_ones_work(device, sizes, length):
     model, ids = small_llama(device, sizes, nf4=False), tokens(length, device)
     whole = step(compiled(model, "off"), ids)

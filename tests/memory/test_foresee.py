@@ -269,7 +269,9 @@ def test_weights_in_host_memory_are_not_on_the_device(host):
 
 
 def test_what_does_not_fit_says_which_weights_could_leave_the_device():
-    with pytest.raises(Infeasible, match=r"can live in host memory: prepare\(model, host='layers'\)"):
+    with pytest.raises(
+        Infeasible, match=r"can live in host memory: after prepare\(model, host='layers'\), memory_budget"
+    ):
         rewriter.plan(
             config(), tokens=512, memory_budget="697MiB", machine="H200", lora_rank=4, quantise="nf4",
             host="embedding",

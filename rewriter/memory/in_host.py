@@ -1,0 +1,72 @@
+"""Which weights of a program are in host memory, and what of them a graph reads."""
+
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, uint8
+from torch.fx import GraphModule, Node
+
+from rewriter.canonical import value_of
+from rewriter.memory.costs import value_bytes
+from rewriter.regions.program import Program, Region
+
+
+@dataclass(frozen=True)
+class InHost:
+    """The weights of one layer that are in host memory, and how they are read.
+
+    Attributes:
+        names: of the layer's inputs.
+        nbytes: of all of them.
+        ahead: they are copied to the device while the layer before runs; else kernels read them over the bus.
+    """
+
+    names: tuple[str, ...] = ()
+    nbytes: int = 0
+    ahead: bool = False
+
+    @property
+    def words(self) -> str:
+        """To add to what a way to run the layer is called."""
+        if not self.names:
+            return ""
+        return " · weights a layer ahead" if self.ahead else " · weights over the bus"
+
+    def places(self, region: Region) -> list[int]:
+        """Of the weights among the inputs of ``region``."""
+        given = [n.name for n in region.module.graph.find_nodes(op="placeholder")]
+        return [given.index(name) for name in self.names]
+
+    def read_by(self, graph: GraphModule, names: Sequence[str]) -> int:
+        """Bytes that a run of ``graph`` reads over the bus; its first inputs are called ``names``."""
+        if self.ahead or not self.names:
+            return 0
+        inputs = zip(graph.graph.find_nodes(op="placeholder"), names, strict=False)
+        return sum(value_bytes(n.meta["val"]) * len(n.users) for n, name in inputs if name in self.names)
+
+
+def packed_weights(program: Program) -> frozenset[Node]:
+    """The inputs that are 4-bit weights as bitsandbytes packs them."""
+    return frozenset(n for n in program.source.graph.find_nodes(op="placeholder") if is_packed(value_of(n)))
+
+
+def packed_in_host_memory(program: Program, device: torch.device) -> frozenset[Node]:
+    """Of those, the ones that are not on ``device``, which computes."""
+    return frozenset(n for n in packed_weights(program) if value_of(n).device.type != device.type)
+
+
+NONE = InHost()
+
+
+def is_packed(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dtype == uint8 and value.dim() == 2 and value.shape[1] == 1
+
+
+def in_host_of(program: Program, region: Region, weights: Set[Node]) -> InHost:
+    """Of ``weights``, which are in host memory, what every call of ``region`` is given at the same place."""
+    calls = [call.inputs for call in program.calls if call.region is region]
+    placeholders = region.module.graph.find_nodes(op="placeholder")
+    places = [i for i in range(len(placeholders)) if all(inputs[i] in weights for inputs in calls)]
+    names = tuple(placeholders[i].name for i in places)
+    return InHost(names, sum(value_bytes(region.inputs[i]) for i in places))
