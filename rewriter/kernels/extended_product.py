@@ -1,7 +1,8 @@
-"""A linear layer and its adapter in one product, whose inner dimension has room for both.
+"""A linear layer and its adapter in one product, which has room for both.
 
     x Wᵀ + u Bᵀ  ->  [x | u] · [W | B]ᵀ                        u = scale · x Aᵀ, (tokens, r)
     dy W + v A   ->  [dy | v] · [W ; A]                        v = scale · dy B
+    dy W, dy B   ->  dy · [W | B]
 
 Adding the update by a product of its own (``add_product``) reads and writes the whole result once more: 4
 bytes an element in 16 bits, 235 MB of an 8B Llama's gate at 4,096 tokens. Here it is some more columns of the
@@ -15,6 +16,10 @@ it is rounded, so that its scale adds none, and B never is.
 
 Projections of one input share the copy: columns of the others' updates meet zeros beside W. An update that is
 no finite number is thereby NaN in all of them, in its own row alone.
+
+The third form saves reading dy once more. Where projections share an input, their products add up to one
+``[dx | dy B of each]``, and ``folded`` adds what the adapters have of dx. For gate and up of 8B at 4,096
+tokens 1.42 ms instead of 1.50, for q, k and v 0.36 instead of 0.39 (plain products on an H200).
 """
 
 from collections.abc import Sequence
@@ -31,6 +36,8 @@ _WIDER = 2
 # From some 320 on, columns that a projection multiplies by zero cost what the pass does that is saved (700
 # TFLOP/s, 4.3 TB/s).
 _MOST = 256
+# From some 160 on, they cost a backward what reading the result's gradient for B does.
+_MOST_READ = 160
 
 
 def room(inner: int, ranks: Sequence[int]) -> int:
@@ -46,6 +53,11 @@ def wide_enough(result: int, inner: int) -> bool:
 def few_enough(ranks: Sequence[int]) -> bool:
     """Whether columns of ``ranks`` cost each of their projections less than a pass over its result."""
     return sum(ranks) <= _MOST
+
+
+def few_enough_to_read(ranks: Sequence[int]) -> bool:
+    """Whether columns of ``ranks`` cost each of their projections less than reading its result's gradient."""
+    return sum(ranks) <= _MOST_READ
 
 
 def extended(x: Tensor, columns: Sequence[Tensor], room: int) -> Tensor:
@@ -82,4 +94,30 @@ def _vacant(columns: Sequence[Tensor], room: int) -> int:
     return room - given
 
 
+def folded(wide: Tensor, rows: Tensor, scale: float) -> Tensor:
+    """``dx + scale · v rows`` of ``wide = [dx | v | …]``, in the place of dx; a view of ``wide``.
+
+    Rounded once, with sums in fp32. On any device an op that says what it writes. No gradient.
+
+    Args:
+        wide: (tokens, inner + room), whose first columns are overwritten; the others may be read on.
+        rows: (r, inner), of the dtype of ``wide``.
+    """
+    torch.ops.rewriter.fold_columns_(wide, rows, scale)
+    return wide[:, : rows.shape[1]]
+
+
+def _fold_kernel(wide: Tensor, rows: Tensor, scale: float) -> None:
+    rank, inner = rows.shape
+    dx = wide[:, :inner]
+    torch.addmm(dx, wide[:, inner : inner + rank], rows, alpha=scale, out=dx)
+
+
+def _fold_fake(wide: Tensor, rows: Tensor, scale: float) -> None:
+    return None
+
+
+fold_columns_ = define(
+    "fold_columns_(Tensor(a!) wide, Tensor rows, float scale) -> ()", kernel=_fold_kernel, fake=_fold_fake
+)
 define("extended(Tensor x, Tensor[] columns, int room) -> Tensor", kernel=_kernel, fake=_fake)

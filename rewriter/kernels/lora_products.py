@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from .add_product import add_product
 from .dequantize import Packed4bit, dequantize_4bit, dequantize_4bit_above, dequantize_4bit_beside
-from .extended_product import extended, few_enough, room, wide_enough
+from .extended_product import extended, few_enough, few_enough_to_read, folded, room, wide_enough
 
 # Told apart, so that no compiler merges the two and keeps the 16-bit weight in between.
 _FORWARD, _BACKWARD = 0, 1
@@ -120,10 +120,22 @@ def _beside(projections: Sequence[Projection], operands: Sequence[Operands]) -> 
         for i, p in enumerate(operands)
         if p.a is not None and projections[i].may_extend and wide_enough(p.b.shape[0], p.a.shape[1])
     ]
-    # One product makes all their columns, and has one scale. Symbols are not compared: it would be a guard.
-    scales = [projections[i].scale for i in wide]
-    alike = all(isinstance(s, (int, float)) and s == scales[0] for s in scales)
-    return wide if few_enough([operands[i].a.shape[0] for i in wide]) and (alike or len(wide) == 1) else []
+    few = few_enough([operands[i].a.shape[0] for i in wide])
+    return wide if few and _alike([projections[i].scale for i in wide]) else []
+
+
+def _alike(scales: Sequence[Any]) -> bool:
+    """Whether one product can scale all. Symbols are not compared: that would be a guard."""
+    return len(scales) == 1 or all(isinstance(s, (int, float)) and s == scales[0] for s in scales)
+
+
+def _read_beside(projections: Sequence[Projection], operands: Sequence[Operands], x: torch.dtype) -> bool:
+    """Whether the products that sum up to the gradient of their one input, of dtype ``x``, make ``dy B``."""
+    if len(projections) == 1 or any(p.a is None or p.dropped is not None for p in operands):
+        return False
+    alike = _alike([p.scale for p in projections]) and all(p.compute == x for p in projections)
+    few = few_enough_to_read([p.a.shape[0] for p in operands])
+    return few and alike and all(p.may_extend for p in projections)
 
 
 def _beneath(projections: Sequence[Projection], operands: Sequence[Operands], x: torch.dtype) -> bool:
@@ -175,6 +187,35 @@ def _down(projections: Sequence[Projection], operands: Sequence[Operands], rows:
     return made
 
 
+class _WideGradient:
+    """``[dx | dy B of each projection]``, the sum of their products; nothing until the first is added."""
+
+    def __init__(self, projections: Sequence[Projection], operands: Sequence[Operands]):
+        self._projections, self._operands = projections, operands
+        self._ranks = [p.a.shape[0] for p in operands]
+        self._a = _stacked([p.a.to(projections[0].compute) for p in operands], 0)
+        self._scale = projections[0].scale
+        self.total: Tensor | None = None
+
+    def add(self, i: int, dy: Tensor) -> None:
+        projection, p = self._projections[i], self._operands[i]
+        place = (p.b, sum(self._ranks[:i]), room(self._a.shape[1], self._ranks))
+        weight = dequantize_4bit_beside(projection.packed(p), projection.compute, *place, _BACKWARD)
+        self.total = _accumulate(self.total, dy, weight, dy.dtype)
+
+    def gradients(self, rows: Tensor) -> Sequence[Tensor]:
+        """Of each A, with the input ``rows``."""
+        assert self.total is not None
+        rank, inner = self._a.shape
+        columns = self.total[:, inner : inner + rank]
+        return _scaled(columns.t(), rows, self._scale, self._a).split(self._ranks)
+
+    def folded(self) -> Tensor:
+        """The whole gradient of the input; what else is read of the sum has to be read before."""
+        assert self.total is not None
+        return folded(self.total, self._a, self._scale)
+
+
 class LoraProducts(torch.autograd.Function):
     """The projections of one input and their backward. Operands come flat: autograd tracks no containers."""
 
@@ -212,6 +253,7 @@ class LoraProducts(torch.autograd.Function):
         rows: Any = None if x is None else x.reshape(-1, x.shape[-1])
         dx, ddown = None, {}
         beneath = needs_x and ctx.beneath
+        wide = _WideGradient(ctx.projections, operands) if needs_x and ctx.read_beside else None
         for i, (projection, p, need) in enumerate(zip(ctx.projections, operands, needs, strict=True)):
             if grads[i] is None:
                 continue
@@ -220,7 +262,9 @@ class LoraProducts(torch.autograd.Function):
                 result["bias"] = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
             if need.weight:
                 result["weight"] = dy.to(projection.compute).t() @ rows.to(projection.compute)
-            if needs_x and not beneath:
+            if wide is not None:
+                wide.add(i, dy)
+            elif needs_x and not beneath:
                 dx = _accumulate(
                     dx, dy.to(projection.compute), projection.weight(p, _BACKWARD), ctx.dtypes[0]
                 )
@@ -232,7 +276,7 @@ class LoraProducts(torch.autograd.Function):
                 result["b"] = (
                     dy.t() @ down[i] if ctx.scaled[i] else _scaled(dy.t(), down[i], projection.scale, b)
                 )
-            if need.a or (need.dropped if own else needs_x):
+            if wide is None and (need.a or (need.dropped if own else needs_x)):
                 ddown[i] = _scaled(dy, b, projection.scale, down[i])
             if beneath:
                 vacant = room(dy.shape[1], [ddown[i].shape[1]])
@@ -252,6 +296,11 @@ class LoraProducts(torch.autograd.Function):
             if needs_x and not beneath:
                 a = _stacked([operands[i].a.to(dtype) for i in members], 0)
                 dx = _accumulate(dx, stack, a, ctx.dtypes[0])
+        if wide is not None and wide.total is not None:
+            if rows is not None:
+                for result, need, da in zip(results, needs, wide.gradients(rows), strict=True):
+                    result["a"] = da if need.a else None
+            dx = wide.folded()
         dx = None if dx is None else dx.to(ctx.dtypes[0]).view(ctx.shape)
         flat = []
         for result, dtypes in zip(results, ctx.dtypes[1], strict=True):
@@ -269,6 +318,7 @@ def _save(ctx, projections, x, operands, down: _Down) -> None:
     ctx.own = [p.dropped is not None for p in operands]
     ctx.dtypes = x.dtype, [Operands(*(None if t is None else t.dtype for t in p)) for p in operands]
     ctx.beneath = _beneath(projections, operands, x.dtype)
+    ctx.read_beside = _read_beside(projections, operands, x.dtype)
     needs_x, needs = ctx.needs_input_grad[1], _unflatten(ctx.needs_input_grad[2:])
     reads_x, kept_down, kept = False, [], []
     for p, need, d, own in zip(operands, needs, down.parts, ctx.own, strict=True):

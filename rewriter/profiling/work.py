@@ -49,6 +49,7 @@ WRITTEN: dict[str, tuple[tuple[str, float], ...]] = {
     "dequantize_4bit_above": (("data", 4),),
     "extended": (("x", 1),),
     "add_product_": (("total", 1),),
+    "fold_columns_": (("wide", 1),),
 }
 # The arguments that are multiplied.
 _FACTORS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}
