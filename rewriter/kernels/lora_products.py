@@ -11,7 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from .add_product import add_product
 from .dequantize import Packed4bit, dequantize_4bit, dequantize_4bit_above, dequantize_4bit_beside
-from .extended_product import extended, few_enough, few_enough_to_read, folded, room, wide_enough
+from .extended_product import extended, folded, room
+from .lora_extended import beneath, beside, read_beside
 
 # Told apart, so that no compiler merges the two and keeps the 16-bit weight in between.
 _FORWARD, _BACKWARD = 0, 1
@@ -113,39 +114,6 @@ def _scaled(left: Tensor, right: Tensor, scale: float, shape: Tensor) -> Tensor:
     return torch.addmm(shape, left, right, beta=0, alpha=scale)
 
 
-def _beside(projections: Sequence[Projection], operands: Sequence[Operands]) -> list[int]:
-    """Whose update is added by the base's own product, in columns beside the input and the weight."""
-    wide = [
-        i
-        for i, p in enumerate(operands)
-        if p.a is not None and projections[i].may_extend and wide_enough(p.b.shape[0], p.a.shape[1])
-    ]
-    few = few_enough([operands[i].a.shape[0] for i in wide])
-    return wide if few and _alike([projections[i].scale for i in wide]) else []
-
-
-def _alike(scales: Sequence[Any]) -> bool:
-    """Whether one product can scale all. Symbols are not compared: that would be a guard."""
-    return len(scales) == 1 or all(isinstance(s, (int, float)) and s == scales[0] for s in scales)
-
-
-def _read_beside(projections: Sequence[Projection], operands: Sequence[Operands], x: torch.dtype) -> bool:
-    """Whether the products that sum up to the gradient of their one input, of dtype ``x``, make ``dy B``."""
-    if len(projections) == 1 or any(p.a is None or p.dropped is not None for p in operands):
-        return False
-    alike = _alike([p.scale for p in projections]) and all(p.compute == x for p in projections)
-    few = few_enough_to_read([p.a.shape[0] for p in operands])
-    return few and alike and all(p.may_extend for p in projections)
-
-
-def _beneath(projections: Sequence[Projection], operands: Sequence[Operands], x: torch.dtype) -> bool:
-    """Whether the base's own product adds the adapter's gradient of the only input, of dtype ``x``."""
-    (p, *more), projection = operands, projections[0]
-    if more or p.a is None or p.dropped is not None or not projection.may_extend or projection.compute != x:
-        return False
-    return wide_enough(p.a.shape[1], p.b.shape[0]) and few_enough([p.a.shape[0]])
-
-
 class _Down(NamedTuple):
     """What each B multiplies.
 
@@ -162,13 +130,13 @@ class _Down(NamedTuple):
 
 def _down(projections: Sequence[Projection], operands: Sequence[Operands], rows: Tensor) -> _Down:
     made = _Down([None] * len(operands), [], {})
-    beside = _beside(projections, operands)
+    wide = beside(projections, operands)
     # Who reads one input in one dtype shares a product; an input after dropout is a projection's own.
     groups: dict[tuple[int, torch.dtype, bool], list[int]] = {}
     for i, p in enumerate(operands):
         if p.a is not None:
             own = -1 if p.dropped is None else i
-            groups.setdefault((own, projections[i].adapter, i in beside), []).append(i)
+            groups.setdefault((own, projections[i].adapter, i in wide), []).append(i)
     start = 0
     for (own, dtype, scaled), members in groups.items():
         source = rows if own < 0 else operands[own].dropped.reshape(rows.shape)
@@ -252,7 +220,7 @@ class LoraProducts(torch.autograd.Function):
         # None where no gradient reads the input.
         rows: Any = None if x is None else x.reshape(-1, x.shape[-1])
         dx, ddown = None, {}
-        beneath = needs_x and ctx.beneath
+        extends = needs_x and ctx.beneath
         wide = _WideGradient(ctx.projections, operands) if needs_x and ctx.read_beside else None
         for i, (projection, p, need) in enumerate(zip(ctx.projections, operands, needs, strict=True)):
             if grads[i] is None:
@@ -264,7 +232,7 @@ class LoraProducts(torch.autograd.Function):
                 result["weight"] = dy.to(projection.compute).t() @ rows.to(projection.compute)
             if wide is not None:
                 wide.add(i, dy)
-            elif needs_x and not beneath:
+            elif needs_x and not extends:
                 dx = _accumulate(
                     dx, dy.to(projection.compute), projection.weight(p, _BACKWARD), ctx.dtypes[0]
                 )
@@ -278,7 +246,7 @@ class LoraProducts(torch.autograd.Function):
                 )
             if wide is None and (need.a or (need.dropped if own else needs_x)):
                 ddown[i] = _scaled(dy, b, projection.scale, down[i])
-            if beneath:
+            if extends:
                 vacant = room(dy.shape[1], [ddown[i].shape[1]])
                 packed = projection.packed(p)
                 weight = dequantize_4bit_above(packed, projection.compute, p.a, vacant, _BACKWARD)
@@ -293,7 +261,7 @@ class LoraProducts(torch.autograd.Function):
                 parts = (stack.t() @ rows.to(dtype)).split([ddown[i].shape[1] for i in members], 0)
                 for i, part in zip(members, parts, strict=True):
                     results[i]["a"] = part if needs[i].a else None
-            if needs_x and not beneath:
+            if needs_x and not extends:
                 a = _stacked([operands[i].a.to(dtype) for i in members], 0)
                 dx = _accumulate(dx, stack, a, ctx.dtypes[0])
         if wide is not None and wide.total is not None:
@@ -317,8 +285,8 @@ def _save(ctx, projections, x, operands, down: _Down) -> None:
     ctx.scaled = [i in down.starts for i in range(len(operands))]
     ctx.own = [p.dropped is not None for p in operands]
     ctx.dtypes = x.dtype, [Operands(*(None if t is None else t.dtype for t in p)) for p in operands]
-    ctx.beneath = _beneath(projections, operands, x.dtype)
-    ctx.read_beside = _read_beside(projections, operands, x.dtype)
+    ctx.beneath = beneath(projections, operands, x.dtype)
+    ctx.read_beside = read_beside(projections, operands, x.dtype)
     needs_x, needs = ctx.needs_input_grad[1], _unflatten(ctx.needs_input_grad[2:])
     reads_x, kept_down, kept = False, [], []
     for p, need, d, own in zip(operands, needs, down.parts, ctx.own, strict=True):

@@ -21,11 +21,10 @@ import torch
 from torch import SymInt, Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.node import map_arg
 from torch.utils.checkpoint import CheckpointPolicy
 
-from rewriter.kernels.add_product import add_product_
 from rewriter.memory.fakes import densely, is_dense, memory_order
+from rewriter.memory.in_place import Inseparable, add_out_of_place, adds_for_nobody
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def partitioned_graphs(module: Callable, signature: Signature) -> tuple[GraphMod
 
     given = (list(signature.inputs), list(signature.tangents))
     traced = _pruned(make_fx(joint)(*given))
-    _add_out_of_place(traced)
+    add_out_of_place(traced)
     if _writes(traced):
         traced = _without_writes(traced, *given)
     if writer := _writes(traced):
@@ -114,10 +113,6 @@ def partitioned_graphs(module: Callable, signature: Signature) -> tuple[GraphMod
         traced, [*signature.inputs, *signature.tangents], num_fwd_outputs=len(signature.results)
     )
     return _in_order(forward, backward, len(signature.inputs), len(signature.results))
-
-
-class Inseparable(Exception):
-    """Why forward and backward cannot be parted so that the backward reads what the forward saved."""
 
 
 # Bound by memory: run again, they cost a read of their inputs and a write of their results.
@@ -189,7 +184,7 @@ def _pruned(module: GraphModule) -> GraphModule:
     for node in reversed(list(module.graph.nodes)):
         if node.target is torch.ops.aten.detach.default:
             node.replace_all_uses_with(node.args[0])
-        if not node.users and (not node.is_impure() or _writes_for_nobody(node)):
+        if not node.users and (not node.is_impure() or adds_for_nobody(node)):
             module.graph.erase_node(node)
     module.recompile()
     return module
@@ -206,39 +201,6 @@ def _read_sizes_off_inputs(module: GraphModule) -> None:
         if found is not None:
             node.args = found
             inputs[-1].append(node)
-
-
-def _writes_for_nobody(node: Node) -> bool:
-    """Whether ``node`` is an ``add_product_`` to a product that nothing else reads."""
-    if node.target is not add_product_:
-        return False
-    total = node.args[0]
-    assert isinstance(total, Node)
-    schema = getattr(total.target, "_schema", None)
-    owned = schema is not None and all(r.alias_info is None for r in schema.returns)
-    return owned and all(u.target is node.target and u.args[0] is total for u in total.users)
-
-
-def _add_out_of_place(module: GraphModule) -> None:
-    """``add_product_`` to the product that it stands for: the partitioner copies nodes, a write is one."""
-    renamed: dict[Node, Node] = {}
-    for node in list(module.graph.nodes):
-        given = node.args
-        node.args = map_arg(node.args, lambda n: renamed.get(n, n))
-        node.kwargs = map_arg(node.kwargs, lambda n: renamed.get(n, n))
-        if node.target is not add_product_:
-            continue
-        # By the name that all readers know, however often it was added to.
-        written = given[0]
-        total, left, right, alpha = node.args
-        with module.graph.inserting_before(node):
-            added = module.graph.call_function(
-                torch.ops.aten.addmm.default, (total, left, right), {"alpha": alpha}
-            )
-        added.meta["val"] = total.meta["val"]
-        renamed[written] = added
-        module.graph.erase_node(node)
-    module.recompile()
 
 
 def _without_writes(module: GraphModule, inputs: list[Any], gradients: list[Any]) -> GraphModule:

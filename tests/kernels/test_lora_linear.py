@@ -289,28 +289,39 @@ class Recorder:
         return [sum(n.target == target for n in g.graph.nodes) for g in self.graphs]
 
 
+def dequantised_by_ops(monkeypatch):
+    """As on a GPU; their kernels run in the interpreter."""
+    for name in ("dequantize_4bit", "dequantize_4bit_beside"):
+        op = getattr(torch.ops.rewriter, name)
+        monkeypatch.setattr(module, name, lambda packed, *rest, op=op: op(*packed, *rest))
+
+
 @pytest.mark.parametrize("kind", ["dense", "nested"])
 def test_aot_autograd_traces_every_product_and_dequantises_twice(kind, monkeypatch):
     """With the op itself in the graph, as on a GPU: the 16-bit weight is not kept for the backward."""
-    monkeypatch.setattr(
-        module, "dequantize_4bit", lambda p, *rest: torch.ops.rewriter.dequantize_4bit(*p, *rest)
-    )
+    dequantised_by_ops(monkeypatch)
     # On a GPU these are ops that write in place, which AOTAutograd wraps; here they are to be counted.
     monkeypatch.setattr(module, "add_product", lambda y, a, b, alpha=1.0: torch.addmm(y, a, b, alpha=alpha))
     projections = [Projection(kind=kind, adapter=torch.bfloat16, bias=False) for _ in range(2)]
     recorder = Recorder()
     compiler = aot_autograd(fw_compiler=recorder, partition_fn=min_cut_rematerialization_partition)
     torch.testing.assert_close(*through(compiler, projections))
-    assert recorder.count(torch.ops.rewriter.dequantize_4bit.default) == (
-        [0, 0] if kind == "dense" else [2, 2]
-    )
     forward, backward = recorder.count(torch.ops.aten.mm.default)
     added = recorder.count(torch.ops.aten.addmm.default)
+    ops = torch.ops.rewriter
     # Forward: both bases and one product with the stacked A; each update is added by its own product.
     assert (forward, added[0]) == (3, 2)
-    # Backward: the first gradient of x, and that of both A at once; added to the former the other's and the
-    # adapters'; each B has a product for its gradient and one for its input's, scaled as they are made.
-    assert (backward, added[1]) == (2, 2 + 4)
+    if kind == "nested":
+        assert recorder.count(ops.dequantize_4bit.default) == [2, 0]
+        assert recorder.count(ops.dequantize_4bit_beside.default) == [0, 2]
+        # Backward: the first gradient of x with what its B gives, the other's added to both; the gradients of
+        # each B, and of both A at once. The adapters' part is added in place.
+        assert (backward, added[1]) == (1, 1 + 2 + 1)
+    else:
+        # Backward: the first gradient of x, and that of both A at once; added to the former the other's and
+        # the adapters'; each B has a product for its gradient and one for its input's, scaled as they are
+        # made.
+        assert (backward, added[1]) == (2, 2 + 4)
     if kind == "nested":
         outputs = next(n for n in recorder.graphs[0].graph.nodes if n.op == "output").args[0]
         assert all(n.meta["val"].shape != (96, K) for n in outputs if isinstance(n, fx.Node))
@@ -328,9 +339,14 @@ def written_in_place(total, left, right, alpha=1.0):
     return total
 
 
-def test_updates_and_gradients_are_added_in_place_without_a_copy(monkeypatch):
+# Two updates in the forward. In the backward the other weight's gradient of x, and the adapters' part.
+@pytest.mark.parametrize(
+    ("kind", "added", "folded"), [("dense", 2 + 2, 0), ("nested", 2 + 1, 1)], ids=["dense", "4 bits"]
+)
+def test_updates_and_gradients_are_added_in_place_without_a_copy(kind, added, folded, monkeypatch):
+    dequantised_by_ops(monkeypatch)
     monkeypatch.setattr(module, "add_product", written_in_place)
-    projections = [Projection(adapter=torch.bfloat16, bias=False) for _ in range(2)]
+    projections = [Projection(kind=kind, adapter=torch.bfloat16, bias=False) for _ in range(2)]
     results = {}
 
     def compile_and_see(gm, values):
@@ -341,8 +357,8 @@ def test_updates_and_gradients_are_added_in_place_without_a_copy(monkeypatch):
     (ours, expected), codes = run_and_get_code(through, compile_and_see, projections)
     torch.testing.assert_close(ours, expected)
     code = "\n".join([*results["forward"], *codes])
-    # Two updates in the forward; in the backward the other weight's gradient of x, and the adapters'.
-    assert code.count("torch.ops.rewriter.add_product_.default(") == 2 + 2
+    assert code.count("torch.ops.rewriter.add_product_.default(") == added
+    assert code.count("torch.ops.rewriter.fold_columns_.default(") == folded
     assert "auto_functionalized" not in code and "clone" not in code
 
 

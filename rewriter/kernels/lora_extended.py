@@ -1,0 +1,50 @@
+"""Which of the projections of one input have their adapters in the base's own product (``extended_product``).
+
+By widths, ranks and dtypes alone. Left as products of their own: what is not in one 16-bit dtype, weights
+that are there in 16 bits, scales that differ, and what would cost more than it saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .extended_product import few_enough, few_enough_to_read, wide_enough
+
+if TYPE_CHECKING:
+    from .lora_products import Operands, Projection
+
+
+def beside(projections: Sequence[Projection], operands: Sequence[Operands]) -> list[int]:
+    """Whose update is added by the base's own product, in columns beside the input and the weight."""
+    wide = [
+        i
+        for i, p in enumerate(operands)
+        if p.a is not None and projections[i].may_extend and wide_enough(p.b.shape[0], p.a.shape[1])
+    ]
+    few = few_enough([operands[i].a.shape[0] for i in wide])
+    return wide if few and _alike([projections[i].scale for i in wide]) else []
+
+
+def _alike(scales: Sequence[Any]) -> bool:
+    """Whether one product can scale all. Symbols are not compared: that would be a guard."""
+    return len(scales) == 1 or all(isinstance(s, (int, float)) and s == scales[0] for s in scales)
+
+
+def read_beside(projections: Sequence[Projection], operands: Sequence[Operands], x: torch.dtype) -> bool:
+    """Whether the products that sum up to the gradient of their one input, of dtype ``x``, make ``dy B``."""
+    if len(projections) == 1 or any(p.a is None or p.dropped is not None for p in operands):
+        return False
+    alike = _alike([p.scale for p in projections]) and all(p.compute == x for p in projections)
+    few = few_enough_to_read([p.a.shape[0] for p in operands])
+    return few and alike and all(p.may_extend for p in projections)
+
+
+def beneath(projections: Sequence[Projection], operands: Sequence[Operands], x: torch.dtype) -> bool:
+    """Whether the base's own product adds the adapter's gradient of the only input, of dtype ``x``."""
+    (p, *more), projection = operands, projections[0]
+    if more or p.a is None or p.dropped is not None or not projection.may_extend or projection.compute != x:
+        return False
+    return wide_enough(p.a.shape[1], p.b.shape[0]) and few_enough([p.a.shape[0]])

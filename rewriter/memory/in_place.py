@@ -1,0 +1,83 @@
+"""Products that add in place (``add_product_``, ``fold_columns_``) in the graphs of a stage.
+
+    add_product_(total, left, right)   ->  added = addmm(total, left, right), which later readers read
+    fold_columns_(wide, rows)          ->  added = addmm(wide's first columns, its next ones, rows)
+
+A backward that computes its forward again has both, and writes in place as the model does. Where forward and
+backward are parted, nodes are copied to both, and a write has to be a value like any other.
+"""
+
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from rewriter.kernels.add_product import add_product_
+from rewriter.kernels.extended_product import fold_columns_
+
+_ADDS = (add_product_, fold_columns_)
+
+
+class Inseparable(Exception):
+    """Why forward and backward cannot be parted so that the backward reads what the forward saved."""
+
+
+def adds_for_nobody(node: Node) -> bool:
+    """Whether ``node`` adds in place to a product that nothing else reads."""
+    if node.target not in _ADDS:
+        return False
+    total = node.args[0]
+    assert isinstance(total, Node)
+    schema = getattr(total.target, "_schema", None)
+    owned = schema is not None and all(r.alias_info is None for r in schema.returns)
+    return owned and all(u.target in _ADDS and u.args[0] is total for u in total.users)
+
+
+def add_out_of_place(module: GraphModule) -> None:
+    """What is added in place as a value of its own: the partitioner copies nodes, a write is one."""
+    renamed: dict[Node, Node] = {}
+    for node in list(module.graph.nodes):
+        given = node.args
+        node.args = map_arg(node.args, lambda n: renamed.get(n, n))
+        node.kwargs = map_arg(node.kwargs, lambda n: renamed.get(n, n))
+        if node.target not in _ADDS:
+            continue
+        # By the name that all readers know, however often it was added to.
+        written = given[0]
+        assert isinstance(written, Node)
+        with module.graph.inserting_before(node):
+            if node.target is add_product_:
+                renamed[written] = _added(*node.args)
+            else:
+                renamed.update(_folded(node, written))
+        module.graph.erase_node(node)
+    module.recompile()
+
+
+def _added(total: Any, left: Any, right: Any, alpha: Any) -> Node:
+    added = total.graph.call_function(torch.ops.aten.addmm.default, (total, left, right), {"alpha": alpha})
+    added.meta["val"] = total.meta["val"]
+    return added
+
+
+def _folded(node: Node, written: Node) -> dict[Node, Node]:
+    """Of a ``fold_columns_``: each later view of the columns that it writes, and what they are then.
+
+    Args:
+        written: what readers call the value that is written.
+    """
+    wide, rows, scale = node.args
+    assert isinstance(wide, Node) and isinstance(rows, Node)
+    rank, inner = rows.meta["val"].shape
+    slice_ = torch.ops.aten.slice.Tensor
+    views = [n for n in node.graph.nodes if n > node and written in n.all_input_nodes]
+    if any(n.target is not slice_ or n.args != (written, 1, 0, inner) for n in views):
+        raise Inseparable("what a product was added to in place is read otherwise than it was written")
+    parts = []
+    for start, end in ((0, inner), (inner, inner + rank)):
+        part = node.graph.call_function(slice_, (wide, 1, start, end))
+        part.meta["val"] = wide.meta["val"][:, start:end]
+        parts.append(part)
+    added = _added(parts[0], parts[1], rows, scale)
+    return {view: added for view in views}
