@@ -103,17 +103,20 @@ def dequantize_4bit_beside(
             fit.
     """
     if not packed.absmax.is_cuda:
-        return dequantize_4bit_beside_reference(packed, dtype, columns, start, room)
+        return dequantize_4bit_beside_reference(packed, dtype, columns, start, room, use)
     return torch.ops.rewriter.dequantize_4bit_beside(*packed, dtype, columns, start, room, use)
 
 
 def dequantize_4bit_beside_reference(
-    packed: Packed4bit, dtype: torch.dtype, columns: Tensor, start: int, room: int
+    packed: Packed4bit, dtype: torch.dtype, columns: Tensor, start: int, room: int, use: int = 0
 ) -> Tensor:
     """The same in plain PyTorch."""
     _check_columns(packed.shape, columns, start, room)
     weight = dequantize_4bit_reference(packed, dtype)
     filled = torch.nn.functional.pad(columns.to(dtype), (start, room - start - columns.shape[1]))
+    if use:
+        # By other operations: a compiler would keep what the same ones made in the forward.
+        return torch.cat((weight.t(), filled.t())).t()
     return torch.cat((weight, filled), 1)
 
 

@@ -104,7 +104,7 @@ def folded(wide: Tensor, rows: Tensor, scale: float) -> Tensor:
         rows: (r, inner), of the dtype of ``wide``.
     """
     torch.ops.rewriter.fold_columns_(wide, rows, scale)
-    return wide[:, : rows.shape[1]]
+    return wide.narrow(1, 0, rows.shape[1])
 
 
 def _fold_kernel(wide: Tensor, rows: Tensor, scale: float) -> None:

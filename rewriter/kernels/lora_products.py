@@ -175,7 +175,7 @@ class _WideGradient:
         """Of each A, with the input ``rows``."""
         assert self.total is not None
         rank, inner = self._a.shape
-        columns = self.total[:, inner : inner + rank]
+        columns = self.total.narrow(1, inner, rank)
         return _scaled(columns.t(), rows, self._scale, self._a).split(self._ranks)
 
     def folded(self) -> Tensor:
