@@ -13,12 +13,14 @@ whose forward is dear and whose result is small; PyTorch's min-cut partitioner s
 Traced with fake tensors by ``make_fx``, after autograd and before Inductor's decompositions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import SymInt, Tensor
+from torch._guards import detect_fake_mode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
@@ -60,11 +62,24 @@ class Saved:
 
 def signature_of(module: Callable, inputs: Sequence[Any], needs: Sequence[bool]) -> Signature:
     """Run ``module`` on fake ``inputs`` and see what it gives. Call inside the inputs' fake mode."""
-    with torch.enable_grad():
+    with torch.enable_grad(), _numbers_forgotten(inputs):
         results = _results(module, _leaves(inputs, needs))
     flags = tuple(isinstance(r, Tensor) and r.requires_grad for r in results)
     plain = tuple(r.detach() if isinstance(r, Tensor) else r for r in results)
     return Signature(tuple(inputs), tuple(needs), plain, flags)
+
+
+@contextmanager
+def _numbers_forgotten(inputs: Sequence[Any]) -> Iterator[None]:
+    """Numbers that are read off tensors inside are symbols of no graph: what traces next makes its own."""
+    mode = detect_fake_mode(list(inputs))
+    if mode is None or mode.shape_env is None:
+        yield
+        return
+    with mode.shape_env.ignore_fresh_unbacked_symbols():
+        yield
+    # Tensors remember the number that was read, until the next epoch.
+    mode.epoch += 1
 
 
 def forward_graph(module: Callable, signature: Signature) -> GraphModule:
