@@ -1,25 +1,21 @@
 """From a ``Problem`` to the fastest ``MemoryPlan`` within its budgets, quick enough to be asked often.
 
-A choice that another of the same kind beats or equals in every number is left out first. What is left is
-searched by ``search.py``, exactly up to a bound on its work. ``MemoryPlan.slack`` is what that bound may have
-cost: 0 where it was not reached, and under 0.1% of a step in the hardest cases seen, 80 parts with 24 choices
-under two budgets that both bind.
+What it may choose from is thinned out and counted in whole numbers by ``options.py``, and searched by
+``search.py``, exactly up to a bound on its work. ``MemoryPlan.slack`` is what that bound may have cost, 0
+where it was not reached.
 
 Seconds are counted in whole units of about 1e-10 of the slowest step, so that plans that take equally long
-are known to: of those, the one with the fewest host bytes is taken, then the one with the lowest peak. A
-larger budget allows every plan of a smaller one: it is no slower where the slack is 0, else by at most that.
+are known to: of those that it sees, the one with the fewest host bytes is taken, then the one with the lowest
+peak. It sees all of them, unless there are thousands. A larger budget allows every plan of a smaller one: it
+is no slower where the slack is 0, else by at most that.
 """
 
 from collections.abc import Callable, Sequence
-from math import ceil, log2
+from math import inf
 
-import numpy as np
-
-from rewriter.memory.bounds import Options, Overlap
-from rewriter.memory.plan import Choice, Infeasible, MemoryPlan, Moment, Part, Problem
-from rewriter.memory.search import fastest, smallest
-
-_UNITS = 1e10
+from rewriter.memory.options import options_of, unit_of
+from rewriter.memory.plan import Infeasible, MemoryPlan, Moment, Problem
+from rewriter.memory.search import Found, Search
 
 
 def plan(problem: Problem) -> MemoryPlan:
@@ -29,28 +25,34 @@ def plan(problem: Problem) -> MemoryPlan:
         Infeasible: where nothing fits; names the least device budget that would do, what of it is the largest
             part, and the host memory that it takes.
     """
-    options, unit = _options(problem.parts)
-    device = problem.device_budget - problem.static - problem.window
-    found = fastest(options, device, problem.host_budget) if device >= 0 else None
-    if found is None:
-        raise _infeasible(problem)
-    return _as_plan(problem, found.choices, (found.time - found.bound) * unit)
+    return best([problem])
 
 
 def best(problems: Sequence[Problem]) -> MemoryPlan:
     """The fastest plan of ``problems``, which ask for the same in other ways; of equal ones the first.
 
     Raises:
-        Infeasible: where nothing fits the first.
+        Infeasible: where nothing fits; speaks of the first.
     """
-    found = plan(problems[0])
-    for problem in problems[1:]:
-        try:
-            other = plan(problem)
-        except Infeasible:
-            continue
-        found = other if other.seconds < found.seconds else found
-    return found
+    unit = max(unit_of(problem.parts) for problem in problems)
+    asked = [(_search(problem, unit), i) for i, problem in enumerate(problems) if _room(problem) >= 0]
+    # The one that promises most: its plan tells how much of the others is worth a look.
+    asked.sort(key=lambda pair: pair[0].bound)
+    found, units, place = None, None, 0
+    for search, i in asked:
+        problem = problems[i]
+        # One that stands before the other is taken where it is as fast.
+        if choices := search.best(None if units is None else units + (i < place)):
+            found, units, place = _as_plan(problem, choices), choices.time, i
+        elif found is None and search.bound < inf:
+            # The search may miss what just fits. The plan with the lowest peak does not.
+            lowest = least(problem)
+            if lowest.peak <= problem.device_budget:
+                found, units, place = lowest, round(lowest.seconds / unit), i
+    if found is None or units is None:
+        raise _infeasible(problems[0])
+    proven = min(search.bound for search, _ in asked)
+    return MemoryPlan(found.problem, found.choices, max(0.0, (units - proven) * unit))
 
 
 def least(problem: Problem) -> MemoryPlan:
@@ -59,7 +61,7 @@ def least(problem: Problem) -> MemoryPlan:
     Raises:
         Infeasible: where the host budget is too small for any.
     """
-    found = smallest(_options(problem.parts)[0], problem.host_budget)
+    found = Search(options_of(problem.parts, inf), None, problem.host_budget).lowest()
     if found is None:
         needed = sum(min(choice.hosted for choice in part.choices) for part in problem.parts)
         raise Infeasible(
@@ -68,7 +70,7 @@ def least(problem: Problem) -> MemoryPlan:
             None,
             needed,
         )
-    return _as_plan(problem, found.choices)
+    return _as_plan(problem, found)
 
 
 def largest(
@@ -118,42 +120,18 @@ def _pieces(problem: Problem, worst: Moment) -> list[tuple[int, str]]:
     ]
 
 
-def _as_plan(problem: Problem, choices: Sequence[int], slack: float = 0.0) -> MemoryPlan:
-    chosen = tuple(part.choices[c] for part, c in zip(problem.parts, choices, strict=True))
-    return MemoryPlan(problem, chosen, slack)
+def _room(problem: Problem) -> int:
+    return problem.device_budget - problem.static - problem.window
+
+
+def _search(problem: Problem, unit: float) -> Search:
+    return Search(options_of(problem.parts, unit), _room(problem), problem.host_budget)
+
+
+def _as_plan(problem: Problem, found: Found) -> MemoryPlan:
+    chosen = tuple(part.choices[c] for part, c in zip(problem.parts, found.choices, strict=True))
+    return MemoryPlan(problem, chosen)
 
 
 def _size(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 / 10 else f"{count:,} bytes"
-
-
-def _options(parts: Sequence[Part]) -> tuple[list[Options], float]:
-    """One ``Options`` for each part, the same object for equal choices, and the seconds of a time unit."""
-    slowest = sum(max(sum(_seconds(choice)) for choice in part.choices) for part in parts)
-    # A power of two, so that seconds that are round stay so.
-    unit = 2.0 ** ceil(log2(slowest / _UNITS)) if slowest else 1.0
-    made: dict[tuple[Choice, ...], Options] = {}
-    for part in parts:
-        if part.choices not in made:
-            made[part.choices] = _kind(part.choices, unit)
-    return [made[part.choices] for part in parts], unit
-
-
-def _seconds(choice: Choice) -> tuple[float, float, float, float]:
-    return choice.forward_seconds, choice.backward_seconds, choice.offload_seconds, choice.reload_seconds
-
-
-def _kind(choices: Sequence[Choice], unit: float) -> Options:
-    memory = [(choice.saved, choice.hosted, choice.peak, choice.flight) for choice in choices]
-    times = [tuple(round(seconds / unit) for seconds in _seconds(choice)) for choice in choices]
-    rows = np.array([m + t for m, t in zip(memory, times, strict=True)], np.int64)
-    no_worse = (rows[:, None] <= rows[None]).all(axis=2)
-    equal = no_worse & no_worse.T
-    # Of equal choices the first stays.
-    beaten = (no_worse & ~equal) | np.triu(equal, 1)
-    index = np.flatnonzero(beaten.sum(axis=0) == 0)
-    saved, hosted, peak, flight, forward, backward, offload, reload = rows[index].T
-    copies = list(zip(flight.tolist(), offload.tolist(), reload.tolist(), strict=True))
-    overlaps = sorted(set(copies))
-    group = np.array([overlaps.index(copy) for copy in copies])
-    return Options(index, saved, hosted, peak, forward, backward, group, tuple(Overlap(*o) for o in overlaps))

@@ -3,100 +3,138 @@
 A step is a path through (part, choice), each arc of which knows the overlap that it comes with. Letting a
 path split into fractions makes the search a linear program: one flow, a bound for each moment, one for the
 host. Its duals are the prices that no other prices beat. ``bounds.py`` turns any prices into a bound, so that
-nothing rests on the solver's tolerance, nor on all choices being in it: of many, those that some price makes
-the cheapest are. SciPy's HiGHS solves it: 0.1 s for 80 parts with 12 choices.
+nothing rests on the solver's tolerance.
+
+Few choices are in its solution, so that it is solved with few, and those that its prices make the cheapest
+are added until they are all there (column generation). SciPy's HiGHS solves each.
 """
 
 import itertools
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from rewriter.memory.bounds import NOTHING, Options, Overlap, Prices, time_of
+from rewriter.memory.bounds import Floats, Prices, cheapest_prefixes, cheapest_suffixes, times_of
+from rewriter.memory.options import Options, Whole
 
 Entries = Iterable[tuple[int, float]]
 
+# Programs that are solved at most: each adds choices to the next.
+_ROUNDS = 12
+# Choices that are added to a part in a round.
+_ADDED = 4
+# A bound as near as this to the relaxation's own value is as good.
+_NEAR = 1e-7
+# A byte too many costs as much as so many whole steps.
+_FORBIDDEN = 1e3
 
-def best_prices(parts: Sequence[Options], device: int, host: int, *, by_peak: bool = False) -> Prices:
-    """One row of prices, in time units per byte; zeros where not even fractions of plans fit.
 
-    With ``by_peak``, the prices that bound the lowest peak, whatever the time, in bytes per byte; ``device``
-    is not read.
+@dataclass(frozen=True)
+class Relaxed:
+    """The best prices found, one row, and the bound that they give: units, or bytes where memory counts."""
+
+    prices: Prices
+    bound: float
+
+
+def relaxed(parts: Sequence[Options], device: int, host: int, *, by_peak: bool = False) -> Relaxed:
+    """The best prices in time units per byte; where not even fractions of plans fit, forbidding ones.
+
+    With ``by_peak``, the prices that bound the lowest peak, in bytes per byte; ``device`` is not read.
     """
+    device = 0 if by_peak else device
+    times = times_of(parts)
+    chosen = _first_choices(parts)
+    best = Relaxed(Prices(np.zeros((1, len(parts))), np.zeros(1)), -np.inf)
+    for _ in range(_ROUNDS):
+        prices, value = _solved(parts, times, chosen, device, host, by_peak)
+        priced = prices.of(parts)
+        before = cheapest_prefixes(parts, times, priced)
+        bound = float(before[-1].min() - prices.paid(device, host)[0])
+        if bound > best.bound:
+            best = Relaxed(prices, bound)
+        after = cheapest_suffixes(parts, times, priced)
+        added = False
+        for i, options in enumerate(parts):
+            through = (before[i][0][:, None] + times[i]).min(axis=0) + priced[i][0]
+            through = through + after[i + 1][0][options.group] - prices.paid(device, host)[0]
+            order = np.argsort(through)[:_ADDED]
+            new = set(order[through[order] < value - _NEAR * abs(value)].tolist()) - chosen[i]
+            added = added or bool(new)
+            chosen[i] |= new
+        if not added or value - bound <= _NEAR * abs(value):
+            break
+    return best
+
+
+def _first_choices(parts: Sequence[Options]) -> list[set[int]]:
+    """Of each part, those that some prices of bytes, from little to much, make the cheapest."""
+    made = {id(o): _cheapest(o) for o in parts}
+    return [set(made[id(o)]) for o in parts]
+
+
+_PRICES = (0.0, 0.05, 0.2, 0.8, 3.2, 12.8, 1e3)
+
+
+def _cheapest(options: Options) -> set[int]:
+    time = (options.forward + options.backward).astype(float)
+    unit = max(1.0, time.max() - time.min()) / max(1, int(options.saved.max()), int(options.hosted.max()))
+    taken: set[int] = set()
+    for here, there, at_once in itertools.product(_PRICES, repeat=3):
+        price = here * options.saved + there * options.hosted + at_once / 2 * (options.peak + options.flight)
+        taken.add(int(np.argmin(time + unit * price)))
+    return taken
+
+
+def _solved(
+    parts: Sequence[Options],
+    times: Sequence[Whole],
+    chosen: Sequence[set[int]],
+    device: int,
+    host: int,
+    by_peak: bool,
+) -> tuple[Prices, float]:
+    """Prices and value of the relaxation with the choices in ``chosen`` alone."""
     # Solvers want numbers near 1.
-    parts = _few(parts)
     largest = max(1, device, *(int(options.peak.max()) for options in parts))
-    slowest = max(1, *(int(options.forward.max() + options.backward.max()) for options in parts))
+    slowest = max(1, *(int(time.max()) for time in times))
     program = _Program()
     saved = program.variable()
     program.equal([(saved, 1.0)], 0.0)
-    peak = program.variable(1.0) if by_peak else None
-    before: tuple[Overlap, ...] = (NOTHING,)
-    arriving: list[list[int]] = [[]]
+    # What is bounded may be exceeded: at the peak's own price, or at one that no plan is worth.
+    excess = program.variable(1.0 if by_peak else _FORBIDDEN * len(parts))
+    arriving: dict[int, list[int]] = {0: []}
+    flying: Entries = []
     in_host: list[tuple[int, float]] = []
     for i, options in enumerate(parts):
-        time = time_of(options, before)
-        if i == len(parts) - 1:
-            waits = np.array([overlap.offload + overlap.reload for overlap in options.overlaps])
-            time = time + waits[options.group]
-        arcs = program.variables(time * (0.0 if by_peak else 1 / slowest))
-        for leaving, inflow in zip(arcs, arriving, strict=True):
-            flow = [*((arc, 1.0) for arc in leaving), *((arc, -1.0) for arc in inflow)]
+        rows = np.array(sorted(chosen[i]))
+        groups = np.array(sorted(arriving))
+        arcs = program.variables(times[i][np.ix_(groups, rows)] * (0.0 if by_peak else 1 / slowest))
+        for leaving, g in zip(arcs, groups.tolist(), strict=True):
+            inflow = arriving[g]
+            flow = [*((arc, 1.0) for arc in leaving.tolist()), *((arc, -1.0) for arc in inflow)]
             program.equal(flow, 0.0 if inflow else 1.0)
-        flight = np.array([[overlap.flight] for overlap in before])
-        moment = [(saved, 1.0), *_weighted(arcs, (options.peak + flight) / largest)]
-        if peak is None:
-            program.at_most(moment, device / largest)
-        else:
-            program.at_most([*moment, (peak, -1.0)], 0.0)
+        moment = [(saved, 1.0), *flying, *_weighted(arcs, options.peak[rows] / largest)]
+        program.at_most([*moment, (excess, -1.0)], device / largest)
+        flying = _weighted(arcs, options.flight[rows] / largest)
         after = program.variable()
-        own = _weighted(arcs, np.broadcast_to(-options.saved / largest, arcs.shape))
-        program.equal([(after, 1.0), (saved, -1.0), *own], 0.0)
-        in_host += _weighted(arcs, np.broadcast_to(options.hosted / largest, arcs.shape))
-        arriving = [arcs[:, options.group == g].ravel().tolist() for g in range(len(options.overlaps))]
-        before, saved = options.overlaps, after
-    program.at_most(in_host, host / largest)
-    duals = program.duals()
-    if duals is None:
-        return Prices(np.zeros((1, len(parts))), np.zeros(1))
+        program.equal([(after, 1.0), (saved, -1.0), *_weighted(arcs, -options.saved[rows] / largest)], 0.0)
+        in_host += _weighted(arcs, options.hosted[rows] / largest)
+        own = options.group[rows]
+        arriving = {g: arcs[:, own == g].ravel().tolist() for g in np.unique(own).tolist()}
+        saved = after
+    over = program.variable(_FORBIDDEN * len(parts))
+    program.at_most([*in_host, (over, -1.0)], host / largest)
+    duals, value = program.duals()
     # With a peak, they add up to one byte for a byte of it, but for the solver's rounding.
-    duals *= 1 / (duals[:-1].sum() or 1.0) if by_peak else slowest / largest
-    return Prices(duals[None, :-1], duals[-1:])
+    scale = 1 / (duals[:-1].sum() or 1.0) if by_peak else slowest / largest
+    return Prices(duals[None, :-1] * scale, duals[-1:] * scale), value * (largest if by_peak else slowest)
 
 
-# More choices than this are thinned out.
-_MANY = 48
-# Of each price the so many cheapest choices are taken, at prices of bytes from little to much.
-_CHEAPEST = 8
-_PRICES = (0.0, 0.05, 0.2, 0.8, 3.2, 12.8)
-
-
-def _few(parts: Sequence[Options]) -> list[Options]:
-    """``parts`` with the choices that matter to prices."""
-    made = {id(o): _thinned(o) if len(o) > _MANY else o for o in parts}
-    return [made[id(o)] for o in parts]
-
-
-def _thinned(options: Options) -> Options:
-    time = (options.forward + options.backward).astype(float)
-    copies = np.array([o.offload + o.reload for o in options.overlaps])[options.group]
-    flight = np.array([o.flight for o in options.overlaps])[options.group]
-    unit = (time.max() - time.min()) / max(1, int(options.saved.max()), int(options.hosted.max()))
-    taken: set[int] = set()
-    for here, there, at_once in itertools.product(_PRICES, repeat=3):
-        price = here * options.saved + there * options.hosted + at_once / 2 * (options.peak + flight)
-        for waiting in (0.0, 0.3):
-            total = time + unit * price + waiting * copies
-            taken.update(np.argpartition(total, _CHEAPEST)[:_CHEAPEST].tolist())
-    rows = np.array(sorted(taken))
-    names = ("index", "saved", "hosted", "peak", "forward", "backward")
-    left = {name: getattr(options, name)[rows] for name in names}
-    groups, group = np.unique(options.group[rows], return_inverse=True)
-    return Options(**left, group=group, overlaps=tuple(options.overlaps[g] for g in groups))
-
-
-def _weighted(arcs: np.ndarray, weights: np.ndarray) -> list[tuple[int, float]]:
-    return list(zip(arcs.ravel().tolist(), weights.ravel().tolist(), strict=True))
+def _weighted(arcs: Whole, weights: Floats) -> list[tuple[int, float]]:
+    spread = np.broadcast_to(weights, arcs.shape)
+    return [(a, w) for a, w in zip(arcs.ravel().tolist(), spread.ravel().tolist(), strict=True) if w]
 
 
 class _Rows:
@@ -138,8 +176,8 @@ class _Program:
     def equal(self, entries: Entries, right: float) -> None:
         self.equations.add(entries, right)
 
-    def duals(self) -> np.ndarray | None:
-        """What a unit more of each bound would save; None where no values satisfy them."""
+    def duals(self) -> tuple[np.ndarray, float]:
+        """What a unit more of each bound would save, and the least cost."""
         # Imported where it is needed: half a second that a step without a budget need not wait for.
         from scipy.optimize import linprog
         from scipy.sparse import csr_array
@@ -155,4 +193,5 @@ class _Program:
             self.equations.right,
             method="highs",
         )
-        return np.maximum(0.0, -solved.ineqlin.marginals) if solved.status == 0 else None
+        assert solved.status == 0, f"the relaxation has no solution: {solved.message}"
+        return np.maximum(0.0, -solved.ineqlin.marginals), float(solved.fun)

@@ -1,61 +1,76 @@
 """The fastest choices within the budgets: a search from the last part to the first.
 
-A *suffix* is a choice for each of the parts from one on. All that matters of it to the parts before is three
-numbers: what it needs (the device bytes that its worst moment takes beyond what earlier parts save), what it
-hosts, and its time. One that is no better than another in any of the three is dropped, and so is one that the
-lower bound of the parts before it (``bounds.py``) rules out: not even they could make it better than the best
-plan known. That plan comes from the same search with few suffixes kept. Nothing else is dropped, unless
-there are more than a second's work allows; what remains at the first part is then the optimum.
+A *suffix* is a choice for each of the parts from one on. All that matters of it to the parts before is four
+numbers: what it needs (the device bytes that its worst moment takes beyond what earlier parts save), what its
+first moment needs beyond that and what is in flight, what it hosts, and its time. One that is no better than
+another in any of them is dropped, and so is one that the lower bound of the parts before it (``bounds.py``)
+rules out: not even they could make it better than the best plan known. That plan comes from the same search
+with few suffixes kept. Nothing else is dropped, unless there are more than a second's work allows; what
+remains at the first part is then the optimum.
 
 Numbers are whole (time in units), so that equal plans are equal, and ties go to the fewer host bytes and then
 to the lower peak.
 """
 
-from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import pairwise
-from math import ceil
+from math import ceil, inf
+from typing import Any
 
 import numpy as np
 
 from rewriter.memory.bounds import (
-    NOTHING,
-    Options,
-    Overlap,
+    Floats,
     Prices,
-    Whole,
     cheapest_prefixes,
-    time_of,
+    cheapest_suffixes,
+    prices_around,
+    times_of,
 )
-from rewriter.memory.relaxation import best_prices
+from rewriter.memory.frontier import frontier
+from rewriter.memory.options import Options, Whole
+from rewriter.memory.relaxation import relaxed
+from rewriter.memory.staircase import Staircase, staircases
 
-# Suffixes kept for each overlap by the search for a first plan.
-_NARROW = 32
-# Suffixes that the search for the best may make in all: about a second's work. Beyond it, those with the
-# lowest bounds are kept, and the plan is the best found, within a known distance of the best.
-_WORK = 1_000_000
+# Suffixes kept for each overlap by the first search, and how many times as many by each further one, which
+# knows the plan of the one before.
+_NARROW = 16
+_WIDER = 8
+# Suffixes that all searches may make: about a second's work. Beyond it, those with the lowest bounds are
+# kept, and the plan is the best found, within a known distance of the best.
+_WORK = 3_000_000
+# After so many searches beside the first, only what is faster is searched for.
+_TIED = 1
+# Units that the price of all host bytes comes to, among plans that take equally long.
+_TIE = 0.5
+# Chances that differ by less units than this are as good.
+_ALIKE = 0.001
 # The first price alone rules out most; the others are tried on what it leaves.
-_BLOCKS = (slice(0, 1), slice(1, 6), slice(6, None))
+_BLOCKS = (slice(0, 8), slice(8, None))
 # Rounding of sums of prices times bytes, in time units, where one unit is 1e-10 of a step.
 _MARGIN = 0.01
+_NEVER = -(2**61)
 
 
 @dataclass(frozen=True)
 class Found:
-    """Index into each part's own choices, what they need, host and take, and the least that any may take."""
+    """Index into each part's own choices, and what they need, host and take."""
 
     choices: tuple[int, ...]
     need: int
     hosted: int
     time: int
-    bound: int
 
 
 @dataclass(frozen=True)
 class _Suffixes:
-    """Suffixes as columns, and how to follow each: the choice of its first part, and the suffix after it."""
+    """Suffixes as columns, and how to follow each: the choice of its first part, and the suffix after it.
 
+    ``first`` is what the first moment needs beside flight, or what of it can matter; ``need`` what all
+    later ones do.
+    """
+
+    first: Whole
     need: Whole
     hosted: Whole
     time: Whole
@@ -70,106 +85,130 @@ class _Suffixes:
         return len(self.need)
 
 
-def fastest(parts: Sequence[Options], device: int, host: int) -> Found | None:
-    """Least time within the budgets, then fewest host bytes, then lowest peak; None where nothing fits."""
-    return _Search(parts, device, host, best_prices(parts, device, host), by_peak=False).best()
+@dataclass(frozen=True)
+class _Limit:
+    """Of plans that are searched: most units, ``cost`` with the price of host bytes and ``time`` without."""
+
+    cost: float
+    time: float
+
+    @classmethod
+    def of(cls, known: Found | None, below: int | None, tie: float, strict: bool) -> "_Limit":
+        """Less time than ``below``, and no more than ``known``; less with ``strict``."""
+        if known is None:
+            return cls(inf, inf) if below is None else cls(below - 1 + _TIE + _MARGIN, below - 1)
+        if strict:
+            return cls(known.time - 1 + _TIE + _MARGIN, known.time - 1)
+        return cls(known.time + tie * known.hosted + _MARGIN, known.time)
 
 
-def smallest(parts: Sequence[Options], host: int) -> Found | None:
-    """The lowest peak within the host budget, then the fewest host bytes; None where the host holds none."""
-    still = [replace(o, forward=o.forward * 0, backward=o.backward * 0, overlaps=_timeless(o)) for o in parts]
-    anything = sum(int(o.saved.max() + o.hosted.max() + o.peak.max()) for o in parts)
-    return _Search(still, anything, host, best_prices(still, 0, host, by_peak=True), by_peak=True).best()
+class Search:
+    """One search: the parts, the budgets, and at which prices the parts before a suffix are bounded.
 
+    Attributes:
+        bound: units that no plan within the budgets takes less than, as far as it is known; infinite where it
+            is proven that nothing fits. Bytes of the peak, where that is to be least.
+    """
 
-def _timeless(options: Options) -> tuple[Overlap, ...]:
-    return tuple(Overlap(o.flight, 0, 0) for o in options.overlaps)
-
-
-class _Search:
-    """One search: the parts, the budgets, and at which prices the parts before a suffix are bounded."""
-
-    def __init__(self, parts: Sequence[Options], device: int, host: int, best: Prices, *, by_peak: bool):
-        self.parts = parts
-        self.device, self.host = device, host
-        self.by_peak = by_peak
+    def __init__(self, parts: Sequence[Options], device: int | None, host: int):
+        """Without ``device`` it is the peak that is to be least, of parts that take no time."""
+        self.by_peak = by_peak = device is None
+        if device is None:
+            device = sum(int(o.saved.max() + o.flight.max() + o.peak.max()) for o in parts)
+        self.parts, self.device, self.host = parts, device, host
+        self.times = times_of(parts)
         # Among equal times the bounds look at host bytes too, by a price that no sum makes worth a unit.
-        self.tie = 0.0 if by_peak else 0.5 / (1 + sum(int(o.hosted.max()) for o in parts))
-        self.prices = _around(best, vary_device=not by_peak)
-        tied = replace(self.prices, host=self.prices.host + self.tie)
-        self.before = cheapest_prefixes(parts, tied)
-        # Of each row of prices, what falls on the moments of a suffix: (parts, rows).
-        self.later = np.cumsum(self.prices.device[:, ::-1], axis=1)[:, ::-1].T
+        self.tie = 0.0 if by_peak else _TIE / (1 + sum(int(o.hosted.max()) for o in parts))
+        found = relaxed(parts, device, host, by_peak=by_peak)
+        self.best_prices = found.prices
+        slowest = sum(int(time.max()) for time in self.times)
+        lost = float((self._paid(found.prices) - found.prices.paid(device, host))[0])
+        bound = ceil(found.bound - lost - _MARGIN)
+        self.bound = bound if by_peak or bound <= slowest else inf
+        self.prices = prices_around(found.prices, self.tie, vary_device=not by_peak)
+        self.priced = replace(self.prices, host=self.prices.host + self.tie).of(parts)
+        self.before = cheapest_prefixes(parts, self.times, self.priced)
+        # Of each row of prices, what falls on the moments from a part on: (parts + 2, rows).
+        self.device_prices = np.pad(self.prices.device, ((0, 0), (0, 2)))
+        self.later = np.cumsum(self.device_prices[:, ::-1], axis=1)[:, ::-1].T
         # Bytes that the parts before must at least save, and host: a suffix that leaves less is no plan.
-        end = np.zeros((2, len(parts)))
-        end[0, -1] = 1.0
-        still = [
-            replace(o, forward=o.forward * 0, backward=o.backward * 0, overlaps=_timeless(o)) for o in parts
-        ]
-        self.least = cheapest_prefixes(still, Prices(end, np.array([0.0, 1.0])))
+        self.saves = np.cumsum([0, *(int(o.saved.min()) for o in parts)])
+        self.holds = np.cumsum([0, *(int(o.hosted.min()) for o in parts)])
+        self.stairs: list[list[Staircase]] | None = None
 
-    def best(self) -> Found | None:
-        found = self._run(None, _NARROW)
-        if self.by_peak and found is not None:
-            self.device = found.need
-        if found is None:
-            # Narrow searches may miss what just fits. The plan with the lowest peak does not.
-            found = self._lowest()
-        if found is None:
+    def best(self, below: int | None = None) -> Found | None:
+        """The plan that takes the least time, then the fewest host bytes, then the lowest peak.
+
+        Where very many plans take equally long, not all of them are looked at. None where nothing fits, or
+        not in less than ``below`` units; ``bound`` says whether that is proven.
+        """
+        if self.bound == inf or (below is not None and self.bound >= below):
             return None
-        widths = [len(o) * len(b.overlaps) for b, o in pairwise([*self.parts, self.parts[-1]])]
-        wide = self._run(found, max(_NARROW, _WORK // sum(widths)))
-        if wide is not None and not self.cut:
-            return replace(wide, bound=wide.time)
-        best = min((f for f in (wide, found) if f is not None), key=self._rank)
-        return replace(best, bound=min(best.time, self._least_time()))
+        found = None
+        for turn, width in enumerate(self._widths()):
+            better = self._run(_Limit.of(found, below, self.tie, strict=turn > _TIED), width)
+            self.improved = better is not None
+            found = found if better is None else better
+            least = min(inf if found is None else found.time, inf if below is None else below)
+            if not self.cut:
+                self.bound = max(self.bound, least)
+                break
+            if least < inf:
+                self._climb(least)
+            if turn and self.bound >= least:
+                break
+        return found
 
-    def _rank(self, found: Found) -> tuple[int, ...]:
-        need, hosted, time = found.need, found.hosted, found.time
-        return (need, hosted) if self.by_peak else (time, hosted, need)
+    def lowest(self) -> Found | None:
+        """The plan of the lowest peak within the host budget, then the fewest host bytes; where one fits."""
+        found = None
+        for turn, width in enumerate(self._widths()):
+            # What fits has to need less than what was found; first, as much with fewer host bytes.
+            strict = turn > _TIED
+            if found is not None:
+                self.device = found.need - int(strict)
+            better = self._run(_Limit(_MARGIN if found else inf, inf), width)
+            self.improved = better is not None
+            found = found if better is None else better
+            if not self.cut or (found is not None and turn and found.need <= self.bound):
+                break
+        return found
 
-    def _least_time(self) -> int:
-        """Units that no plan within the budgets can take less than, whatever was searched."""
-        waits = np.array([overlap.offload + overlap.reload for overlap in self.parts[-1].overlaps])
-        proven = (self.before[-1] + waits).min(axis=1) - self.paid
-        # The price of host bytes among equal times comes to half a unit at most.
-        return max(0, ceil(proven.max() - 0.5 - _MARGIN))
+    def _widths(self) -> Iterator[int]:
+        """Of one search after the other: as wide as the work allows that is left."""
+        self.made, self.improved, width = 0, False, _NARROW
+        while width >= _NARROW:
+            before = self.made
+            yield width
+            # Half of what is left, since one that finds a better plan makes the next an easy one.
+            share = (_WORK - self.made) / max(1, self.made - before) / 2
+            if share < 1 and not self.improved:
+                return
+            width = int(width * min(share, _WIDER))
 
-    def _lowest(self) -> Found | None:
-        lowest = None if self.by_peak else smallest(self.parts, self.host)
-        if lowest is None or lowest.need > self.device:
-            return None
-        time, before = 0, NOTHING
-        for options, choice in zip(self.parts, lowest.choices, strict=True):
-            c = int(np.flatnonzero(options.index == choice)[0])
-            time += int(time_of(options, (before,))[0, c])
-            before = options.overlaps[options.group[c]]
-        return replace(lowest, time=time + before.offload + before.reload)
+    def _climb(self, most: float) -> None:
+        """Make staircases for plans of at most ``most`` units, and see what they say of all."""
+        priced = self.best_prices.of(self.parts)
+        after = cheapest_suffixes(self.parts, self.times, priced)
+        paid = self._paid(self.best_prices)
+        self.stairs = staircases(self.parts, self.times, priced, after, paid[0] + most + _MARGIN)
+        least = min(float(stairs.least(paid + _MARGIN)[0]) for stairs in self.stairs[-1])
+        self.bound = max(self.bound, min(least, most))
 
-    def _run(self, known: Found | None, kept: int) -> Found | None:
-        """Search among plans no worse than ``known``, with at most ``kept`` suffixes for each overlap."""
-        self.cut = False
-        if self.by_peak or known is None:
-            ceiling = np.inf if known is None else _MARGIN
-        else:
-            ceiling = known.time + self.tie * known.hosted + _MARGIN
-        paid = self.prices.device.sum(axis=1) * self.device + self.prices.host * self.host
-        # Less what sums of such numbers may lose by rounding, so that a bound stays one.
-        self.paid = paid * (1 + 1e-12)
+    def _paid(self, prices: Prices) -> Floats:
+        # More than it is by what sums of such numbers may lose by rounding, so that a bound stays one.
+        return prices.paid(self.device, self.host) * (1 + 1e-12)
+
+    def _run(self, limit: "_Limit", kept: int) -> Found | None:
+        """Search among plans within ``limit``, with at most ``kept`` suffixes for each overlap."""
+        self.cut, self.limit = False, limit
+        self.paid = self._paid(self.prices)
         zero = np.zeros(1, np.int64)
-        ends = [
-            _Suffixes(zero - 2**61, zero, zero + overlap.offload + overlap.reload, zero, zero, zero)
-            for overlap in self.parts[-1].overlaps
-        ]
-        stages = [ends]
+        end = _Suffixes(zero + _NEVER, zero + _NEVER, zero, zero, zero, zero, zero)
+        stages = [[end] * len(self.parts[-1].overlaps)]
         for i in reversed(range(len(self.parts))):
-            before = self.parts[i - 1].overlaps if i else (NOTHING,)
-            time = time_of(self.parts[i], before)
-            stage = []
-            for g, overlap in enumerate(before):
-                some = self._extend(i, g, stages[-1], overlap.flight, time[g], ceiling)
-                stage.append(self._narrow(some, i, g, ceiling, kept))
-            stages.append(stage)
+            groups = range(len(self.parts[i - 1].overlaps) if i else 1)
+            stages.append([self._narrow(self._extend(i, g, stages[-1]), i, g, kept) for g in groups])
         (whole,) = stages[-1]
         if not len(whole):
             return None
@@ -178,62 +217,83 @@ class _Search:
         )
         return self._follow(stages, int(first[0]))
 
-    def _extend(
-        self, i: int, g: int, after: list[_Suffixes], flight: int, time: Whole, ceiling: float
-    ) -> _Suffixes:
-        """Every choice of part i before every suffix that it can stand before, ``flight`` bytes under way.
+    def _extend(self, i: int, g: int, after: list[_Suffixes]) -> _Suffixes:
+        """Every choice of part i, after overlap g, before every suffix that it can stand before.
 
         Those that the first price rules out are never made.
         """
-        options = self.parts[i]
-        on_device, on_host = self.later[i][0], self.prices.host[0] + self.tie
-        spare = ceiling - self.before[i][0, g] + self.paid[0]
-        own = time + on_device * options.saved + on_host * options.hosted
-        worth = [rest.time + on_device * rest.need + on_host * rest.hosted for rest in after]
+        options, time = self.parts[i], self.times[i][g]
+        on_host = self.prices.host[0] + self.tie
+        soon, later = self.device_prices[0, i + 1], self.later[i + 2][0]
+        spare = self.limit.cost - self.before[i][0, g] + self.paid[0] - (time + self.priced[i][0])
         columns = []
-        for c in range(len(options)):
-            group = options.group[c]
-            rows = np.flatnonzero(worth[group] <= spare - own[c])
-            rest = after[group]
-            need = np.maximum(options.peak[c] + flight, options.saved[c] + rest.need[rows])
-            same = np.full(len(rows), 0)
+        for group, rest in enumerate(after):
+            own = np.flatnonzero(options.group == group)
+            worth = rest.time + soon * rest.first + later * rest.need + on_host * rest.hosted
+            order = np.argsort(worth, kind="stable")
+            counts = np.searchsorted(worth[order], spare[own], "right")
+            choice = np.repeat(own, counts)
+            rows = order[np.arange(len(choice)) - np.repeat(np.cumsum(counts) - counts, counts)]
+            after_ = np.maximum(rest.first[rows] + options.flight[choice], rest.need[rows])
             columns.append(
                 _Suffixes(
-                    need,
-                    rest.hosted[rows] + options.hosted[c],
-                    rest.time[rows] + time[c],
-                    same + c,
-                    same + group,
+                    options.peak[choice],
+                    options.saved[choice] + after_,
+                    rest.hosted[rows] + options.hosted[choice],
+                    rest.time[rows] + time[choice],
+                    choice,
+                    np.full(len(rows), group),
                     rows,
                 )
             )
         return _Suffixes(*(np.concatenate([getattr(x, f.name) for x in columns]) for f in fields(_Suffixes)))
 
-    def _narrow(self, all_: _Suffixes, i: int, g: int, ceiling: float, kept: int) -> _Suffixes:
+    def _narrow(self, all_: _Suffixes, i: int, g: int, kept: int) -> _Suffixes:
         """Those that may lead to the best plan, sorted by time; the ``kept`` most promising of them."""
-        save, hold = self.least[i][:, g]
-        fits = (all_.need + save <= self.device) & (all_.hosted + hold <= self.host)
-        some = all_.rows(fits)
-        value = some.time + self.tie * some.hosted
-        proven = np.full(len(some), -np.inf)
-        chances = np.ones(len(some), bool)
-        for block in _BLOCKS:
-            on_host = self.prices.host[block]
-            at = self.before[i][block, g] - self.paid[block]
-            here = np.flatnonzero(chances)
-            bound = (
-                at + np.outer(some.need[here], self.later[i][block]) + np.outer(some.hosted[here], on_host)
-            )
-            proven[here] = np.maximum(proven[here], bound.max(axis=1) + value[here])
-            chances[here] = proven[here] <= ceiling
-        some, proven = some.rows(chances), proven[chances]
-        order = np.lexsort((some.need, some.hosted, some.time))
+        before = self.parts[i - 1] if i else None
+        flights = np.zeros(1, np.int64) if before is None else before.flight[before.group == g]
+        # A first moment that needs less than all later ones, whatever is in flight, might as well need more.
+        self.made += len(all_)
+        least = all_.need - flights.max()
+        first = np.maximum(all_.first, least)
+        some = replace(all_, first=first, need=np.maximum(all_.need, first + flights.min()))
+        some = some.rows(
+            (some.need + self.saves[i] <= self.device) & (some.hosted + self.holds[i] <= self.host)
+        )
+        some = some.rows(self._in_time(some, i, g))
+        some, proven = self._bounded(some, i, g)
+        order = np.lexsort((some.first, some.need, some.hosted, some.time))
         some, proven = some.rows(order), proven[order]
-        best = np.array(_undominated(some), np.int64)
+        best = frontier(some.hosted, some.need, some.first, some.first <= some.need - flights.max())
         if len(best) > kept:
             self.cut = True
-            best = best[np.sort(np.argsort(proven[best], kind="stable")[:kept])]
+            # Of nearly equal chances those that leave most of the scarcer memory.
+            taken = np.maximum(some.need / max(1, self.device), some.hosted / max(1, self.host))
+            chance = np.floor(proven / _ALIKE)
+            best = best[np.sort(np.lexsort((taken[best], chance[best]))[:kept])]
         return some.rows(best)
+
+    def _in_time(self, some: _Suffixes, i: int, g: int) -> Any:
+        """Which of them the staircase of the parts before leaves a chance."""
+        if self.stairs is None:
+            return np.ones(len(some), bool)
+        prices = self.best_prices
+        own = prices.device[0, i : i + 1].sum() * some.first + self.later[i + 1][0] * some.need
+        left = self._paid(prices)[0] + _MARGIN - own - prices.host[0] * some.hosted
+        return some.time + self.stairs[i][g].least(left) <= self.limit.time
+
+    def _bounded(self, some: _Suffixes, i: int, g: int) -> tuple[_Suffixes, Floats]:
+        """Those that no price rules out, and the least that a plan with each of them costs."""
+        proven = np.full(len(some), -np.inf)
+        for block in _BLOCKS:
+            at = self.before[i][block, g] - self.paid[block]
+            prices = [self.device_prices[block, i], self.later[i + 1][block], self.prices.host[block]]
+            numbers = np.stack([some.first, some.need, some.hosted], axis=1)
+            bound = (numbers @ np.stack(prices) + at).max(axis=1, initial=-np.inf)
+            proven = np.maximum(proven, bound + some.time + self.tie * some.hosted)
+            chances = proven <= self.limit.cost
+            some, proven = some.rows(chances), proven[chances]
+        return some, proven
 
     def _follow(self, stages: list[list[_Suffixes]], row: int) -> Found:
         whole = stages[-1][0]
@@ -242,35 +302,4 @@ class _Search:
             suffixes = stage[group]
             choices.append(int(options.index[suffixes.choice[at]]))
             group, at = int(suffixes.group[at]), int(suffixes.rest[at])
-        return Found(tuple(choices), int(whole.need[row]), int(whole.hosted[row]), int(whole.time[row]), 0)
-
-
-def _around(best: Prices, *, vary_device: bool) -> Prices:
-    """The best prices of a whole step, others near them, and none; the most promising first."""
-    factors = np.array([1.0, 0.98, 1.02, 0.93, 1.07, 0.8, 1.25, 0.5, 2.0, 0.0])
-    on_device, on_host = np.meshgrid(factors if vary_device else np.ones(1), factors, indexing="ij")
-    far = np.add.outer(np.arange(len(on_device)), np.arange(len(factors))).ravel()
-    order = np.argsort(far, kind="stable")
-    device = on_device.ravel()[order, None] * best.device
-    return Prices(device, on_host.ravel()[order] * best.host)
-
-
-def _undominated(sorted_: _Suffixes) -> list[int]:
-    """Rows that no other row beats or equals in time, host bytes and need, of rows sorted in that order."""
-    kept = []
-    # The rows so far that no other beats in host bytes and need: ascending in one, descending in the other.
-    hosts: list[int] = []
-    needs: list[int] = []
-    for row, (host, need) in enumerate(zip(sorted_.hosted.tolist(), sorted_.need.tolist(), strict=True)):
-        at = bisect_right(hosts, host)
-        if at and needs[at - 1] <= need:
-            continue
-        kept.append(row)
-        end = at
-        while end < len(needs) and needs[end] >= need:
-            end += 1
-        # One with as many host bytes needs more than this one.
-        start = at - 1 if at and hosts[at - 1] == host else at
-        hosts[start:end] = [host]
-        needs[start:end] = [need]
-    return kept
+        return Found(tuple(choices), int(whole.need[row]), int(whole.hosted[row]), int(whole.time[row]))

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from rewriter.memory.plan import Choice, Infeasible, MemoryPlan, Part, Problem, moments, seconds
-from rewriter.memory.planner import fits, largest, least, plan
+from rewriter.memory.planner import best, fits, largest, least, plan
 
 GIB = 2**30
 
@@ -19,9 +19,9 @@ def random_choice(r: random.Random, name: str) -> Choice:
     saved, hosted = r.randint(0, 9), r.choice([0, 0, r.randint(1, 9)])
     copies = [hosted * r.randint(0, 3) / 2 for _ in range(2)]
     work = [float(r.randint(1, 9)) for _ in range(2)]
-    return Choice(
-        name, saved, hosted, saved + r.randint(0, 9), saved + hosted + r.randint(0, 9), *work, *copies
-    )
+    forward, backward = saved + r.randint(0, 9), saved + hosted + r.randint(0, 9)
+    flight = r.choice([hosted, hosted // 2, 0])
+    return Choice(name, saved, hosted, forward, backward, *work, *copies, flight=flight)
 
 
 def random_problem(seed: int) -> Problem:
@@ -45,18 +45,18 @@ def by_brute_force(problem: Problem) -> tuple[tuple[float, int, int] | None, int
     return min(ways, default=None), min(peaks, default=None)
 
 
-@pytest.mark.parametrize("seeds", [range(start, start + 100) for start in range(0, 400, 100)], ids=str)
+@pytest.mark.parametrize("seeds", [range(start, start + 60) for start in range(0, 240, 60)], ids=str)
 def test_plans_are_those_of_brute_force(seeds):
     for seed in seeds:
         problem = random_problem(seed)
-        best, lowest = by_brute_force(problem)
-        if best is None:
+        expected, lowest = by_brute_force(problem)
+        if expected is None:
             with pytest.raises(Infeasible) as error:
                 plan(problem)
             assert error.value.least_device == lowest, seed
             continue
         found = plan(problem)
-        assert (found.seconds, found.hosted, found.peak) == pytest.approx(best), seed
+        assert (found.seconds, found.hosted, found.peak) == pytest.approx(expected), seed
         assert found.slack == 0.0
         assert least(problem).peak == lowest, seed
 
@@ -138,7 +138,7 @@ def test_80_layers_are_planned_in_two_seconds(gib, host):
     start = time.process_time()
     try:
         found = plan(problem)
-        assert found.slack <= 0.01 * found.seconds
+        assert found.slack <= 0.001 * found.seconds
     except Infeasible as error:
         assert error.least_device is not None and error.least_device > gib * GIB
     assert time.process_time() - start < 4.0, "twice the time that it may take, for busy machines"
@@ -152,7 +152,43 @@ def test_three_alternating_kinds_of_24_choices_are_planned_in_two_seconds():
     found = plan(Problem(parts, 0, 60 * GIB, 20 * GIB))
     assert time.process_time() - start < 5.0, "more than twice the time that it may take, for busy machines"
     assert found.peak <= 60 * GIB and found.hosted <= 20 * GIB
-    assert found.slack <= 0.01 * found.seconds
+    assert found.slack <= 0.001 * found.seconds
+
+
+def test_where_bytes_wait_is_proven_not_to_matter_where_copies_hide():
+    """Many plans that no price tells apart: a layer's bytes are on the device, in host memory, or in both."""
+    sizes = {"x": 640, "out": 650, "q, k, v": 800}
+    choices = []
+    for fates in itertools.product(("keep", "offload", "recompute"), repeat=len(sizes)):
+        saved, hosted = (
+            sum(s for s, f in zip(sizes.values(), fates, strict=True) if f == fate)
+            for fate in ("keep", "offload")
+        )
+        again = sum(s / 8192 for s, f in zip(sizes.values(), fates, strict=True) if f == "recompute")
+        copy = hosted / 8192
+        peaks = saved + hosted + 9000, saved + hosted + 9000
+        choices.append(Choice(str(fates), saved, hosted, *peaks, 0.5, 1.0 + again, copy, copy))
+    parts = tuple(Part(f"part {i}", "kind", tuple(choices)) for i in range(60))
+    found = plan(Problem(parts, 0, 60_000, 50_000))
+    assert found.slack == 0.0
+    # All budgets together hold so many bytes; what is computed again of the rest is at least this.
+    rest = 60 * sum(sizes.values()) - (60_000 - 9000) - 50_000
+    assert found.seconds >= 60 * 1.5 + rest / 8192
+    assert found.seconds <= 60 * 1.5 + (rest + 800) / 8192 + 0.1
+
+
+def test_of_two_problems_with_equally_fast_plans_the_first_is_answered():
+    first = layers(16384, 8)
+    roomy = within(first, 100 * GIB, 128 * GIB)
+    windowed = Problem(first.parts, first.static, 100 * GIB, 128 * GIB, window=GIB)
+    assert best([roomy, windowed]).problem is roomy
+    assert best([windowed, roomy]).problem is windowed
+
+
+def test_the_fastest_of_two_problems_is_answered():
+    tight, roomy = within(layers(65536, 16), 30 * GIB, 0), within(layers(65536, 16), 60 * GIB, 64 * GIB)
+    found = best([tight, roomy])
+    assert found.problem is roomy and found.seconds == plan(roomy).seconds
 
 
 def test_an_infeasible_budget_names_the_least_that_would_do_and_its_largest_part():
