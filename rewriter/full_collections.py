@@ -36,8 +36,8 @@ class Deferral:
 
 
 def _count_anew() -> None:
-    # Freezing is the one way to begin the counts of collections anew without a collection; it moves lists, not
-    # objects. Where somebody has frozen objects, thawing would thaw theirs.
+    # Freezing is the one way to begin the counts of collections anew without a collection; it moves lists,
+    # not objects. Where somebody has frozen objects, thawing would thaw theirs.
     if gc.get_freeze_count() == 0:
         gc.freeze()
         gc.unfreeze()

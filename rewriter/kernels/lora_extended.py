@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .extended_product import few_enough, few_enough_to_read, wide_enough
+from .extended_product import few_enough, pays_to_read_beside, wide_enough
 
 if TYPE_CHECKING:
     from .lora_products import Operands, Projection
@@ -38,8 +38,9 @@ def read_beside(projections: Sequence[Projection], operands: Sequence[Operands],
     if len(projections) == 1 or any(p.a is None or p.dropped is not None for p in operands):
         return False
     alike = _alike([p.scale for p in projections]) and all(p.compute == x for p in projections)
-    few = few_enough_to_read([p.a.shape[0] for p in operands])
-    return few and alike and all(p.may_extend for p in projections)
+    ranks, results = zip(*(p.a.shape[:1] + p.b.shape[:1] for p in operands), strict=True)
+    pays = pays_to_read_beside(results, operands[0].a.shape[1], ranks)
+    return pays and alike and all(p.may_extend for p in projections)
 
 
 def beneath(projections: Sequence[Projection], operands: Sequence[Operands], x: torch.dtype) -> bool:

@@ -302,21 +302,23 @@ def test_aot_autograd_traces_every_product_and_dequantises_twice(kind, monkeypat
     dequantised_by_ops(monkeypatch)
     # On a GPU these are ops that write in place, which AOTAutograd wraps; here they are to be counted.
     monkeypatch.setattr(module, "add_product", lambda y, a, b, alpha=1.0: torch.addmm(y, a, b, alpha=alpha))
-    projections = [Projection(kind=kind, adapter=torch.bfloat16, bias=False) for _ in range(2)]
+    # Three results are wide enough together to have what their B gives beside the gradient of x.
+    count, n = (2, 96) if kind == "dense" else (3, 192)
+    projections = [Projection(n, kind=kind, adapter=torch.bfloat16, bias=False) for _ in range(count)]
     recorder = Recorder()
     compiler = aot_autograd(fw_compiler=recorder, partition_fn=min_cut_rematerialization_partition)
     torch.testing.assert_close(*through(compiler, projections))
     forward, backward = recorder.count(torch.ops.aten.mm.default)
     added = recorder.count(torch.ops.aten.addmm.default)
     ops = torch.ops.rewriter
-    # Forward: both bases and one product with the stacked A; each update is added by its own product.
-    assert (forward, added[0]) == (3, 2)
+    # Forward: the bases and one product with the stacked A; each update is added by its own product.
+    assert (forward, added[0]) == (count + 1, count)
     if kind == "nested":
-        assert recorder.count(ops.dequantize_4bit.default) == [2, 0]
-        assert recorder.count(ops.dequantize_4bit_beside.default) == [0, 2]
-        # Backward: the first gradient of x with what its B gives, the other's added to both; the gradients of
-        # each B, and of both A at once. The adapters' part is added in place.
-        assert (backward, added[1]) == (1, 1 + 2 + 1)
+        assert recorder.count(ops.dequantize_4bit.default) == [3, 0]
+        assert recorder.count(ops.dequantize_4bit_beside.default) == [0, 3]
+        # Backward: the first gradient of x with what its B gives, the others' added to both; the gradients of
+        # each B, and of all A at once. The adapters' part is added in place.
+        assert (backward, added[1]) == (1, 2 + 3 + 1)
     else:
         # Backward: the first gradient of x, and that of both A at once; added to the former the other's and
         # the adapters'; each B has a product for its gradient and one for its input's, scaled as they are
@@ -324,7 +326,7 @@ def test_aot_autograd_traces_every_product_and_dequantises_twice(kind, monkeypat
         assert (backward, added[1]) == (2, 2 + 4)
     if kind == "nested":
         outputs = next(n for n in recorder.graphs[0].graph.nodes if n.op == "output").args[0]
-        assert all(n.meta["val"].shape != (96, K) for n in outputs if isinstance(n, fx.Node))
+        assert all(n.meta["val"].shape != (192, K) for n in outputs if isinstance(n, fx.Node))
 
 
 def test_inductor_compiles_it_over_4_bit_weights_with_static_sizes():
@@ -339,14 +341,16 @@ def written_in_place(total, left, right, alpha=1.0):
     return total
 
 
-# Two updates in the forward. In the backward the other weight's gradient of x, and the adapters' part.
+# Updates in the forward. In the backward the other weights' gradients of x, and the adapters' part.
 @pytest.mark.parametrize(
-    ("kind", "added", "folded"), [("dense", 2 + 2, 0), ("nested", 2 + 1, 1)], ids=["dense", "4 bits"]
+    ("kind", "widths", "added", "folded"),
+    [("dense", (96, 96), 2 + 2, 0), ("nested", (192, 192, 192), 3 + 2, 1)],
+    ids=["dense", "4 bits"],
 )
-def test_updates_and_gradients_are_added_in_place_without_a_copy(kind, added, folded, monkeypatch):
+def test_updates_and_gradients_are_added_in_place_without_a_copy(kind, widths, added, folded, monkeypatch):
     dequantised_by_ops(monkeypatch)
     monkeypatch.setattr(module, "add_product", written_in_place)
-    projections = [Projection(kind=kind, adapter=torch.bfloat16, bias=False) for _ in range(2)]
+    projections = [Projection(n, kind=kind, adapter=torch.bfloat16, bias=False) for n in widths]
     results = {}
 
     def compile_and_see(gm, values):
