@@ -16,7 +16,9 @@ between steps, would then stop the gradient at every such layer; so packing is t
 
 And some cost it time at the first step: Dynamo traces into the product of every 4-bit layer, over and over
 (``opaque_linear.py``), it steps through PEFT's choices in every LoRA layer (``straight_lora.py``), and Python
-looks for garbage meanwhile (``full_collections.py``).
+looks for garbage meanwhile (``full_collections.py``). At every later step it would check all that it read in
+those layers; one guard does so for all of them (``seal.py``). Each is traced for itself alone then: layers that
+are compiled one by one do not share what is compiled.
 
 And on request it moves frozen weights to host memory (``host_weights.py``), for a card that is small.
 
@@ -35,8 +37,9 @@ from torch import nn
 
 from rewriter.full_collections import defer_full_collections
 from rewriter.host_weights import HostedWeight, checked, hosted_weights
-from rewriter.opaque_linear import make_opaque, make_transparent
-from rewriter.straight_lora import make_as_written, make_straight
+from rewriter.opaque_linear import make_opaque, make_transparent, products
+from rewriter.seal import Seal
+from rewriter.straight_lora import adapters, make_as_written, make_straight
 
 _STATE = "_rewriter_preparation"
 _SWITCH = "enable_input_require_grads"
@@ -54,6 +57,7 @@ class Preparation:
     packing: tuple[nn.Module, ...] = field(repr=False)
     opaque: tuple[nn.Module, ...] = field(repr=False)
     straight: tuple[nn.Module, ...] = field(repr=False)
+    seal: Seal | None = field(repr=False)
     host: tuple[str, ...] = ()
     hosted: tuple[HostedWeight, ...] = field(default=(), repr=False)
 
@@ -124,8 +128,12 @@ def prepare(model: nn.Module, *, host: str | Iterable[str] = ()) -> Preparation:
     straight = tuple(make_straight(model))
     if straight:
         changes.append(f"{len(straight)} LoRA layers are traced as straight lines: a faster first step")
+    seal = None
+    if opaque or straight:
+        seal = Seal([(opaque, products), (straight, adapters)], model.parameters())
+        changes.append("one guard for all that these layers are traced by: less to check at each call")
     defer_full_collections()
-    preparation = Preparation(tuple(changes), configs, hooks, switches, packing, opaque, straight)
+    preparation = Preparation(tuple(changes), configs, hooks, switches, packing, opaque, straight, seal)
     setattr(model, _STATE, preparation)
     return _with_weights_in_host_memory(model, preparation, host) if host else preparation
 

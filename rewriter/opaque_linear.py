@@ -16,16 +16,19 @@ bitsandbytes is not imported here: where a layer of it is, it is loaded.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rewriter.seal import sealed
+
 # Of the second level of double quantisation, as bitsandbytes quantises and as ``gemm_4bit`` takes it.
 _SECOND_BLOCKSIZE = 256
 _SECOND_DTYPE = torch.float32
+_PACKS = "support_avx512bf16_for_cpu"
 
 
 def linear_4bit(
@@ -65,6 +68,18 @@ def linear_4bit(
 def forward(self: Any, x: Tensor) -> Tensor:
     """The ``forward`` of a layer that ``make_opaque`` changed. A copy by pickle has its class's again."""
     # One line after another, no helpers or comparisons of tuples: Dynamo steps through it at every layer.
+    known = _known_product(id(self)) if torch.compiler.is_dynamo_compiling() else None
+    if known is not None:
+        dtype, given, bias, parts = known[0], x.dtype, self.bias, self._quant_state
+        if x.shape[-1] == parts["shape"][1] and (bias is None or bias.dtype == dtype):
+            second = self._quant_state2 if known[2] else None
+            result = linear_4bit(
+                x if dtype == given else x.to(dtype),
+                self.weight, parts["shape"], parts["absmax"] if second is None else second["absmax"],
+                parts["blocksize"], parts["quant_type"], bias, None if second is None else parts["absmax"],
+                None if second is None else second["code"], parts["offset"], known[1],
+            )  # fmt: skip
+            return result if dtype == given else result.to(given)
     state = getattr(self.weight, "quant_state", None)
     if (
         (not torch.compiler.is_dynamo_compiling() and self.weight.device == x.device)
@@ -93,6 +108,50 @@ def forward(self: Any, x: Tensor) -> Tensor:
     return result if dtype == given else result.to(given)
 
 
+def _known_product(layer: int) -> tuple[torch.dtype, torch.dtype, bool] | None:
+    """Of the sealed layer of this ``id``: compute dtype, weight's dtype, and whether it is quantised twice.
+
+    None where the line above may not stand. The layer gets its weight's state as dictionaries, which Dynamo
+    sees change: those are the states' own.
+    """
+    found: Any = sealed(layer)
+    if found is None:
+        return None
+    state = getattr(found.weight, "quant_state", None)
+    if state is None:
+        return None
+    second = state.state2
+    if (
+        found.compute_dtype is None
+        or not found.compute_type_is_set
+        or found.support_avx512bf16_for_cpu
+        or len(state.shape) != 2
+        or (second is not None and (second.blocksize, second.dtype) != (_SECOND_BLOCKSIZE, _SECOND_DTYPE))
+    ):
+        return None
+    vars(found)["_quant_state"] = vars(state)
+    if second is not None:
+        vars(found)["_quant_state2"] = vars(second)
+    return found.compute_dtype, state.dtype, second is not None
+
+
+def products(layers: Sequence[nn.Module]) -> list[Any]:
+    """Of each layer what decides how its product is traced, other than its tensors' dtypes and sizes."""
+    facts = []
+    for own in map(vars, layers):
+        weight = own["_parameters"].get("weight")
+        if weight is None:
+            weight = own.get("weight")
+        state = getattr(weight, "quant_state", None)
+        facts += weight, state, own["compute_dtype"], own["compute_type_is_set"], own[_PACKS]
+        if state is not None:
+            second = state.state2
+            facts += state.dtype, second
+            if second is not None:
+                facts += second.dtype, second.blocksize
+    return facts
+
+
 def make_opaque(model: nn.Module) -> Iterator[nn.Module]:
     """Give every 4-bit linear of ``model`` the ``forward`` above, unless its own was replaced before.
 
@@ -103,6 +162,7 @@ def make_opaque(model: nn.Module) -> Iterator[nn.Module]:
     if library is None or not hasattr(torch.ops.bitsandbytes, "gemm_4bit"):
         return
     torch.compiler.allow_in_graph(linear_4bit)
+    torch.compiler.assume_constant_result(_known_product)
     for layer in model.modules():
         if isinstance(layer, library.nn.Linear4bit) and _has_the_forward_of(layer, library.nn.Linear4bit):
             vars(layer)["forward"] = MethodType(forward, layer)
@@ -113,6 +173,8 @@ def make_transparent(layer: nn.Module) -> None:
     """Undo ``make_opaque``; a ``forward`` that somebody put over it stays."""
     if getattr(vars(layer).get("forward"), "__func__", None) is forward:
         del vars(layer)["forward"]
+    for name in ("_quant_state", "_quant_state2"):
+        vars(layer).pop(name, None)
 
 
 def _has_the_forward_of(layer: nn.Module, known: type[nn.Module]) -> bool:

@@ -7,20 +7,23 @@ a prepared layer runs what is left of it where one plain adapter is on:
     base(x) + B(A(dropout(x in the adapter's dtype))) * scaling
 
 These are PEFT's own operations in its own order; only casts to the dtype that a tensor has are left out. What
-is read to know that the line may stand is guarded like any attribute, so that a model whose adapters are
-disabled, merged or switched is traced anew. There, and outside of Dynamo, the layer runs its class's
-``forward``; so does a layer whose class reads other names than those known here, as a later PEFT's may.
+is read to know that the line may stand is guarded, by the model's seal (``seal.py``) or like any attribute,
+so that a model whose adapters are disabled, merged or switched is traced anew. There, and outside of Dynamo,
+the layer runs its class's ``forward``; so does a layer whose class reads other names than those known here,
+as a later PEFT's may.
 
 PEFT is not imported here: where a layer of it is, it is loaded.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from rewriter.seal import sealed
 
 _NAMES = frozenset(
     (
@@ -73,6 +76,9 @@ forward_4bit.__name__ = "forward"
 
 def _the_adapter(layer: Any) -> str | None:
     """The one adapter that is on; None where there are none or several, or it is not a plain one."""
+    known = _known_adapter(id(layer))
+    if known is not None:
+        return known if known in layer.lora_A._modules and known not in layer.lora_variant else None
     if layer._disable_adapters or layer.merged_adapters:
         return None
     names = layer._active_adapter
@@ -81,6 +87,26 @@ def _the_adapter(layer: Any) -> str | None:
             return None
         names = names[0]
     return names if names in layer.lora_A._modules and names not in layer.lora_variant else None
+
+
+def _known_adapter(layer: int) -> str | None:
+    """What ``adapters`` says of the sealed layer of this ``id``."""
+    found = sealed(layer)
+    return None if found is None else adapters([found])[0]
+
+
+def adapters(layers: Sequence[Any]) -> list[str | None]:
+    """Of each layer the one adapter that is on; None where there are none or several."""
+    return [
+        None
+        if own["_disable_adapters"] or own["merged_adapters"]
+        else names
+        if isinstance(names := own["_active_adapter"], str)
+        else names[0]
+        if len(names) == 1
+        else None
+        for own in map(vars, layers)
+    ]
 
 
 def _base(layer: Any, x: Tensor) -> Tensor:
@@ -96,6 +122,7 @@ def make_straight(model: nn.Module) -> Iterator[nn.Module]:
     Returns:
         The layers that it changed.
     """
+    torch.compiler.assume_constant_result(_known_adapter)
     for layer in model.modules():
         ours = _replacement(type(layer))
         if ours is not None and "forward" not in vars(layer):

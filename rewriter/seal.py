@@ -1,0 +1,111 @@
+"""One guard for what the layers of a prepared model were traced by, in place of thousands.
+
+Dynamo guards each attribute that a traced layer reads, and checks all of them at every call: 15,000 nodes of
+a tree for 32 layers with LoRA over 4-bit weights, most of them far out of the processor's caches by then.
+torch 2.11 on Python 3.12 passes over a module's whole subtree while no dictionary in it has changed, but not
+where the tree holds a list, a dtype, or an attribute of a tensor: each LoRA layer had some of these.
+
+Such facts are therefore told at tracing, as constants, by a function that Dynamo calls instead of tracing it,
+and that function puts one guard on the root of the tree: it reads the facts of all layers again, in one loop,
+and compares them by identity. Whatever is replaced fails it as it would have failed Dynamo's own guard. A
+layer is known by its ``id``, which Dynamo guards; a copy, which no seal knows, is traced without one.
+
+The guard also holds whether parameters need gradients, which torch 2.11 does not look at in subtrees that it
+passes over: a frozen adapter kept its gradient, one that was no longer frozen got none.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from torch._guards import Guard
+
+# By the ``id`` of a layer, which its seal keeps alive; and the one guard that all graphs under a seal have.
+_seals: weakref.WeakValueDictionary[int, Seal] = weakref.WeakValueDictionary()
+_guards: weakref.WeakKeyDictionary[Seal, Guard] = weakref.WeakKeyDictionary()
+
+Reader = Callable[[Sequence[nn.Module]], list[Any]]
+
+
+class Seal:
+    """What the layers of a model are traced by.
+
+    Whoever prepares a model owns its seal: once that is gone, what was traced under it is traced anew.
+
+    Args:
+        kinds: of each kind of layer, the layers and what reads the facts of all of them, in order.
+        parameters: those whose ``requires_grad`` is among the facts.
+    """
+
+    def __init__(
+        self, kinds: Iterable[tuple[Sequence[nn.Module], Reader]], parameters: Iterable[nn.Parameter]
+    ):
+        self._kinds = tuple(kinds)
+        self._parameters = tuple(p for p in parameters if p.is_floating_point())
+        self.layers = {id(layer): layer for layers, _ in self._kinds for layer in layers}
+        _seals.update(dict.fromkeys(self.layers, self))
+
+    def facts(self) -> list[Any]:
+        """The facts as they are now."""
+        found: list[Any] = [p.requires_grad for p in self._parameters]
+        for layers, read in self._kinds:
+            found += read(layers)
+        return found
+
+
+class _Taken:
+    """Facts as they were; those that can be are held weakly, so that a guard keeps no weight alive."""
+
+    def __init__(self, facts: Iterable[Any]):
+        facts = list(facts)
+        self._ids, self._kept, self._stand = list(map(id, facts)), [], True
+        for fact in facts:
+            try:
+                self._kept.append(weakref.ref(fact, self._fall))
+            except TypeError:
+                self._kept.append(fact)
+
+    def _fall(self, _: weakref.ref) -> None:
+        # Its id may become another's.
+        self._stand = False
+
+    def are(self, facts: Iterable[Any]) -> bool:
+        return self._stand and list(map(id, facts)) == self._ids
+
+
+def sealed(layer: int) -> nn.Module | None:
+    """The layer of this ``id`` if it has a seal, by which the graph being traced is then guarded.
+
+    To be called by functions that Dynamo takes for constant: they may then tell facts of the layer.
+    """
+    # Imported by whoever traces, and slow to import.
+    from torch._dynamo.guards import install_guard
+    from torch._dynamo.source import GlobalStateSource
+    from torch._guards import Guard
+
+    seal = _seals.get(layer)
+    if seal is None:
+        return None
+    if seal not in _guards:
+        _guards[seal] = Guard(GlobalStateSource(), partial(_create, weakref.ref(seal)))
+    install_guard(_guards[seal])
+    return seal.layers[layer]
+
+
+def _create(reference: weakref.ref[Seal], builder: Any, guard: Guard) -> None:
+    seal = reference()
+    assert seal is not None, "a model is alive while it is traced"
+    taken = _Taken(seal.facts())
+
+    def holds(_: Any) -> bool:
+        seal = reference()
+        return seal is not None and taken.are(seal.facts())
+
+    text = "the layers of a prepared model are as they were when it was traced (rewriter)"
+    builder.guard_manager.root.add_lambda_guard(holds, [text], guard.user_stack)
