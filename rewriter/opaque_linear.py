@@ -28,7 +28,6 @@ from rewriter.seal import sealed
 # Of the second level of double quantisation, as bitsandbytes quantises and as ``gemm_4bit`` takes it.
 _SECOND_BLOCKSIZE = 256
 _SECOND_DTYPE = torch.float32
-_PACKS = "support_avx512bf16_for_cpu"
 
 
 def linear_4bit(
@@ -68,11 +67,19 @@ def linear_4bit(
 def forward(self: Any, x: Tensor) -> Tensor:
     """The ``forward`` of a layer that ``make_opaque`` changed. A copy by pickle has its class's again."""
     # One line after another, no helpers or comparisons of tuples: Dynamo steps through it at every layer.
-    known = _known_product(id(self)) if torch.compiler.is_dynamo_compiling() else None
+    known = None
+    if (
+        torch.compiler.is_dynamo_compiling()
+        and self.compute_type_is_set
+        and not self.support_avx512bf16_for_cpu
+    ):
+        known = _known_product(id(self))
     if known is not None:
         dtype, given, bias, parts = known[0], x.dtype, self.bias, self._quant_state
         if x.shape[-1] == parts["shape"][1] and (bias is None or bias.dtype == dtype):
             second = self._quant_state2 if known[2] else None
+            if second is not None and second["blocksize"] != _SECOND_BLOCKSIZE:
+                return type(self).forward(self, x)
             result = linear_4bit(
                 x if dtype == given else x.to(dtype),
                 self.weight, parts["shape"], parts["absmax"] if second is None else second["absmax"],
@@ -123,10 +130,8 @@ def _known_product(layer: int) -> tuple[torch.dtype, torch.dtype, bool] | None:
     second = state.state2
     if (
         found.compute_dtype is None
-        or not found.compute_type_is_set
-        or found.support_avx512bf16_for_cpu
         or len(state.shape) != 2
-        or (second is not None and (second.blocksize, second.dtype) != (_SECOND_BLOCKSIZE, _SECOND_DTYPE))
+        or (second is not None and second.dtype != _SECOND_DTYPE)
     ):
         return None
     vars(found)["_quant_state"] = vars(state)
@@ -136,19 +141,19 @@ def _known_product(layer: int) -> tuple[torch.dtype, torch.dtype, bool] | None:
 
 
 def products(layers: Sequence[nn.Module]) -> list[Any]:
-    """Of each layer what decides how its product is traced, other than its tensors' dtypes and sizes."""
+    """Of each layer what its product is traced by that no dictionary of Dynamo's tells of."""
     facts = []
     for own in map(vars, layers):
         weight = own["_parameters"].get("weight")
         if weight is None:
             weight = own.get("weight")
         state = getattr(weight, "quant_state", None)
-        facts += weight, state, own["compute_dtype"], own["compute_type_is_set"], own[_PACKS]
+        facts += weight, state, own["compute_dtype"]
         if state is not None:
             second = state.state2
             facts += state.dtype, second
             if second is not None:
-                facts += second.dtype, second.blocksize
+                facts.append(second.dtype)
     return facts
 
 

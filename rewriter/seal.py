@@ -19,6 +19,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import compress
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -62,21 +64,23 @@ class Seal:
 class _Taken:
     """Facts as they were; those that can be are held weakly, so that a guard keeps no weight alive."""
 
-    def __init__(self, facts: Iterable[Any]):
-        facts = list(facts)
-        self._ids, self._kept, self._stand = list(map(id, facts)), [], True
-        for fact in facts:
-            try:
-                self._kept.append(weakref.ref(fact, self._fall))
-            except TypeError:
-                self._kept.append(fact)
+    def __init__(self, facts: Sequence[Any]):
+        self._length = len(facts)
+        self._is_weak = [_can_be_held_weakly(fact) for fact in facts]
+        self._is_other = [not weak for weak in self._is_weak]
+        self._weak = [weakref.ref(fact) for fact in compress(facts, self._is_weak)]
+        self._others = list(compress(facts, self._is_other))
 
-    def _fall(self, _: weakref.ref) -> None:
-        # Its id may become another's.
-        self._stand = False
+    def are(self, facts: Sequence[Any]) -> bool:
+        return (
+            len(facts) == self._length
+            and all(map(is_, compress(facts, self._is_other), self._others))
+            and all(map(is_, compress(facts, self._is_weak), [held() for held in self._weak]))
+        )
 
-    def are(self, facts: Iterable[Any]) -> bool:
-        return self._stand and list(map(id, facts)) == self._ids
+
+def _can_be_held_weakly(fact: Any) -> bool:
+    return type(fact).__weakrefoffset__ != 0
 
 
 def sealed(layer: int) -> nn.Module | None:
