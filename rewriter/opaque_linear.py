@@ -67,26 +67,10 @@ def linear_4bit(
 def forward(self: Any, x: Tensor) -> Tensor:
     """The ``forward`` of a layer that ``make_opaque`` changed. A copy by pickle has its class's again."""
     # One line after another, no helpers or comparisons of tuples: Dynamo steps through it at every layer.
-    known = None
-    if (
-        torch.compiler.is_dynamo_compiling()
-        and self.compute_type_is_set
-        and not self.support_avx512bf16_for_cpu
-    ):
-        known = _known_product(id(self))
+    known = _known_product(id(self)) if torch.compiler.is_dynamo_compiling() else None
     if known is not None:
-        dtype, given, bias, parts = known[0], x.dtype, self.bias, self._quant_state
-        if x.shape[-1] == parts["shape"][1] and (bias is None or bias.dtype == dtype):
-            second = self._quant_state2 if known[2] else None
-            if second is not None and second["blocksize"] != _SECOND_BLOCKSIZE:
-                return type(self).forward(self, x)
-            result = linear_4bit(
-                x if dtype == given else x.to(dtype),
-                self.weight, parts["shape"], parts["absmax"] if second is None else second["absmax"],
-                parts["blocksize"], parts["quant_type"], bias, None if second is None else parts["absmax"],
-                None if second is None else second["code"], parts["offset"], known[1],
-            )  # fmt: skip
-            return result if dtype == given else result.to(given)
+        bias = self.bias if known[1] else None
+        return known_product(x, self.weight, bias, self._quant_state, self._quant_state2, known)
     state = getattr(self.weight, "quant_state", None)
     if (
         (not torch.compiler.is_dynamo_compiling() and self.weight.device == x.device)
@@ -115,45 +99,83 @@ def forward(self: Any, x: Tensor) -> Tensor:
     return result if dtype == given else result.to(given)
 
 
-def _known_product(layer: int) -> tuple[torch.dtype, torch.dtype, bool] | None:
-    """Of the sealed layer of this ``id``: compute dtype, weight's dtype, and whether it is quantised twice.
+def known_product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: dict[str, Any],
+    second: dict[str, Any],
+    known: tuple,
+) -> Tensor:
+    """The line above where its layer's facts are ``known``, and its weight's states given as dictionaries."""
+    compute, _, dtype, shape, blocksize, quant_type, twice = known
+    given = x.dtype
+    if given != compute:
+        x = x.to(compute)
+    if twice:
+        parts = second["absmax"], blocksize, quant_type, bias, state["absmax"], second["code"]
+    else:
+        parts = state["absmax"], blocksize, quant_type, bias, None, None
+    result = linear_4bit(x, weight, shape, *parts, state["offset"], dtype)
+    return result if given == compute else result.to(given)
 
-    None where the line above may not stand. The layer gets its weight's state as dictionaries, which Dynamo
-    sees change: those are the states' own.
-    """
+
+def _known_product(layer: int) -> tuple | None:
+    """Of the sealed layer of this ``id`` what ``known_product`` takes; None where the line may not stand."""
     found: Any = sealed(layer)
-    if found is None:
-        return None
-    state = getattr(found.weight, "quant_state", None)
+    return None if found is None else give_product(found, found)
+
+
+def give_product(layer: Any, to: nn.Module) -> tuple | None:
+    """The facts of a layer's product; ``to`` gets its weight's states, as the dictionaries that they are.
+
+    Dynamo sees those change. None where the layer does more than one product.
+    """
+    state, compute, bias = getattr(layer.weight, "quant_state", None), layer.compute_dtype, layer.bias
     if state is None:
         return None
     second = state.state2
     if (
-        found.compute_dtype is None
-        or len(state.shape) != 2
-        or (second is not None and second.dtype != _SECOND_DTYPE)
+        compute is None
+        or not layer.compute_type_is_set
+        or layer.support_avx512bf16_for_cpu
+        or tuple(state.shape) != (layer.out_features, layer.in_features)
+        or (second is not None and (second.blocksize, second.dtype) != (_SECOND_BLOCKSIZE, _SECOND_DTYPE))
+        or (bias is not None and bias.dtype != compute)
     ):
         return None
-    vars(found)["_quant_state"] = vars(state)
-    if second is not None:
-        vars(found)["_quant_state2"] = vars(second)
-    return found.compute_dtype, state.dtype, second is not None
+    vars(to)["_quant_state"] = vars(state)
+    vars(to)["_quant_state2"] = None if second is None else vars(second)
+    shape, biased, twice = tuple(state.shape), bias is not None, second is not None
+    return compute, biased, state.dtype, shape, state.blocksize, state.quant_type, twice
+
+
+def forget_product(layer: nn.Module) -> None:
+    """Undo ``give_product``."""
+    for name in ("_quant_state", "_quant_state2"):
+        vars(layer).pop(name, None)
 
 
 def products(layers: Sequence[nn.Module]) -> list[Any]:
-    """Of each layer what its product is traced by that no dictionary of Dynamo's tells of."""
-    facts = []
+    """Of each layer what decides how its product is traced, other than its tensors' dtypes and sizes."""
+    facts: list[Any] = []
     for own in map(vars, layers):
-        weight = own["_parameters"].get("weight")
+        parameters = own["_parameters"]
+        weight = parameters.get("weight")
         if weight is None:
             weight = own.get("weight")
         state = getattr(weight, "quant_state", None)
-        facts += weight, state, own["compute_dtype"]
-        if state is not None:
-            second = state.state2
-            facts += state.dtype, second
-            if second is not None:
-                facts.append(second.dtype)
+        if state is None:
+            facts += (weight, None)
+            continue
+        of, second = vars(state), state.state2
+        facts += (
+            weight, state, second, of["dtype"], of["shape"], of["blocksize"], of["quant_type"],
+            own["compute_dtype"], own["compute_type_is_set"], own["support_avx512bf16_for_cpu"],
+            parameters["bias"],
+        )  # fmt: skip
+        if second is not None:
+            facts += (second.blocksize, second.dtype)
     return facts
 
 
@@ -176,10 +198,14 @@ def make_opaque(model: nn.Module) -> Iterator[nn.Module]:
 
 def make_transparent(layer: nn.Module) -> None:
     """Undo ``make_opaque``; a ``forward`` that somebody put over it stays."""
-    if getattr(vars(layer).get("forward"), "__func__", None) is forward:
+    if is_opaque(layer):
         del vars(layer)["forward"]
-    for name in ("_quant_state", "_quant_state2"):
-        vars(layer).pop(name, None)
+    forget_product(layer)
+
+
+def is_opaque(layer: nn.Module) -> bool:
+    """Whether ``make_opaque`` changed it."""
+    return getattr(vars(layer).get("forward"), "__func__", None) is forward
 
 
 def _has_the_forward_of(layer: nn.Module, known: type[nn.Module]) -> bool:

@@ -93,11 +93,33 @@ def test_dropout_is_in_the_line():
     assert expected.count("dropout") == 2 and graph(model, x()) == expected
 
 
+def replace_first(layer: Any) -> None:
+    first = layer.lora_A["default"] = copy.deepcopy(layer.lora_A["default"])
+    nn.init.ones_(first.weight)
+
+
 CHANGES = {
     "disabled": lambda model: [layer.enable_adapters(False) for layer in layers(model)],
     "merged": lambda model: [layer.merge() for layer in layers(model)],
     "scaled": lambda model: [layer.set_scale("default", 3.0) for layer in layers(model)],
     "not cast": lambda model: [setattr(layer, "cast_input_dtype_enabled", False) for layer in layers(model)],
+    "other weights": lambda model: [
+        setattr(a := layer.lora_A["default"], "weight", nn.Parameter(a.weight.detach() + 1))
+        for layer in layers(model)
+    ],
+    "a bias": lambda model: [
+        setattr(b := layer.lora_B["default"], "bias", nn.Parameter(torch.ones(b.out_features)))
+        for layer in layers(model)
+    ],
+    "another module": lambda model: [replace_first(layer) for layer in layers(model)],
+    "a forward over the adapter's": lambda model: [
+        setattr(layer.lora_B["default"], "forward", lambda x, size=layer.out_features: x.new_ones(size))
+        for layer in layers(model)
+    ],
+    "a forward over the base's": lambda model: [
+        setattr(layer.base_layer, "forward", lambda x, size=layer.out_features: x.new_ones(len(x), size))
+        for layer in layers(model)
+    ],
     "two at once": lambda model: [
         (
             layer.update_layer("other", r=2, lora_alpha=8, config=LoraConfig()),
@@ -108,7 +130,16 @@ CHANGES = {
 }
 
 
-def layers(model):
+@pytest.mark.parametrize("four_bits", [False, True])
+def test_a_line_calls_no_module_of_its_parts(four_bits):
+    model = adapted(four_bits=four_bits)
+    prepare(model)
+    module, _ = trace(model, x())
+    calls = [n for n in module.graph.nodes if n.op == "call_function"]
+    assert calls and not any("nn/modules/linear.py" in n.meta["stack_trace"] for n in calls)
+
+
+def layers(model) -> list[Any]:
     return [layer for layer in model.modules() if isinstance(layer, Linear)]
 
 
