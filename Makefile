@@ -36,7 +36,7 @@ lint: $(READY)
 	$(PYTHON) -m pyright
 
 gpu-test: $(READY)
-	$(PYTHON) -m tests.gpu.record -n 10
+	$(PYTHON) -m tests.gpu.record -n 12 --dist worksteal
 
 clean:
 	rm -rf $(VENV)
