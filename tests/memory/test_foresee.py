@@ -120,25 +120,28 @@ def test_a_packed_linear_has_the_tensors_that_bitsandbytes_makes(nested):
     assert made.weight.shape == data.shape
 
 
-def test_a_plan_says_what_fits_and_how_fast():
-    found = rewriter.plan(config(), tokens=4096, memory_budget="1GiB", machine="H200")
-    assert found.seconds > 0 and found.tokens_per_second == 4096 / found.seconds
-    assert found.peak <= found.plan.problem.device_budget and found.hosted == 0
-    text = str(found)
-    assert "LlamaForCausalLM" in text and "layer_a × 8: " in text and "of H200" in text
-    json.dumps(found.to_dict())
-    assert {"kind": "end", "way": "keep all", "count": 1} in found.to_dict()["ways"]
-
-
-def test_a_wide_model_is_planned_tighter_where_memory_is_short():
+@pytest.fixture(scope="module")
+def foreseen():
     wide = LlamaConfig(
         hidden_size=256, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=1000,
     )  # fmt: skip
-    problem, notes = asked(wide).problem(16384)
-    roomy = planner.plan(problem)
+    return rewriter.plan(wide, tokens=16384, memory_budget="8GiB", machine="H200")
+
+
+def test_a_plan_says_what_fits_and_how_fast(foreseen):
+    assert foreseen.seconds > 0 and foreseen.tokens_per_second == 16384 / foreseen.seconds
+    assert foreseen.peak <= foreseen.plan.problem.device_budget and foreseen.hosted == 0
+    text = str(foreseen)
+    assert "LlamaForCausalLM" in text and "layer_a × 8: " in text and "of H200" in text
+    json.dumps(foreseen.to_dict())
+    assert {"kind": "end", "way": "keep all", "count": 1} in foreseen.to_dict()["ways"]
+
+
+def test_a_wide_model_is_planned_tighter_where_memory_is_short(foreseen):
+    problem, roomy = foreseen.plan.problem, foreseen.plan
     tight = planner.plan(replace(problem, device_budget=int(roomy.peak * 0.7)))
-    assert notes == () and roomy.hosted == 0
+    assert tuple(foreseen.notes) == () and roomy.hosted == 0
     assert tight.seconds >= roomy.seconds and tight.peak <= 0.7 * roomy.peak
     with pytest.raises(Infeasible, match=r"cannot hold 1 × 16,384 tokens: at least"):
         planner.plan(replace(problem, device_budget=problem.static + MIB))
