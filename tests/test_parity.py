@@ -1,6 +1,7 @@
 """A compiled model against eager and fp64: loss and every gradient, over families and kinds of training.
 
 The rewritten graph runs through AOTAutograd; a few also run through Inductor, whose compilation takes long.
+Every family is one graph, and with adapters each of its structures is rewritten.
 """
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import rewriter
 from tests.families import FAMILIES, batch, build
 from tests.parity import parity
+from tests.test_families import structures
 
 EAGER = {"backend": "rewriter", "options": {"lowering": "eager"}}
 KINDS = {
@@ -18,22 +20,21 @@ KINDS = {
     "nf4": {"dtype": torch.bfloat16, "lora": True, "nf4": True, "double_quant": True},
 }
 QUANTISED = ("llama", "phi3", "gemma3", "glm4", "gpt_neox", "falcon", "mixtral")
-# Of each structure one: with adapters, all run.
-BARE = (
-    "llama", "llama_rope_llama3", "llama_rope_yarn", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2",
-    "gemma3", "mixtral", "olmo2", "cohere", "gpt_oss", "falcon", "gpt_neox", "deepseek_v3",
-)  # fmt: skip
+# With adapters, or in fp32, all run.
+BARE = ("llama", "qwen3", "phi3", "gemma2", "gemma3", "mixtral", "cohere", "gpt_oss", "falcon", "deepseek_v3")
 BATCHES = [batch(seed=seed) for seed in range(1, 5)]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_trains_as_eager_does_in_fp32(name):
-    trains_as_eager_does(build(name))
+    # Two batches do: without 16-bit rounding there is little luck to average over.
+    trains_as_eager_does(build(name), BATCHES[:2])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_with_adapters_trains_as_eager_does_in_16_bit(name):
-    trains_as_eager_does(build(name, **KINDS["lora"], all_experts=True))
+    model = build(name, **KINDS["lora"], all_experts=True)
+    assert trains_as_eager_does(model).counts() == structures(name)
 
 
 @pytest.mark.parametrize("name", BARE)
@@ -46,9 +47,10 @@ def test_4_bit_weights_train_as_eager_does(name):
     trains_as_eager_does(build(name, **KINDS["nf4"], all_experts=True))
 
 
-@pytest.mark.parametrize("kind", ["fp32", "nf4"])
-def test_llama_through_inductor_trains_as_eager_does(kind):
-    outcome = parity(build("llama", **KINDS[kind]), BATCHES, {"backend": "rewriter"})
+# Two layers are three regions; one is one graph, of which C++ compiles in half the time.
+@pytest.mark.parametrize(("kind", "layers"), [("fp32", 2), ("nf4", 1)])
+def test_llama_through_inductor_trains_as_eager_does(kind, layers):
+    outcome = parity(build("llama", layers=layers, **KINDS[kind]), BATCHES, {"backend": "rewriter"})
     outcome.check()
 
 
@@ -61,11 +63,12 @@ def test_autocast_entered_outside_the_model():
     parity(build("llama", lora=True), BATCHES, EAGER, autocast=torch.bfloat16).check()
 
 
-def trains_as_eager_does(model):
+def trains_as_eager_does(model, batches=BATCHES):
     with rewriter.inspect() as report:
-        outcome = parity(model, BATCHES, EAGER)
-    assert not errors(report)
+        outcome = parity(model, batches, EAGER)
+    assert not errors(report) and len(report.graphs) == 1
     outcome.check()
+    return report
 
 
 def errors(report):
