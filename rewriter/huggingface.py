@@ -17,8 +17,7 @@ between steps, would then stop the gradient at every such layer; so packing is t
 And some cost it time at the first step: Dynamo traces into the product of every 4-bit layer, over and over
 (``opaque_linear.py``), it steps through PEFT's choices in every LoRA layer (``straight_lora.py``), and Python
 looks for garbage meanwhile (``full_collections.py``). At every later step it would check all that it read in
-those layers; one guard does so for all of them (``seal.py``). Each is traced for itself alone then: layers
-that are compiled one by one do not share what is compiled.
+those layers; one guard does so for all of them (``seal.py``), where they are traced together.
 
 And on request it moves frozen weights to host memory (``host_weights.py``), for a card that is small.
 

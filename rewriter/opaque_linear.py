@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewriter.seal import sealed
+from rewriter.seal import sealed, traced_as_a_whole
 
 # Of the second level of double quantisation, as bitsandbytes quantises and as ``gemm_4bit`` takes it.
 _SECOND_BLOCKSIZE = 256
@@ -66,8 +66,9 @@ def linear_4bit(
 
 def forward(self: Any, x: Tensor) -> Tensor:
     """The ``forward`` of a layer that ``make_opaque`` changed. A copy by pickle has its class's again."""
-    # One line after another, no helpers or comparisons of tuples: Dynamo steps through it at every layer.
-    known = _known_product(id(self)) if torch.compiler.is_dynamo_compiling() else None
+    # One line after another, no calls or comparisons of tuples: Dynamo steps through it at every layer.
+    whole = torch.compiler.is_dynamo_compiling() and traced_as_a_whole()
+    known = _known_product(id(self)) if whole else None
     if known is not None:
         bias = self.bias if known[1] else None
         return known_product(x, self.weight, bias, self._quant_state, self._quant_state2, known)
@@ -190,6 +191,7 @@ def make_opaque(model: nn.Module) -> Iterator[nn.Module]:
         return
     torch.compiler.allow_in_graph(linear_4bit)
     torch.compiler.assume_constant_result(_known_product)
+    torch.compiler.assume_constant_result(traced_as_a_whole)
     for layer in model.modules():
         if isinstance(layer, library.nn.Linear4bit) and _has_the_forward_of(layer, library.nn.Linear4bit):
             vars(layer)["forward"] = MethodType(forward, layer)

@@ -10,8 +10,12 @@ and that function puts one guard on the root of the tree: it reads the facts of 
 and compares them by identity. Whatever is replaced fails it as it would have failed Dynamo's own guard. A
 layer is known by its ``id``, which Dynamo guards; a copy, which no seal knows, is traced without one.
 
-The guard also holds whether parameters need gradients, which torch 2.11 does not look at in subtrees that it
-passes over: a frozen adapter kept its gradient, one that was no longer frozen got none.
+The guard also holds whether the parameters that a model was prepared with need gradients, which torch 2.11
+does not look at in subtrees that it passes over: a frozen adapter kept its gradient, one that was no longer
+frozen got none.
+
+Layers that are compiled one by one, or are cut apart by graph breaks, share what is compiled; facts of one of
+them, and its ``id``, would end that. They are traced without (``traced_as_a_whole``).
 """
 
 from __future__ import annotations
@@ -31,6 +35,8 @@ if TYPE_CHECKING:
 # By the ``id`` of a layer, which its seal keeps alive; and the one guard that all graphs under a seal have.
 _seals: weakref.WeakValueDictionary[int, Seal] = weakref.WeakValueDictionary()
 _guards: weakref.WeakKeyDictionary[Seal, Guard] = weakref.WeakKeyDictionary()
+# By what is being traced: whether it is whole, which every layer asks.
+_whole: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
 Reader = Callable[[Sequence[nn.Module]], list[Any]]
 
@@ -81,6 +87,21 @@ class _Taken:
 
 def _can_be_held_weakly(fact: Any) -> bool:
     return type(fact).__weakrefoffset__ != 0
+
+
+def traced_as_a_whole() -> bool:
+    """Whether what Dynamo traces now has all layers of a seal, if it has some of them."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    root = InstructionTranslator.current_tx().output.root_tx
+    assert root is not None
+    if root not in _whole:
+        modules = (v for v in root.f_locals.values() if isinstance(v, nn.Module))
+        inside = {id(layer) for module in list(modules)[:1] for layer in module.modules()}
+        parts = (inside & seal.layers.keys() for seal in set(_seals.values()))
+        counts = ((len(part), len(_seals[next(iter(part))].layers)) for part in parts if part)
+        _whole[root] = all(some == every for some, every in counts)
+    return _whole[root]
 
 
 def sealed(layer: int) -> nn.Module | None:

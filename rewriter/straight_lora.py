@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rewriter.opaque_linear import forget_product, give_product, is_opaque, known_product
-from rewriter.seal import sealed
+from rewriter.seal import sealed, traced_as_a_whole
 
 _NAMES = frozenset(
     (
@@ -48,7 +48,7 @@ _NAMES_4BIT = _NAMES | {"clone", "torch", "is_autocast_enabled"}
 def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """In place of the ``forward`` of ``peft.tuners.lora.Linear``; its arguments and result."""
     free = torch.compiler.is_dynamo_compiling() and not (args or kwargs)
-    line = _line(id(self)) if free else None
+    line = _line(id(self)) if free and traced_as_a_whole() else None
     if line is not None:
         product, of_base = line[0], self._of_base
         if product is None:
@@ -73,7 +73,7 @@ def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 def forward_4bit(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """In place of the ``forward`` of ``peft.tuners.lora.Linear4bit``, which casts where autocast does not."""
     free = torch.compiler.is_dynamo_compiling() and not (args or kwargs)
-    line = _line(id(self)) if free else None
+    line = _line(id(self)) if free and traced_as_a_whole() else None
     if line is not None and line[0] is not None:
         product, of_base, casts = line[0], self._of_base, not torch.is_autocast_enabled()
         bias = of_base["bias"] if product[1] else None
@@ -188,6 +188,7 @@ def make_straight(model: nn.Module) -> Iterator[nn.Module]:
         The layers that it changed.
     """
     torch.compiler.assume_constant_result(_line)
+    torch.compiler.assume_constant_result(traced_as_a_whole)
     for layer in model.modules():
         ours = _replacement(type(layer))
         if ours is not None and "forward" not in vars(layer):

@@ -204,3 +204,46 @@ def test_guards_do_not_keep_a_model_alive():
     del model, run
     gc.collect()
     assert gone() is None
+
+
+class Block(nn.Module):
+    def __init__(self, breaks: bool) -> None:
+        super().__init__()
+        self.up, self.down, self.breaks = nn.Linear(16, 16), nn.Linear(16, 16), breaks
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.up(x))
+        if self.breaks:
+            torch._dynamo.graph_break()
+        return x + self.down(x)
+
+
+class Stack(nn.Module):
+    def __init__(self, breaks: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(breaks) for _ in range(10))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("breaks", [False, True], ids=["one by one", "in pieces"])
+def test_layers_that_are_traced_apart_share_what_is_compiled(breaks):
+    from peft import LoraConfig, get_peft_model
+
+    counts = []
+    for prepares in (False, True):
+        torch._dynamo.reset()
+        model = get_peft_model(Stack(breaks), LoraConfig(r=2, target_modules=["up", "down"]))
+        if prepares:
+            prepare(model)
+        counted = Counted()
+        for block in model.base_model.model.blocks if not breaks else [model]:
+            block.compile(backend=counted)
+        for _ in range(2):
+            model(torch.randn(3, 16))
+        counts.append(counted.count)
+    # A graph a piece: the first block's, whose input needs no gradient, and the others'.
+    assert counts[1] <= counts[0] <= 4
