@@ -40,8 +40,12 @@ def requantised(weight: Any) -> Any:
     return kind(values, requires_grad=False, quant_type="nf4").to("cpu")
 
 
-def each(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return lambda model: [change(layer) for layer in (model.up, model.down)][:0]
+def each(change: Callable[[Any], Any]) -> Callable[[Any], None]:
+    def change_both(model: Any) -> None:
+        for layer in (model.up, model.down):
+            change(layer)
+
+    return change_both
 
 
 def replace_state(layer: Any) -> None:
