@@ -11,9 +11,8 @@ Bytes moved per weight to bf16: 0.5 read, 2 written, and 1/64 or, without double
 scales; the aim is 85% of what a copy moves in a second. Nothing is saved and nothing has a gradient: a 4-bit
 weight is frozen.
 
-In the same launch ``dequantize_4bit_beside`` puts an adapter's matrix to the right of the weight, and
-``dequantize_4bit_above`` beneath it, among zeros; ``extended_product`` says what for. Every byte of the
-result is written.
+In the same launch ``dequantize_4bit_extended`` puts an adapter's matrix to the right of the weight or beneath
+it, among zeros; ``extended_product`` says what for. Every byte of the result is written.
 
 The packed weight, but not its scales, may lie in page-locked host memory: the kernel then reads it over the
 bus, 0.5 bytes a weight, and nothing of it stays on the device. Where it is not locked it is copied first.
@@ -21,6 +20,7 @@ bus, 0.5 bytes a weight, and nothing of it stays on the device. Where it is not 
 Refused: block sizes that are no power of two from 32 to 4096, second-level blocks other than 256, fp64.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -87,70 +87,47 @@ def dequantize_4bit(packed: Packed4bit, dtype: torch.dtype, use: int = 0) -> Ten
     return torch.ops.rewriter.dequantize_4bit(*packed, dtype, use)
 
 
-def dequantize_4bit_beside(
-    packed: Packed4bit, dtype: torch.dtype, columns: Tensor, start: int, room: int, use: int = 0
+def dequantize_4bit_extended(
+    packed: Packed4bit, dtype: torch.dtype, matrix: Tensor, dim: int, room: int, start: int = 0, use: int = 0
 ) -> Tensor:
-    """``[W | 0 | columns | 0]``, (N, K + room) in ``dtype``: the weight as ``dequantize_4bit`` gives it.
+    """``[W | 0 | matrix | 0]``, or ``[W ; 0 ; matrix ; 0]``: the weight as ``dequantize_4bit`` gives it.
 
     Args:
-        columns: (N, r), of any strides and floating dtype, rounded to ``dtype`` once.
-        start: how many columns after W's last they begin.
-        room: columns beside W.
+        matrix: (N, r) to the right of the weight, (r, K) beneath it; of any strides and floating dtype,
+            rounded to ``dtype`` once.
+        dim: 1 for room to the right, 0 for room beneath, as in ``torch.cat``.
+        room: columns or rows more than the weight has.
+        start: how many of them are before the matrix.
         use: as in ``dequantize_4bit``.
 
+    Returns:
+        (N, K + room) or (N + room, K) in ``dtype``.
+
     Raises:
-        ValueError, TypeError: as ``dequantize_4bit``, or the columns are not as high as the weight or do not
-            fit.
+        ValueError, TypeError: as ``dequantize_4bit``, or the matrix does not fit the weight or the room.
     """
     if not packed.absmax.is_cuda:
-        return dequantize_4bit_beside_reference(packed, dtype, columns, start, room, use)
-    return torch.ops.rewriter.dequantize_4bit_beside(*packed, dtype, columns, start, room, use)
+        return dequantize_4bit_extended_reference(packed, dtype, matrix, dim, room, start, use)
+    return torch.ops.rewriter.dequantize_4bit_extended(*packed, dtype, matrix, dim, room, start, use)
 
 
-def dequantize_4bit_beside_reference(
-    packed: Packed4bit, dtype: torch.dtype, columns: Tensor, start: int, room: int, use: int = 0
+def dequantize_4bit_extended_reference(
+    packed: Packed4bit, dtype: torch.dtype, matrix: Tensor, dim: int, room: int, start: int = 0, use: int = 0
 ) -> Tensor:
     """The same in plain PyTorch."""
-    _check_columns(packed.shape, columns, start, room)
+    _check_room(packed.shape, matrix, dim, room, start)
     weight = dequantize_4bit_reference(packed, dtype)
-    filled = torch.nn.functional.pad(columns.to(dtype), (start, room - start - columns.shape[1]))
+    around = (start, room - start - matrix.shape[dim])
+    filled = torch.nn.functional.pad(matrix.to(dtype), around if dim else (0, 0, *around))
     if use:
         # By other operations: a compiler would keep what the same ones made in the forward.
-        return torch.cat((weight.t(), filled.t())).t()
-    return torch.cat((weight, filled), 1)
-
-
-def dequantize_4bit_above(
-    packed: Packed4bit, dtype: torch.dtype, rows: Tensor, room: int, use: int = 0
-) -> Tensor:
-    """``[W ; rows ; 0]``, (N + room, K) in ``dtype``: the weight as ``dequantize_4bit`` gives it.
-
-    Args:
-        rows: (r, K), of any strides and floating dtype, rounded to ``dtype`` once.
-        room: rows beneath W.
-        use: as in ``dequantize_4bit``.
-
-    Raises:
-        ValueError, TypeError: as ``dequantize_4bit``, or the rows are not as wide as the weight or more than
-            fit.
-    """
-    if not packed.absmax.is_cuda:
-        return dequantize_4bit_above_reference(packed, dtype, rows, room)
-    return torch.ops.rewriter.dequantize_4bit_above(*packed, dtype, rows, room, use)
-
-
-def dequantize_4bit_above_reference(
-    packed: Packed4bit, dtype: torch.dtype, rows: Tensor, room: int
-) -> Tensor:
-    """The same in plain PyTorch."""
-    _check_rows(packed.shape, rows, room)
-    weight = dequantize_4bit_reference(packed, dtype)
-    return torch.cat((weight, torch.nn.functional.pad(rows.to(dtype), (0, 0, 0, room - rows.shape[0]))))
+        return torch.cat((weight.t(), filled.t()), 1 - dim).t()
+    return torch.cat((weight, filled), dim)
 
 
 def dequantize_4bit_reference(packed: Packed4bit, dtype: torch.dtype) -> Tensor:
     """The same in plain PyTorch."""
-    _check(*packed, dtype)
+    _check(packed, dtype)
     data, (rows, columns), absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset = packed
     count = rows * columns
     blocks = -(-count // blocksize)
@@ -170,7 +147,8 @@ def _octets(data: Tensor) -> Tensor:
     return data if data.dtype == torch.uint8 else data.view(torch.uint8)
 
 
-def _check(data, shape, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset, dtype):
+def _check(packed: Packed4bit, dtype: torch.dtype) -> None:
+    data, shape, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset = packed
     if dtype not in DTYPES:
         raise TypeError(f"dequantize_4bit: {dtype} asked for; bf16, fp16 and fp32 are possible.")
     if blocksize not in BLOCKSIZES:
@@ -197,24 +175,22 @@ def _check(data, shape, absmax, blocksize, quant_type, absmax_8bit, absmax_code,
         )
 
 
-def _check_columns(shape, columns, start, room) -> None:
-    if columns.dim() != 2 or columns.shape[0] != shape[0]:
+def _check_room(shape: Sequence[int], matrix: Tensor, dim: int, room: int, start: int) -> None:
+    if dim not in (0, 1):
         raise ValueError(
-            f"dequantize_4bit_beside: columns {tuple(columns.shape)}; the weight has {shape[0]} rows."
+            f"dequantize_4bit_extended: dim {dim}; 1 is to the right of the weight, 0 beneath it."
         )
-    if start < 0 or start + columns.shape[1] > room:
+    side, across = ("columns", "rows") if dim else ("rows", "columns")
+    length = shape[1 - dim]
+    if matrix.dim() != 2 or matrix.shape[1 - dim] != length:
         raise ValueError(
-            f"dequantize_4bit_beside: {columns.shape[1]} columns from {start} on do not fit a room of {room}."
+            f"dequantize_4bit_extended: {side} {tuple(matrix.shape)}; the weight has {length} {across}."
         )
-
-
-def _check_rows(shape, rows, room) -> None:
-    if rows.dim() != 2 or rows.shape[1] != shape[1]:
+    given = matrix.shape[dim]
+    if start < 0 or start + given > room:
         raise ValueError(
-            f"dequantize_4bit_above: rows {tuple(rows.shape)}; the weight has {shape[1]} columns."
+            f"dequantize_4bit_extended: {given} {side} from {start} on do not fit a room of {room}."
         )
-    if rows.shape[0] > room:
-        raise ValueError(f"dequantize_4bit_above: {rows.shape[0]} rows do not fit a room of {room}.")
 
 
 def _launch(packed: Packed4bit, out: Tensor, matrix: Tensor | None = None, start: int = 0) -> Tensor:
@@ -227,52 +203,34 @@ def _launch(packed: Packed4bit, out: Tensor, matrix: Tensor | None = None, start
     return out
 
 
-def _kernel(
-    data, shape, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset, dtype, use=0
-) -> Tensor:
-    packed = Packed4bit(data, shape, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset)
-    return _launch(packed, _fake(*packed, dtype))
+def _given(arguments: tuple) -> tuple:
+    """An op's arguments, the packed weight's made one."""
+    width = len(Packed4bit._fields)
+    return Packed4bit(*arguments[:width]), *arguments[width:]
 
 
-def _fake(
-    data, shape, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset, dtype, use=0
-) -> Tensor:
-    _check(data, shape, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset, dtype)
-    return absmax.new_empty(shape, dtype=dtype)
+def _kernel(*arguments) -> Tensor:
+    packed, *_ = _given(arguments)
+    return _launch(packed, _fake(*arguments))
 
 
-def _beside_kernel(
-    data, shape, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset, dtype,
-    columns, start, room, use=0,
-) -> Tensor:  # fmt: skip
-    packed = Packed4bit(data, shape, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset)
-    return _launch(packed, _beside_fake(*packed, dtype, columns, start, room), columns, start)
+def _fake(*arguments) -> Tensor:
+    packed, dtype, *_ = _given(arguments)
+    _check(packed, dtype)
+    return packed.absmax.new_empty(packed.shape, dtype=dtype)
 
 
-def _beside_fake(
-    data, shape, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset, dtype,
-    columns, start, room, use=0,
-) -> Tensor:  # fmt: skip
-    _check(data, shape, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset, dtype)
-    _check_columns(shape, columns, start, room)
-    return absmax.new_empty((shape[0], shape[1] + room), dtype=dtype)
+def _extended_kernel(*arguments) -> Tensor:
+    packed, _, matrix, _, _, start, _ = _given(arguments)
+    return _launch(packed, _extended_fake(*arguments), matrix, start)
 
 
-def _above_kernel(
-    data, shape, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset, dtype,
-    rows, room, use=0,
-) -> Tensor:  # fmt: skip
-    packed = Packed4bit(data, shape, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset)
-    return _launch(packed, _above_fake(*packed, dtype, rows, room), rows)
-
-
-def _above_fake(
-    data, shape, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset, dtype,
-    rows, room, use=0,
-) -> Tensor:  # fmt: skip
-    _check(data, shape, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset, dtype)
-    _check_rows(shape, rows, room)
-    return absmax.new_empty((shape[0] + room, shape[1]), dtype=dtype)
+def _extended_fake(*arguments) -> Tensor:
+    packed, dtype, matrix, dim, room, start, _ = _given(arguments)
+    _check(packed, dtype)
+    _check_room(packed.shape, matrix, dim, room, start)
+    n, k = packed.shape
+    return packed.absmax.new_empty((n, k + room) if dim else (n + room, k), dtype=dtype)
 
 
 _PACKED = (
@@ -281,12 +239,7 @@ _PACKED = (
 )
 define(f"dequantize_4bit({_PACKED}, int use=0) -> Tensor", kernel=_kernel, fake=_fake)
 define(
-    f"dequantize_4bit_beside({_PACKED}, Tensor columns, int start, int room, int use=0) -> Tensor",
-    kernel=_beside_kernel,
-    fake=_beside_fake,
-)
-define(
-    f"dequantize_4bit_above({_PACKED}, Tensor rows, int room, int use=0) -> Tensor",
-    kernel=_above_kernel,
-    fake=_above_fake,
+    f"dequantize_4bit_extended({_PACKED}, Tensor matrix, int dim, int room, int start, int use) -> Tensor",
+    kernel=_extended_kernel,
+    fake=_extended_fake,
 )

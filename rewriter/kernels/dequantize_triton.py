@@ -118,18 +118,18 @@ def _store_weights(
 
 @triton.jit
 def _fill(
-    out, number, height, width, stride, matrix, rows, columns, start, row_stride, column_stride,
+    out, number, height, width, stride, matrix, rows, columns, top, left, row_stride, column_stride,
     SPAN: tl.constexpr,
 ):  # fmt: skip
-    """A program's part of the room: ``matrix`` from column ``start`` on, and zeros around it."""
+    """A program's part of the room: ``matrix`` from row ``top`` and column ``left`` on, among zeros."""
     first = number.to(tl.int64) * SPAN
     row = first // width
     at = (first - row * width).to(tl.int32) + tl.arange(0, SPAN)
     column = at % width
     row += at // width
-    source = column - start
-    given = (row < rows) & (source >= 0) & (source < columns)
-    value = tl.load(matrix + row * row_stride + source.to(tl.int64) * column_stride, mask=given, other=0.0)
+    i, j = row - top, (column - left).to(tl.int64)
+    given = (i >= 0) & (i < rows) & (j >= 0) & (j < columns)
+    value = tl.load(matrix + i * row_stride + j * column_stride, mask=given, other=0.0)
     tl.store(out + row * stride + column, value.to(out.dtype.element_ty), mask=row < height)
 
 
@@ -175,7 +175,7 @@ def _weights(
 @triton.jit
 def _dequantize_kernel(
     data, absmax, quantised, code, offset_pointer, out, programs, n, k, room,
-    vacant, height, width, matrix, rows, columns, start, row_stride, column_stride,
+    vacant, height, width, matrix, rows, columns, top, left, row_stride, column_stride,
     BLOCK: tl.constexpr, NF4: tl.constexpr, NESTED: tl.constexpr, ALIGNED: tl.constexpr,
     BESIDE: tl.constexpr, WHOLE: tl.constexpr, FILLED: tl.constexpr,
     WORDS: tl.constexpr, TILES: tl.constexpr, SPAN: tl.constexpr,
@@ -183,7 +183,7 @@ def _dequantize_kernel(
     number = tl.program_id(0)
     if FILLED:
         if number >= programs:
-            _fill(vacant, number - programs, height, width, k + room, matrix, rows, columns, start,
+            _fill(vacant, number - programs, height, width, k + room, matrix, rows, columns, top, left,
                   row_stride, column_stride, SPAN)  # fmt: skip
         else:
             _weights(data, absmax, quantised, code, offset_pointer, out, number, n, k, room,
@@ -199,8 +199,9 @@ def launch(packed, out, matrix, start) -> None:
     Args:
         packed: a ``Packed4bit`` whose data is a dense uint8 vector.
         out: of the weight's shape, or with more columns, or with more rows.
-        matrix: None; or as many rows as ``out``, for its further columns, ``start`` of them later; or as many
-            columns, for its further rows. The rest of the room is filled with zeros.
+        matrix: None; or as many rows as ``out``, for its further columns; or as many columns, for its further
+            rows. The rest of the room is filled with zeros.
+        start: how many of those columns or rows are before it.
     """
     octets, (n, k), absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset = packed
     room = out.shape[1] - k
@@ -227,7 +228,8 @@ def launch(packed, out, matrix, start) -> None:
             *vacant.shape,
             matrix,
             *matrix.shape,
-            start,
+            0 if room else start,
+            start if room else 0,
             *matrix.stride(),
             BLOCK=blocksize,
             NF4=quant_type == "nf4",

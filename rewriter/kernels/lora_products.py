@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .add_product import add_product
-from .dequantize import Packed4bit, dequantize_4bit, dequantize_4bit_above, dequantize_4bit_beside
+from .dequantize import Packed4bit, dequantize_4bit, dequantize_4bit_extended
 from .extended_product import extended, folded, room
 from .lora_extended import beneath, beside, read_beside
 
@@ -51,6 +51,14 @@ class Projection:
         if self.packing is None:
             return p.weight.to(self.compute)
         return dequantize_4bit(self.packed(p), self.compute, use)
+
+    def weight_beside(self, p: Operands, vacant: int, start: int, use: int) -> Tensor:
+        """``[W | 0 | B | 0]``, (N, K + vacant), with B ``start`` columns after W."""
+        return dequantize_4bit_extended(self.packed(p), self.compute, p.b, 1, vacant, start, use)
+
+    def weight_above(self, p: Operands, vacant: int, use: int) -> Tensor:
+        """``[W ; A ; 0]``, (N + vacant, K)."""
+        return dequantize_4bit_extended(self.packed(p), self.compute, p.a, 0, vacant, 0, use)
 
     def packed(self, p: Operands) -> Packed4bit:
         assert self.packing is not None
@@ -167,8 +175,8 @@ class _WideGradient:
 
     def add(self, i: int, dy: Tensor) -> None:
         projection, p = self._projections[i], self._operands[i]
-        place = (p.b, sum(self._ranks[:i]), room(self._a.shape[1], self._ranks))
-        weight = dequantize_4bit_beside(projection.packed(p), projection.compute, *place, _BACKWARD)
+        vacant = room(self._a.shape[1], self._ranks)
+        weight = projection.weight_beside(p, vacant, sum(self._ranks[:i]), _BACKWARD)
         self.total = _accumulate(self.total, dy, weight, dy.dtype)
 
     def gradients(self, rows: Tensor) -> Sequence[Tensor]:
@@ -199,9 +207,7 @@ class LoraProducts(torch.autograd.Function):
             bias = None if p.bias is None else p.bias.to(projection.compute)
             if i in down.starts:
                 wide = extended(left, down.columns, vacant) if wide is None else wide
-                place = (p.b, down.starts[i], vacant)
-                packed = projection.packed(p)
-                y = F.linear(wide, dequantize_4bit_beside(packed, left.dtype, *place, _FORWARD), bias)
+                y = F.linear(wide, projection.weight_beside(p, vacant, down.starts[i], _FORWARD), bias)
             else:
                 y = F.linear(left, projection.weight(p, _FORWARD), bias)
                 y = y.to(projection.out) if p.a is None else _add_update(projection, y, down.parts[i], p.b)
@@ -248,9 +254,7 @@ class LoraProducts(torch.autograd.Function):
                 ddown[i] = _scaled(dy, b, projection.scale, down[i])
             if extends:
                 vacant = room(dy.shape[1], [ddown[i].shape[1]])
-                packed = projection.packed(p)
-                weight = dequantize_4bit_above(packed, projection.compute, p.a, vacant, _BACKWARD)
-                dx = extended(dy, [ddown[i]], vacant) @ weight
+                dx = extended(dy, [ddown[i]], vacant) @ projection.weight_above(p, vacant, _BACKWARD)
             if own and need.a:
                 result["a"] = ddown[i].t() @ p.dropped.reshape(-1, p.dropped.shape[-1]).to(projection.adapter)
             if own and need.dropped:

@@ -45,8 +45,7 @@ WRITTEN: dict[str, tuple[tuple[str, float], ...]] = {
     "clamped_gate": (("gate_up", 0.5),),
     "clamped_gate_backward": (("gate_up", 1),),
     "dequantize_4bit": (("data", 4),),  # two values of two bytes for each byte
-    "dequantize_4bit_beside": (("data", 4),),
-    "dequantize_4bit_above": (("data", 4),),
+    "dequantize_4bit_extended": (("data", 4),),
     "extended": (("x", 1),),
     "add_product_": (("total", 1),),
     "fold_columns_": (("wide", 1),),

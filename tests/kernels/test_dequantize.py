@@ -6,10 +6,8 @@ import torch
 from rewriter.kernels.dequantize import (
     Packed4bit,
     dequantize_4bit,
-    dequantize_4bit_above,
-    dequantize_4bit_above_reference,
-    dequantize_4bit_beside,
-    dequantize_4bit_beside_reference,
+    dequantize_4bit_extended,
+    dequantize_4bit_extended_reference,
     dequantize_4bit_reference,
 )
 
@@ -120,6 +118,10 @@ def test_op_passes_pytorch_checks():
     torch.library.opcheck(torch.ops.rewriter.dequantize_4bit.default, (*packed, torch.float32))
 
 
+def extended(packed, *arguments, use=0):
+    return torch.ops.rewriter.dequantize_4bit_extended(*packed, *arguments, use)
+
+
 # A row of whole words, rows that words cross, more than one program's weights, and more than its room.
 @pytest.mark.parametrize(
     "shape, r, start, room",
@@ -129,32 +131,24 @@ def test_op_passes_pytorch_checks():
         ((9, 31), 5, 7, 16),
         ((70, 260), 16, 16, 32),
         ((3, 4104), 5, 7, 16),
+        ((70, 260), 3, 0, 3),
     ],
 )
-def test_room_beside_a_weight_holds_columns_among_zeros(shape, r, start, room):
+@pytest.mark.parametrize("dim", [1, 0], ids=["beside", "beneath"])
+def test_room_beside_or_beneath_a_weight_holds_a_matrix_among_zeros(dim, shape, r, start, room):
     packed, _, _ = quantise(torch.randn(shape, device=device))
-    columns = torch.randn(shape[0], r, device=device)
-    ours = torch.ops.rewriter.dequantize_4bit_beside(*packed, torch.float16, columns, start, room)
-    reference = dequantize_4bit_beside_reference(packed, torch.float16, columns, start, room)
+    across = shape[1 - dim]
+    matrix = torch.randn((across, r) if dim else (r, across), device=device)
+    ours = extended(packed, torch.float16, matrix, dim, room, start)
+    reference = dequantize_4bit_extended_reference(packed, torch.float16, matrix, dim, room, start)
     torch.testing.assert_close(ours, reference, rtol=0, atol=0)
-    n, k = shape
-    torch.testing.assert_close(ours[:, :k], kernel(packed, torch.float16), rtol=0, atol=0)
-    beside = torch.zeros(n, room, dtype=torch.float16, device=device)
-    beside[:, start : start + r] = columns
-    torch.testing.assert_close(ours[:, k:], beside, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("shape, r, room", [((33, 64), 8, 64), ((9, 31), 5, 7), ((70, 260), 3, 3)])
-def test_room_beneath_a_weight_holds_rows_and_zeros_behind_them(shape, r, room):
-    packed, _, _ = quantise(torch.randn(shape, device=device))
-    rows = torch.randn(r, shape[1], device=device)
-    ours = torch.ops.rewriter.dequantize_4bit_above(*packed, torch.float16, rows, room)
-    reference = dequantize_4bit_above_reference(packed, torch.float16, rows, room)
-    torch.testing.assert_close(ours, reference, rtol=0, atol=0)
-    n, k = shape
-    torch.testing.assert_close(ours[:n], kernel(packed, torch.float16), rtol=0, atol=0)
-    beneath = torch.cat((rows.half(), torch.zeros(room - r, k, dtype=torch.float16, device=device)))
-    torch.testing.assert_close(ours[n:], beneath, rtol=0, atol=0)
+    again = dequantize_4bit_extended_reference(packed, torch.float16, matrix, dim, room, start, use=1)
+    torch.testing.assert_close(ours, again, rtol=0, atol=0)
+    weight, filled = ours.split((shape[dim], room), dim)
+    torch.testing.assert_close(weight, kernel(packed, torch.float16), rtol=0, atol=0)
+    zeros = torch.zeros_like(filled)
+    zeros.narrow(dim, start, r).copy_(matrix)
+    torch.testing.assert_close(filled, zeros, rtol=0, atol=0)
 
 
 def _poisoned(made):
@@ -166,41 +160,41 @@ def test_room_is_written_where_memory_held_nan(monkeypatch):
     make = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *a, **k: _poisoned(make(x, *a, **k)))
     columns, rows = torch.ones(12, 3, device=device), torch.ones(3, 64, device=device)
-    ops = torch.ops.rewriter
-    assert ops.dequantize_4bit_beside(*packed, torch.float32, columns, 4, 64).isfinite().all()
-    assert ops.dequantize_4bit_above(*packed, torch.float32, rows, 64).isfinite().all()
+    assert extended(packed, torch.float32, columns, 1, 64, 4).isfinite().all()
+    assert extended(packed, torch.float32, rows, 0, 64, 4).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_matrices_beside_and_beneath_may_be_transposed_and_of_the_results_dtype(dtype):
+@pytest.mark.parametrize("dim", [1, 0], ids=["beside", "beneath"])
+def test_a_matrix_may_be_transposed_and_of_the_results_dtype(dim, dtype):
     packed, _, _ = quantise(torch.randn(24, 40, device=device))
-    columns, rows = (torch.randn(7, n, device=device).to(dtype) for n in (24, 40))
-    ops, reference = torch.ops.rewriter, dequantize_4bit_beside_reference(packed, dtype, columns.t(), 1, 8)
-    assert_same_bits(ops.dequantize_4bit_beside(*packed, dtype, columns.t(), 1, 8), reference)
-    reference = dequantize_4bit_above_reference(packed, dtype, rows, 8)
-    turned = rows.t().contiguous().t()
-    assert_same_bits(ops.dequantize_4bit_above(*packed, dtype, turned, 8), reference)
+    dense = torch.randn((24, 7) if dim else (7, 40), device=device).to(dtype)
+    turned = dense.t().contiguous().t()
+    reference = dequantize_4bit_extended_reference(packed, dtype, dense, dim, 8, 1)
+    assert_same_bits(extended(packed, dtype, turned, dim, 8, 1), reference)
 
 
-def test_ops_with_room_pass_pytorch_checks():
+def test_the_op_with_room_passes_pytorch_checks():
     packed, _, _ = quantise(torch.randn(8, 64, device=device))
     columns, rows = torch.randn(8, 3, device=device), torch.randn(3, 64, device=device)
-    ops = torch.ops.rewriter
-    torch.library.opcheck(ops.dequantize_4bit_beside.default, (*packed, torch.float32, columns, 1, 8))
-    torch.library.opcheck(ops.dequantize_4bit_above.default, (*packed, torch.float32, rows, 8))
+    op = torch.ops.rewriter.dequantize_4bit_extended.default
+    torch.library.opcheck(op, (*packed, torch.float32, columns, 1, 8, 1, 0))
+    torch.library.opcheck(op, (*packed, torch.float32, rows, 0, 8, 0, 1))
 
 
 def test_what_does_not_fit_its_room_is_named():
     packed, _, _ = quantise(torch.randn(8, 64, device=device))
     columns, rows = torch.randn(8, 3, device=device), torch.randn(3, 64, device=device)
     with pytest.raises(ValueError, match="3 columns from 6 on do not fit a room of 8"):
-        dequantize_4bit_beside(packed, torch.float32, columns, 6, 8)
+        dequantize_4bit_extended(packed, torch.float32, columns, 1, 8, 6)
     with pytest.raises(ValueError, match="the weight has 8 rows"):
-        dequantize_4bit_beside(packed, torch.float32, columns[:7], 0, 8)
-    with pytest.raises(ValueError, match="3 rows do not fit a room of 2"):
-        dequantize_4bit_above(packed, torch.float32, rows, 2)
+        dequantize_4bit_extended(packed, torch.float32, columns[:7], 1, 8)
+    with pytest.raises(ValueError, match="3 rows from 0 on do not fit a room of 2"):
+        dequantize_4bit_extended(packed, torch.float32, rows, 0, 2)
     with pytest.raises(ValueError, match="the weight has 64 columns"):
-        dequantize_4bit_above(packed, torch.float32, rows[:, 1:], 8)
+        dequantize_4bit_extended(packed, torch.float32, rows[:, 1:], 0, 8)
+    with pytest.raises(ValueError, match="dim 2"):
+        dequantize_4bit_extended(packed, torch.float32, rows, 2, 8)
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ def test_expanded_gradients_and_transposed_inputs_are_as_good():
 
 def with_kernels(monkeypatch):
     """The ops themselves in the graph, as on a GPU."""
-    for name in ("dequantize_4bit", "dequantize_4bit_beside", "dequantize_4bit_above"):
+    for name in ("dequantize_4bit", "dequantize_4bit_extended"):
         op = getattr(torch.ops.rewriter, name)
         monkeypatch.setattr(module, name, lambda packed, *rest, op=op: op(*packed, *rest))
 
@@ -205,8 +205,7 @@ def test_neither_an_extended_weight_nor_an_extended_input_is_kept(sizes, kernels
     if not kernels:
         return
     assert not any((n, K) in saved for n in sizes) and not any((192 if wide else 64) in s for s in saved)
-    assert recorder.count(ops.dequantize_4bit_beside.default) == ([2, 2] if wide else [0, 0])
-    assert recorder.count(ops.dequantize_4bit_above.default) == ([0, 0] if wide else [0, 1])
+    assert recorder.count(ops.dequantize_4bit_extended.default) == ([2, 2] if wide else [0, 1])
     assert recorder.count(ops.dequantize_4bit.default) == ([0, 0] if wide else [1, 0])
 
 

@@ -291,7 +291,7 @@ class Recorder:
 
 def dequantised_by_ops(monkeypatch):
     """As on a GPU; their kernels run in the interpreter."""
-    for name in ("dequantize_4bit", "dequantize_4bit_beside"):
+    for name in ("dequantize_4bit", "dequantize_4bit_extended"):
         op = getattr(torch.ops.rewriter, name)
         monkeypatch.setattr(module, name, lambda packed, *rest, op=op: op(*packed, *rest))
 
@@ -315,7 +315,7 @@ def test_aot_autograd_traces_every_product_and_dequantises_twice(kind, monkeypat
     assert (forward, added[0]) == (count + 1, count)
     if kind == "nested":
         assert recorder.count(ops.dequantize_4bit.default) == [3, 0]
-        assert recorder.count(ops.dequantize_4bit_beside.default) == [0, 3]
+        assert recorder.count(ops.dequantize_4bit_extended.default) == [0, 3]
         # Backward: the first gradient of x with what its B gives, the others' added to both; the gradients of
         # each B, and of all A at once. The adapters' part is added in place.
         assert (backward, added[1]) == (1, 2 + 3 + 1)
