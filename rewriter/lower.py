@@ -108,6 +108,9 @@ def lower_planned(
 ) -> tuple[Callable, "PlannedProgram"]:
     """Compile what a planned program calls, each stage once for all the ways in which its layers run.
 
+    Args:
+        say: told what is being compiled, and how many there are.
+
     Returns:
         The program, and the plan that it follows: another one where stages could not be compiled.
     """
@@ -115,10 +118,12 @@ def lower_planned(
     while (failed := _compile_stages(planned, options, say, stages)) is not None:
         planned = planned.without(*failed)
     compiled: dict[Region, Callable] = {}
+    number, count = len(planned.layers), planned.compilations
     for region in planned.program.regions:
         staged = planned.staged.get(region)
         if staged is None:
-            say(f"compiling {region.name}")
+            number += 1
+            say(f"compiling {region.name}, {number} of {count}")
             compiled[region] = lower_beside(region.module, region.inputs, options)
         else:
             compiled[region] = staged.scheduled(stages[staged.layer], planned.transfers)
@@ -137,15 +142,15 @@ def _compile_stages(
     def compile_graph(module: GraphModule, inputs: Sequence[Any], fake_mode: Any) -> Callable:
         return lower_stage(module, inputs, fake_mode, options)
 
-    for region, staged in planned.staged.items():
-        if staged.layer in stages:
+    for number, (layer, name) in enumerate(planned.layers.items(), 1):
+        if layer in stages:
             continue
-        say(f"compiling the stages of {region.name}")
+        say(f"compiling the stages of {name}, {number} of {planned.compilations}")
         try:
-            stages[staged.layer] = staged.layer.compiled(compile_graph)
+            stages[layer] = layer.compiled(compile_graph)
         except Exception as error:
-            log.warning("the stages of %s cannot be compiled: %s", region.name, error, exc_info=True)
-            return staged.layer, error
+            log.warning("the stages of %s cannot be compiled: %s", name, error, exc_info=True)
+            return layer, error
     return None
 
 

@@ -8,6 +8,7 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import ceil
 from typing import Any
 
@@ -77,10 +78,23 @@ class PlannedProgram:
     transfers: Callable[[], Transfers]
     ways: "Ways | None" = None
 
+    @cached_property
+    def layers(self) -> dict[LayerGraphs, str]:
+        """What runs in stages, once for all regions that share them, by the first one's name."""
+        found: dict[LayerGraphs, str] = {}
+        for region, staged in self.staged.items():
+            found.setdefault(staged.layer, region.name)
+        return found
+
+    @property
+    def compilations(self) -> int:
+        """How many are compiled: layers in stages, and regions as they are."""
+        return len(self.layers) + len(self.program.regions) - len(self.staged)
+
     def without(self, layer: LayerGraphs, error: Exception) -> "PlannedProgram":
         """Planned anew where the stages of ``layer`` cannot be compiled; the notes say why."""
         assert self.ways is not None
-        kind = next(region.name for region, staged in self.staged.items() if staged.layer is layer)
+        kind = self.layers[layer]
         found = self.ways.without(layer).chosen()
         why = f"{kind} runs in other ways, compiling its stages failed: {type(error).__name__}: {error}"
         return replace(found, notes=(*self.notes, why, *found.notes))
