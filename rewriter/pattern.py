@@ -145,12 +145,16 @@ def _pattern_call(node: Node) -> Call | None:
 
 
 def source_line(node: Node | None, fallback: str = "") -> str:
-    """``file:line`` of the code that made ``node``, from its stack trace."""
+    """``file:line`` of the code that made ``node``, from its stack trace.
+
+    It is the model's own where the model called one of our stand-ins for its layers.
+    """
     trace = (node.meta.get("stack_trace") or node.stack_trace or "") if node is not None else ""
     frames = [line for line in trace.splitlines() if line.lstrip().startswith("File ")]
     if not frames:
         return fallback
-    _, path, rest = frames[-1].split('"', 2)
+    places = [frame.split('"', 2)[1:] for frame in frames]
+    path, rest = next((p for p in reversed(places) if not p[0].startswith(_PACKAGE)), places[-1])
     return f"{path}:{rest.split('line ')[1].split(',')[0]}"
 
 
@@ -184,6 +188,7 @@ def _check_arguments(name: str, to: Callable, holes: tuple[str, ...], constants:
             )
 
 
+_PACKAGE = os.path.join(os.path.dirname(__file__), "")
 _NOT_A_PATTERN = (os.path.dirname(torch.__file__), __file__)
 
 

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
 from torch import nn
 
+import rewriter
 import rewriter.straight_lora
 from rewriter.huggingface import prepare, restore
 from tests.golden import trace
@@ -137,6 +138,16 @@ def test_a_line_calls_no_module_of_its_parts(four_bits):
     module, _ = trace(model, x())
     calls = [n for n in module.graph.nodes if n.op == "call_function"]
     assert calls and not any("nn/modules/linear.py" in n.meta["stack_trace"] for n in calls)
+
+
+def test_a_line_is_where_the_model_called_it():
+    model = adapted()
+    prepare(model)
+    model.compile(backend="rewriter", options={"lowering": "eager"})
+    with rewriter.inspect() as report:
+        model(x())
+    (match,) = next(done for done in report.graphs[-1].passes if done.name == "lora").matches
+    assert (match.place, match.count) == (f"{__file__}:{Pair.forward.__code__.co_firstlineno + 1}", 2)
 
 
 def layers(model) -> list[Any]:
