@@ -84,6 +84,10 @@ class ProgramRecord:
         raise KeyError(f"no region {name!r} in this program; there are {known}")
 
 
+# Part of a step's time that a plan may be slower than the best before it is told.
+_TOLD = 0.001
+
+
 @dataclass(frozen=True)
 class MemoryRecord:
     """The memory plan of a graph: bytes, and seconds of forward and backward as they were predicted.
@@ -93,6 +97,7 @@ class MemoryRecord:
         device_budget, host_budget: what the plan had to stay within; of the host, this process's part.
         hosted: what is offloaded to host memory.
         ways: kind of layer, how it runs, and how many run so.
+        slack: seconds by which another plan might at most be faster.
         timeline: (moment, device bytes, host bytes) over a step.
         chart, picture: the timeline as text of 100 columns, and as SVG.
     """
@@ -108,6 +113,7 @@ class MemoryRecord:
     timeline: tuple[tuple[str, int, int], ...]
     chart: str
     picture: str
+    slack: float = 0.0
 
     def __str__(self) -> str:
         lines = [
@@ -115,6 +121,8 @@ class MemoryRecord:
             f"{_gib(self.static)} of it all the time; {_gib(self.hosted)} in host memory"
         ]
         lines += [f"  {kind} × {count}: {way}" for kind, way, count in self.ways]
+        if self.slack > _TOLD * self.seconds:
+            lines.append(f"  not proven the fastest: another may be {self.slack / self.seconds:.1%} faster")
         return "\n".join(lines)
 
 

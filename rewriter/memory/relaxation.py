@@ -6,10 +6,12 @@ host. Its duals are the prices that no other prices beat. ``bounds.py`` turns an
 nothing rests on the solver's tolerance.
 
 Few choices are in its solution, so that it is solved with few, and those that its prices make the cheapest
-are added until they are all there (column generation). SciPy's HiGHS solves each.
+are added until they are all there (column generation). SciPy's HiGHS solves each. Where it gives up, the
+best prices of the programs before are taken, or of a few that are tried: a weaker bound, and a bound still.
 """
 
 import itertools
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +19,8 @@ import numpy as np
 
 from rewriter.memory.bounds import Floats, Prices, cheapest_prefixes, cheapest_suffixes, times_of
 from rewriter.memory.options import Options, Whole
+
+log = logging.getLogger(__name__)
 
 Entries = Iterable[tuple[int, float]]
 
@@ -46,13 +50,16 @@ def relaxed(parts: Sequence[Options], device: int, host: int, *, by_peak: bool =
     device = 0 if by_peak else device
     times = times_of(parts)
     chosen = _first_choices(parts)
-    best = Relaxed(Prices(np.zeros((1, len(parts))), np.zeros(1)), -np.inf)
+    best: Relaxed | None = None
     for _ in range(_ROUNDS):
-        prices, value = _solved(parts, times, chosen, device, host, by_peak)
+        solved = _solved(parts, times, chosen, device, host, by_peak)
+        if solved is None:
+            break
+        prices, value = solved
         priced = prices.of(parts)
         before = cheapest_prefixes(parts, times, priced)
         bound = float(before[-1].min() - prices.paid(device, host)[0])
-        if bound > best.bound:
+        if best is None or bound > best.bound:
             best = Relaxed(prices, bound)
         after = cheapest_suffixes(parts, times, priced)
         added = False
@@ -65,7 +72,30 @@ def relaxed(parts: Sequence[Options], device: int, host: int, *, by_peak: bool =
             chosen[i] |= new
         if not added or value - bound <= _NEAR * abs(value):
             break
-    return best
+    return best or _tried(parts, times, device, host, by_peak)
+
+
+# Of a step's time over all bytes: what those may be worth that are tried.
+_WORTHS = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0)
+
+
+def _tried(
+    parts: Sequence[Options], times: Sequence[Whole], device: int, host: int, by_peak: bool
+) -> Relaxed:
+    """Of prices that are the same for the last moments, or for all, those that bound the most."""
+    last, evenly = np.eye(len(parts))[-1], np.full(len(parts), 1 / len(parts))
+    if by_peak:
+        prices = Prices(np.stack([last, evenly]), np.zeros(2))
+    else:
+        slowest = sum(int(time.max()) for time in times)
+        largest = max(1, *(int((o.saved + o.peak).max()) for o in parts))
+        hosted = max(1, sum(int(o.hosted.max()) for o in parts))
+        rows = list(itertools.product(_WORTHS, _WORTHS, (last, evenly)))
+        on_device = np.stack([worth * slowest / (largest * len(parts)) * where for worth, _, where in rows])
+        prices = Prices(on_device, np.array([worth * slowest / hosted for _, worth, _ in rows]))
+    bounds = cheapest_prefixes(parts, times, prices.of(parts))[-1].min(axis=1) - prices.paid(device, host)
+    row = int(bounds.argmax())
+    return Relaxed(Prices(prices.device[row : row + 1], prices.host[row : row + 1]), float(bounds[row]))
 
 
 def _first_choices(parts: Sequence[Options]) -> list[set[int]]:
@@ -94,8 +124,8 @@ def _solved(
     device: int,
     host: int,
     by_peak: bool,
-) -> tuple[Prices, float]:
-    """Prices and value of the relaxation with the choices in ``chosen`` alone."""
+) -> tuple[Prices, float] | None:
+    """Prices and value of the relaxation with the choices in ``chosen`` alone; None if not solved."""
     # Solvers want numbers near 1.
     largest = max(1, device, *(int(options.peak.max()) for options in parts))
     slowest = max(1, *(int(time.max()) for time in times))
@@ -126,7 +156,9 @@ def _solved(
         saved = after
     over = program.variable(_FORBIDDEN * len(parts))
     program.at_most([*in_host, (over, -1.0)], host / largest)
-    duals, value = program.duals()
+    if (solved := program.duals()) is None:
+        return None
+    duals, value = solved
     # With a peak, they add up to one byte for a byte of it, but for the solver's rounding.
     scale = 1 / (duals[:-1].sum() or 1.0) if by_peak else slowest / largest
     return Prices(duals[None, :-1] * scale, duals[-1:] * scale), value * (largest if by_peak else slowest)
@@ -176,8 +208,8 @@ class _Program:
     def equal(self, entries: Entries, right: float) -> None:
         self.equations.add(entries, right)
 
-    def duals(self) -> tuple[np.ndarray, float]:
-        """What a unit more of each bound would save, and the least cost."""
+    def duals(self) -> tuple[np.ndarray, float] | None:
+        """What a unit more of each bound would save, and the least cost; None where the solver gives up."""
         # Imported where it is needed: half a second that a step without a budget need not wait for.
         from scipy.optimize import linprog
         from scipy.sparse import csr_array
@@ -193,5 +225,7 @@ class _Program:
             self.equations.right,
             method="highs",
         )
-        assert solved.status == 0, f"the relaxation has no solution: {solved.message}"
+        if solved.status != 0:
+            log.info("the relaxation of a plan is not solved, its bound is weaker: %s", solved.message)
+            return None
         return np.maximum(0.0, -solved.ineqlin.marginals), float(solved.fun)

@@ -91,4 +91,5 @@ def memory_record(plan: MemoryPlan) -> MemoryRecord:
         tuple(plan.timeline()),
         timeline.text(plan),
         timeline.svg(plan),
+        plan.slack,
     )

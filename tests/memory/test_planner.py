@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import scipy.optimize
 
 from rewriter.memory.plan import Choice, Infeasible, MemoryPlan, Part, Problem, moments, seconds
 from rewriter.memory.planner import best, fits, largest, least, plan
@@ -142,6 +143,38 @@ def test_80_layers_are_planned_in_two_seconds(gib, host):
     except Infeasible as error:
         assert error.least_device is not None and error.least_device > gib * GIB
     assert time.process_time() - start < 4.0, "twice the time that it may take, for busy machines"
+
+
+class _GivesUp:
+    """A solver that solves as many programs as are said."""
+
+    def __init__(self, solves: int):
+        self.solves, self.real = solves, scipy.optimize.linprog
+
+    def __call__(self, *arguments, **options):
+        self.solves -= 1
+        if self.solves >= 0:
+            return self.real(*arguments, **options)
+        return scipy.optimize.OptimizeResult(status=4, message="numerical difficulties", fun=None)
+
+
+@pytest.mark.parametrize("solves", [0, 1])
+def test_where_the_solver_gives_up_there_is_a_plan_and_how_far_it_may_be_from_the_best(solves, monkeypatch):
+    problems = [random_problem(seed) for seed in range(20)]
+    expected = [by_brute_force(problem) for problem in problems]
+    hard = within(layers(65536, 80), 80 * GIB, 64 * GIB)
+    best_of_hard = plan(hard).seconds
+    monkeypatch.setattr(scipy.optimize, "linprog", _GivesUp(solves))
+    found = plan(hard)
+    assert found.peak <= 80 * GIB and found.hosted <= 64 * GIB
+    assert found.seconds == pytest.approx(best_of_hard, rel=1e-3)
+    assert found.seconds - found.slack <= best_of_hard * (1 + 1e-9)
+    for problem, (cheapest, lowest) in zip(problems, expected, strict=True):
+        monkeypatch.setattr(scipy.optimize, "linprog", _GivesUp(solves))
+        if cheapest is not None:
+            found = plan(problem)
+            assert (found.seconds, found.hosted, found.peak) == pytest.approx(cheapest)
+        assert least(problem).peak == lowest
 
 
 def test_three_alternating_kinds_of_24_choices_are_planned_in_two_seconds():
