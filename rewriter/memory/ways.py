@@ -13,10 +13,10 @@ from torch.fx import Node
 from rewriter.memory.choices import Cost, Link, StagedChoice, cost_on, staged_choices
 from rewriter.memory.costs import value_bytes
 from rewriter.memory.in_host import InHost, in_host_of
-from rewriter.memory.kept import kept_choice
+from rewriter.memory.in_place import Inseparable
+from rewriter.memory.kept import foreseen_choice, kept_choice, least_choice
 from rewriter.memory.layer_graphs import LayerGraphs, layer_graphs
 from rewriter.memory.plan import Choice
-from rewriter.memory.room import made_bytes
 from rewriter.memory.stage_graphs import Unstaged
 from rewriter.memory.weights_ahead import BUFFERS, buffer_bytes
 from rewriter.regions.program import Program, Region
@@ -64,13 +64,19 @@ def _waiting(choice: Choice, weights: InHost, machine: Link) -> Choice:
 
 
 def _kept_choice(program: Program, region: Region, machine: Link) -> Choice:
-    """By the region's forward and backward; where they cannot be traced, by the sizes of its values."""
+    """By the region's forward and backward; where they cannot be traced, by as much as can be."""
+    shared = _shared(program, region)
     try:
-        return kept_choice(region, _shared(program, region), machine)
+        return kept_choice(region, shared, machine)
+    except Inseparable as reason:
+        log.info("%s is foreseen from its forward: %s", region.name, reason)
     except Exception as error:
         log.warning("%s is foreseen from sizes alone: %s", region.name, error, exc_info=True)
-        made = made_bytes(region.module)
-        return Choice("keep all, foreseen from sizes alone", made, 0, made, 3 * made, 0.0, 0.0)
+    try:
+        return foreseen_choice(region, machine)
+    except Exception as error:
+        log.warning("%s cannot be traced: %s", region.name, error, exc_info=True)
+        return least_choice(region, machine)
 
 
 def all_ways(

@@ -9,6 +9,7 @@ from rewriter.memory import planned as planned_module
 from rewriter.memory import ways as ways_module
 from rewriter.memory.borders import parted_at_borders
 from rewriter.memory.budgets import Budgets, card_bytes, usable_bytes
+from rewriter.memory.in_place import Inseparable
 from rewriter.memory.plan import Infeasible
 from rewriter.memory.planned import everything_kept, kept_plan, planned
 from rewriter.memory.ways import all_ways
@@ -109,17 +110,32 @@ def test_a_layer_that_cannot_be_cut_keeps_everything_and_the_others_are_planned(
     assert notes == [f"{broken.name} keeps everything, planning it failed: RuntimeError: no stages today"]
 
 
-def test_a_region_that_cannot_be_traced_is_foreseen_from_sizes(program, monkeypatch):
-    trace = ways_module.kept_choice
+@pytest.mark.parametrize("fails", ["its backward", "its forward"])
+def test_a_region_that_cannot_be_traced_is_foreseen_from_less(program, monkeypatch, fails, caplog):
     broken = program.calls[-1].region
 
-    def choice(region, *given):
-        if region is broken:
-            raise RuntimeError("no trace today")
-        return trace(region, *given)
+    def failing(name, error):
+        trace = getattr(ways_module, name)
+
+        def choice(region, *given):
+            if region is broken:
+                raise error
+            return trace(region, *given)
+
+        monkeypatch.setattr(ways_module, name, choice)
 
     whole = kept_plan(program, Budgets(0, 0, 0), Linked())
-    monkeypatch.setattr(ways_module, "kept_choice", choice)
+    failing("kept_choice", Inseparable("not to be parted"))
+    if fails == "its forward":
+        failing("foreseen_choice", RuntimeError("no trace today"))
     found = kept_plan(program, Budgets(0, 0, 0), Linked())
     assert found.choices[-1].name == "keep all, foreseen from sizes alone"
     assert found.choices[:-1] == whole.choices[:-1] and found.peak > whole.peak / 2
+    ours, traced = found.choices[-1], whole.choices[-1]
+    assert ours.backward_seconds == 2 * ours.forward_seconds > 0
+    if fails == "its backward":
+        both = traced.forward_seconds + traced.backward_seconds
+        assert both / 2 < 3 * ours.forward_seconds < 2 * both
+    # What nobody foresaw is told, what has a name is not.
+    warned = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert bool(warned) == (fails == "its forward")
