@@ -10,7 +10,8 @@ hold what is read first.
 
 Ordered by events alone, as in ``transfer.py``: a copy into a buffer waits for what the computing stream was
 given so far, the last reader of that buffer included; the computing stream waits for a copy before its layer.
-The buffers are given up when a step ends. A layer whose weights nobody foresaw has them copied when it asks.
+The buffers are given up with their last use: after the backward of the first layer that has one, or the last
+forward where none has. A layer whose weights nobody foresaw has them copied when it asks.
 """
 
 import weakref
@@ -59,6 +60,8 @@ class WeightsAhead:
         self._buffers: list[_Buffer] = []
         self._after: dict[int, list[weakref.ref[Tensor]]] = {}
         self._before: dict[int, list[weakref.ref[Tensor]]] = {}
+        # Keys of the layers that run in the forward alone, since the beginning of their program.
+        self._once: set[int] = set()
 
     def begin(self, layers: Sequence[Sequence[Tensor]]) -> None:
         """A program begins in which layers with these weights run, in this order.
@@ -69,6 +72,7 @@ class WeightsAhead:
             buffer.key = None
         keys = [_key(weights) for weights in layers]
         held: list[list[weakref.ref[Tensor]]] = [[weakref.ref(w) for w in weights] for weights in layers]
+        self._once.difference_update(keys)
         self._after |= dict(zip(keys, [*held[1:], []], strict=True))
         self._before |= dict(zip(keys, [[], *held[:-1]], strict=True))
 
@@ -82,6 +86,8 @@ class WeightsAhead:
             returns: whether a backward comes after this forward, and reads again what is there.
         """
         weights = [here[name] for name in names]
+        if not (backward or returns):
+            self._once.add(_key(weights))
         buffer = self._buffer_of(_key(weights))
         if buffer is None:
             self.late += 1
@@ -105,9 +111,15 @@ class WeightsAhead:
     def _following(self, weights: Sequence[Tensor], backward: bool) -> list[Tensor]:
         """Of the layer that runs next; none where that is not known, or they are in host memory no more."""
         chain = self._before if backward else self._after
-        found = [reference() for reference in chain.get(_key(weights), [])]
-        alive = [w for w in found if w is not None and w.device == weights[0].device]
-        return alive if len(alive) == len(found) else []
+        device, alive = weights[0].device, list(weights)
+        while alive:
+            found = [reference() for reference in chain.get(_key(alive), [])]
+            alive = [w for w in found if w is not None and w.device == device]
+            if len(alive) < len(found):
+                return []
+            if not backward or (alive and _key(alive) not in self._once):
+                break
+        return alive
 
     def _buffer_of(self, key: int) -> _Buffer | None:
         return next((buffer for buffer in self._buffers if buffer.key == key), None)

@@ -73,6 +73,33 @@ def test_a_forward_without_a_backward_lets_go_at_its_end():
         assert len(weights._buffers) == (0 if number == 2 else 2)
 
 
+@pytest.mark.parametrize("frozen", [(0,), (0, 1), (2,), (0, 2, 3)])
+def test_layers_without_a_backward_are_not_waited_for(frozen):
+    weights, layers = ahead(), layers_of(5)
+    for _ in range(2):
+        weights.begin(layers)
+        for number, layer in enumerate(layers):
+            run(weights, layer, returns=number not in frozen)
+        copied, late = weights.bytes_in, weights.late
+        trained = [number for number in range(5) if number not in frozen]
+        for number in reversed(trained):
+            run(weights, layers[number], backward=True)
+        assert not weights._buffers and weights.late == late
+        # The last two that ran are there.
+        again = [w for number in trained if number < 3 for w in layers[number]]
+        assert weights.bytes_in - copied == sum(w.nbytes for w in again)
+
+
+def test_a_layer_that_had_no_backward_may_have_one_in_the_next_step():
+    weights, layers = ahead(), layers_of(3)
+    weights.begin(layers)
+    for layer in layers:
+        run(weights, layer, returns=False)
+    assert not weights._buffers
+    step(weights, layers)
+    assert weights.late == 2 and not weights._buffers
+
+
 def test_two_programs_may_take_turns():
     weights, ours, theirs = ahead(), layers_of(3), layers_of(4, size=900)
     for layers in (ours, theirs):
