@@ -61,7 +61,7 @@ def median_seconds(calls: Sequence[Call], device: torch.device, repeats: int = 3
     events = []
     for i in range(repeats):
         if i % 10 == 0:
-            torch.cuda._sleep(2_000_000)
+            torch.cuda._sleep(60_000_000)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         calls[i % len(calls)]()

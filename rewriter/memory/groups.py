@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rewriter.memory.spare import Spare
 from rewriter.memory.tickets import Copy, Ticket
 
 if TYPE_CHECKING:
@@ -13,13 +14,13 @@ if TYPE_CHECKING:
 class Group:
     """Tensors that are offloaded, given up and reloaded together; offloads in its context are its.
 
-    ``window``: as ``Transfers.group`` says. ``copies`` are in the order in which the backward asks for them,
-    where somebody has said which it is, else in that of the offloads.
+    ``window``: as ``Transfers.group`` says, ``spare``: bytes beyond it. ``copies`` are in the order in which
+    the backward asks for them, where somebody has said which it is, else in that of the offloads.
     """
 
-    def __init__(self, transfers: "Transfers", window: int | None = None):
+    def __init__(self, transfers: "Transfers", window: int | None = None, spare: Spare | None = None):
         self._transfers = weakref.ref(transfers)
-        self.window = window
+        self.window, self.spare = window, spare or Spare()
         self._outer: Group | None = None
         self.copies: list[Copy] = []
         self.closed = self.returning = False

@@ -17,7 +17,8 @@ computing stream:
 - the first reload of a group starts those of the group before it, which the backward comes to next. Their
   memory is the computing stream's, so each copy waits for what was computed in it before;
 - a group with a ``window`` bounds both by bytes: of what is on its way out no more than that is held, the
-  oldest given up first; and each reload starts those that come next, as far as the window allows;
+  oldest given up first; and each reload starts those that come next, as far as the window allows. Where a
+  plan leaves more free, it says so before the forward (``expect``);
 - a host block is freed after the computing stream has been told to wait for the copy from it; the next
   offload into it waits for the computing stream.
 
@@ -31,7 +32,7 @@ thread at a time. Refuses tensors that are sparse or lazily conjugated or negate
 
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,7 @@ import torch
 from rewriter.memory.arena import Block, HostArena
 from rewriter.memory.groups import Group
 from rewriter.memory.layout import Layout, bytes_of
+from rewriter.memory.spare import Spare
 from rewriter.memory.streams import streams_of
 from rewriter.memory.tickets import Copy, Ticket, identity, version_of
 from rewriter.memory.weights_ahead import WeightsAhead
@@ -89,10 +91,15 @@ class Transfers:
         # In the order of their copies; some given up already.
         self._leaving: deque[Copy] = deque()
         self._group: Group | None = None
+        self._spares: deque[Spare] = deque()
         self._tickets: weakref.WeakValueDictionary[tuple, Ticket] = weakref.WeakValueDictionary()
         self._abandoned: deque[Copy] = deque()
         # Of what is not over, only what was offloaded since the last reset is good.
         self._epoch = 0
+
+    def expect(self, spares: Iterable[Spare]) -> None:
+        """Say what is free beside their windows for the next groups that have one, in order."""
+        self._spares = deque(spares)
 
     def group(self, window: int | None = None) -> Group:
         """A new group: for ``with``, or for ``offload(tensor, group)`` and then ``group.close()``.
@@ -101,7 +108,13 @@ class Transfers:
             window: bytes on their way out that may be held when one of its tensors leaves, and that may be
                 back on the device before they are asked for. None: whole groups are.
         """
-        return Group(self, window)
+        if window is None or not self._spares:
+            return Group(self, window)
+        spare = self._spares.popleft()
+        # There may have been more room for what is on its way out than there is now.
+        if self._leaving and (held := self._leaving[-1].group.window) is not None:
+            self._hold_at_most(held + spare.out)
+        return Group(self, window, spare)
 
     def offload(self, tensor: torch.Tensor, group: Group | None = None) -> Ticket:
         """Copy ``tensor`` (any shape and strides) to the arena.
@@ -201,6 +214,7 @@ class Transfers:
         self._groups.clear()
         self._completed.clear()
         self._leaving.clear()
+        self._spares.clear()
         self._abandoned.clear()
         self._tickets.clear()
         self._group = None
@@ -232,8 +246,11 @@ class Transfers:
         copy.left = out.record_event()
         self.stats.bytes_out += layout.nbytes
         ticket = self._tickets[identity(tensor)] = Ticket(copy, self._abandoned)
+        while self._leaving and self._leaving[0].source is None:
+            self._leaving.popleft()
         self._leaving.append(copy)
-        self._hold_at_most(group.window)
+        if group.window is not None:
+            self._hold_at_most(group.window + group.spare.out)
         return ticket
 
     def _enter(self, copy: Copy, group: Group) -> None:
@@ -256,16 +273,11 @@ class Transfers:
             compute.wait_event(copy.left)
             self._let_go(copy)
 
-    def _hold_at_most(self, window: int | None) -> None:
+    def _hold_at_most(self, window: int) -> None:
         """Give up the oldest of what is on its way out, until at most ``window`` bytes of it are held."""
-        leaving = self._leaving
-        while leaving and leaving[0].source is None:
-            leaving.popleft()
-        if window is None:
-            return
-        held = sum(copy.layout.nbytes for copy in leaving if copy.source is not None)
+        held = sum(copy.layout.nbytes for copy in self._leaving if copy.source is not None)
         while held > window:
-            copy = leaving.popleft()
+            copy = self._leaving.popleft()
             if copy.source is not None:
                 self._streams.compute().wait_event(copy.left)
                 self._let_go(copy)
@@ -290,7 +302,7 @@ class Transfers:
             self._fill_window(group, wanted)
 
     def _fill_window(self, group: Group, wanted: Copy | None) -> None:
-        """Fetch what comes next, until a window's bytes are there that nobody has asked for."""
+        """Fetch what comes next, until a window and what is spare are there that nobody has asked for."""
         ahead = 0
         due = []
         for copy in self._coming(group):
@@ -298,7 +310,7 @@ class Transfers:
                 continue
             window = copy.group.window
             ahead += copy.layout.nbytes
-            if window is not None and ahead > max(window, copy.layout.nbytes):
+            if window is not None and ahead > max(window + group.spare.back, copy.layout.nbytes):
                 break
             if copy.device is None:
                 due.append(copy)

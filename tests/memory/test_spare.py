@@ -1,0 +1,72 @@
+"""What a plan leaves free beside its window, part by part."""
+
+import torch
+
+from rewriter.memory.arena import HostArena
+from rewriter.memory.plan import Choice, MemoryPlan, Part, Problem
+from rewriter.memory.spare import Spare, spare_of
+from rewriter.memory.transfer import Transfers
+
+
+def _plan(forward: list[int], backward: list[int], budget: int = 100, window: int = 10) -> MemoryPlan:
+    """One part for each number, which is all that its forward or backward needs beside the window."""
+    peaks = enumerate(zip(forward, backward, strict=True))
+    choices = [Choice(f"way {i}", 0, 0, ahead, back, 1.0, 1.0) for i, (ahead, back) in peaks]
+    parts = tuple(Part(f"part {i}", f"kind {i}", (c,)) for i, c in enumerate(choices))
+    return MemoryPlan(Problem(parts, 0, budget, 0, window=window), tuple(choices))
+
+
+def test_copies_out_may_fill_what_a_layer_leaves_free():
+    plan = _plan([20, 50, 80, 30], [0, 0, 0, 0])
+    assert [s.out for s in spare_of(plan, [True] * 4)] == [70, 40, 10, 60]
+
+
+def test_copies_back_leave_room_for_every_part_that_they_may_still_be_there_for():
+    plan = _plan([0, 0, 0, 0], [50, 20, 60, 10])
+    assert [s.back for s in spare_of(plan, [True] * 4)] == [40, 40, 30, 30]
+
+
+def test_copies_out_leave_room_for_parts_that_do_not_bound_them():
+    plan = _plan([20, 70, 30, 20], [0, 0, 0, 0])
+    assert spare_of(plan, [True, False, True, False]) == [Spare(20, 90), Spare(), Spare(60, 90), Spare()]
+
+
+def test_what_is_still_on_its_way_out_when_the_backward_begins_leaves_room_for_the_backward():
+    plan = _plan([20, 20, 20], [10, 10, 85])
+    assert [s.out for s in spare_of(plan, [True, True, False])] == [70, 5, 0]
+
+
+def test_nothing_is_spare_where_a_part_fills_the_budget():
+    plan = _plan([90, 95], [90, 95])
+    assert spare_of(plan, [True, True]) == [Spare(0, 0), Spare(0, 0)]
+
+
+def test_a_group_holds_and_fetches_what_is_spare_beside_its_window():
+    transfers = Transfers(HostArena(1 << 20), "cpu")
+    transfers.expect([Spare(800, 800), Spare(0, 400)])
+    held = lambda: sum(c.layout.nbytes for c in transfers._leaving if c.source is not None)  # noqa: E731
+    with transfers.group(window=400) as group:
+        first = [transfers.offload(torch.randn(100)) for _ in range(4)]
+        assert held() == 1200
+        group.will_need(first[::-1])
+    with transfers.group(window=400) as group:
+        assert held() == 400
+        second = [transfers.offload(torch.randn(100)) for _ in range(4)]
+        assert held() == 400
+        group.will_need(second[::-1])
+    transfers.settle()
+    transfers.prefetch_latest()
+    assert transfers.stats.bytes_in == 800
+    for ticket in second[::-1] + first[::-1]:
+        transfers.reload(ticket)
+    assert transfers.stats.bytes_in == 3200
+
+
+def test_groups_beyond_those_that_were_announced_have_nothing_spare():
+    transfers = Transfers(HostArena(1 << 20), "cpu")
+    transfers.expect([Spare(800, 800)])
+    assert [transfers.group(400).spare for _ in range(2)] == [Spare(800, 800), Spare()]
+    transfers.expect([Spare(800, 800)])
+    assert transfers.group().spare == Spare()
+    transfers.reset()
+    assert transfers.group(400).spare == Spare()
