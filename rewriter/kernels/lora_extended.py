@@ -4,17 +4,13 @@ By widths, ranks and dtypes alone. Left as products of their own: what is not in
 that are there in 16 bits, scales that differ, and what would cost more than it saves.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from .extended_product import few_enough, pays_to_read_beside, wide_enough
-
-if TYPE_CHECKING:
-    from .lora_products import Operands, Projection
+from .lora_projection import Operands, Projection
 
 
 def beside(projections: Sequence[Projection], operands: Sequence[Operands]) -> list[int]:

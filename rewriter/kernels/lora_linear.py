@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 
 from .dequantize import Packed4bit
-from .lora_products import LoraProducts, Operands, Projection, tensors_of
+from .lora_products import LoraProducts
+from .lora_projection import Operands, Projection, tensors_of
 
 
 def adapter_is_narrow(r: int, n: int, k: int) -> bool:

@@ -9,7 +9,7 @@ from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.compile_fx import compile_fx
 
-from rewriter.kernels import lora_products as module
+from rewriter.kernels import lora_gradients, lora_products, lora_projection
 from rewriter.kernels.extended_product import extended, room
 from rewriter.kernels.lora_linear import lora_linears
 from tests.kernels.test_lora_linear import (
@@ -39,7 +39,8 @@ def taken(monkeypatch):
         found.append((x.shape[1], sum(c.shape[1] for c in columns)))
         return extended(x, columns, room)
 
-    monkeypatch.setattr(module, "extended", recording)
+    for module in (lora_products, lora_gradients):
+        monkeypatch.setattr(module, "extended", recording)
     return found
 
 
@@ -179,7 +180,7 @@ def with_kernels(monkeypatch):
     """The ops themselves in the graph, as on a GPU."""
     for name in ("dequantize_4bit", "dequantize_4bit_extended"):
         op = getattr(torch.ops.rewriter, name)
-        monkeypatch.setattr(module, name, lambda packed, *rest, op=op: op(*packed, *rest))
+        monkeypatch.setattr(lora_projection, name, lambda packed, *rest, op=op: op(*packed, *rest))
 
 
 def saved_by(graph):

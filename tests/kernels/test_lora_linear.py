@@ -11,7 +11,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.utils import run_and_get_code
 
-from rewriter.kernels import lora_products as module
+from rewriter.kernels import lora_projection as module
 from rewriter.kernels.dequantize import Packed4bit, dequantize_4bit_reference
 from rewriter.kernels.lora_linear import adapter_is_narrow, linear_4bit, lora_linear, lora_linears
 from tests.accuracy import assert_as_accurate

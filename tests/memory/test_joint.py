@@ -223,7 +223,7 @@ def test_gradients_are_autograds_where_products_add_in_place_as_on_a_gpu(name, m
         torch.ops.rewriter.add_product_(total, left, right, alpha)
         return total
 
-    monkeypatch.setattr("rewriter.kernels.lora_products.add_product", in_place)
+    monkeypatch.setattr("rewriter.kernels.lora_projection.add_product", in_place)
     test_a_backward_that_computes_again_gives_autograds_gradients(name)
     test_a_backward_that_reads_what_was_saved_gives_autograds_gradients(name)
 
@@ -289,7 +289,7 @@ def test_a_product_in_place_is_parted_out_of_place(monkeypatch):
         torch.ops.rewriter.add_product_(total, left, right, alpha)
         return total
 
-    monkeypatch.setattr("rewriter.kernels.lora_products.add_product", on_any_device)
+    monkeypatch.setattr("rewriter.kernels.lora_projection.add_product", on_any_device)
     case = _lora_case()
     _, ahead = case.traced(forward_graph)
     assert _adds_in_place(ahead) == 1
@@ -348,7 +348,9 @@ def test_a_view_of_an_input_is_taken_again_and_not_saved():
 def test_what_was_extended_is_not_saved_and_is_made_where_it_is_read(name, monkeypatch):
     for op in ("dequantize_4bit", "dequantize_4bit_extended"):
         kernel = getattr(torch.ops.rewriter, op)
-        monkeypatch.setattr(f"rewriter.kernels.lora_products.{op}", lambda p, *rest, op=kernel: op(*p, *rest))
+        monkeypatch.setattr(
+            f"rewriter.kernels.lora_projection.{op}", lambda p, *rest, op=kernel: op(*p, *rest)
+        )
     wide = "results" in name
     signature, (forward, backward, saved) = CASES[name]().traced(partitioned_graphs)
     (output,) = forward.graph.find_nodes(op="output")

@@ -1,0 +1,110 @@
+"""A linear layer with a LoRA adapter: its tensors, its weight as products take it, and sums of products."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .add_product import add_product
+from .dequantize import Packed4bit, dequantize_4bit, dequantize_4bit_extended
+
+# Told apart, so that no compiler merges the two and keeps the 16-bit weight in between.
+FORWARD, BACKWARD = 0, 1
+
+# A tensor or None; in the backward also a tensor's dtype, or whether its gradient is wanted. Which of a
+# projection's are there follows from the others, which types cannot say.
+Slot = Any
+
+
+class Operands(NamedTuple):
+    """A projection's tensors. With a 4-bit weight ``weight`` is the packed data, and the scales follow it."""
+
+    weight: Slot
+    absmax: Slot
+    absmax_8bit: Slot
+    absmax_code: Slot
+    absmax_offset: Slot
+    bias: Slot
+    dropped: Slot
+    a: Slot
+    b: Slot
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """What of a projection is no tensor. ``packing``: shape, block size and type of a 4-bit weight."""
+
+    packing: tuple | None
+    scale: float
+    compute: torch.dtype
+    adapter: torch.dtype
+    out: torch.dtype
+
+    def weight(self, p: Operands, use: int) -> Tensor:
+        """The weight in the product's dtype, (N, K). ``use``: ``FORWARD`` or ``BACKWARD``, here and below."""
+        if self.packing is None:
+            return p.weight.to(self.compute)
+        return dequantize_4bit(self.packed(p), self.compute, use)
+
+    def weight_beside(self, p: Operands, vacant: int, start: int, use: int) -> Tensor:
+        """``[W | 0 | B | 0]``, (N, K + vacant), with B ``start`` columns after W."""
+        return dequantize_4bit_extended(self.packed(p), self.compute, p.b, 1, vacant, start, use)
+
+    def weight_above(self, p: Operands, vacant: int, use: int) -> Tensor:
+        """``[W ; A ; 0]``, (N + vacant, K)."""
+        return dequantize_4bit_extended(self.packed(p), self.compute, p.a, 0, vacant, 0, use)
+
+    def packed(self, p: Operands) -> Packed4bit:
+        assert self.packing is not None
+        shape, blocksize, quant_type = self.packing
+        scales = (p.absmax_8bit, p.absmax_code, p.absmax_offset)
+        return Packed4bit(p.weight, shape, p.absmax, blocksize, quant_type, *scales)
+
+    @property
+    def may_extend(self) -> bool:
+        """Whether the weight is made anew, in the one 16-bit dtype that the adapter and the result have."""
+        return (
+            self.packing is not None
+            and self.compute == self.adapter == self.out
+            and self.compute.itemsize == 2
+        )
+
+
+def tensors_of(weight: Tensor | Packed4bit) -> tuple[Slot, Slot, Slot, Slot, Slot]:
+    if isinstance(weight, Packed4bit):
+        return weight.data, weight.absmax, weight.absmax_8bit, weight.absmax_code, weight.absmax_offset
+    return weight, None, None, None, None
+
+
+def unflatten(tensors: Sequence) -> list[Operands]:
+    width = len(Operands._fields)
+    return [Operands(*tensors[i : i + width]) for i in range(0, len(tensors), width)]
+
+
+def stacked(matrices: list[Tensor], dim: int) -> Tensor:
+    return matrices[0] if len(matrices) == 1 else torch.cat(matrices, dim)
+
+
+def add_update(projection: Projection, base: Tensor, down: Tensor, b: Tensor) -> Tensor:
+    """``base + scale · down Bᵀ``: added inside the product where all dtypes are one, else in the widest."""
+    up = b.to(projection.adapter).t()
+    if projection.compute == projection.adapter == projection.out:
+        return add_product(base, down, up, projection.scale)
+    wide = torch.promote_types(torch.promote_types(projection.compute, projection.adapter), projection.out)
+    return (base.to(wide) + (down @ up).to(wide) * projection.scale).to(projection.out)
+
+
+def accumulate(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """``total + left right``, in no narrower a dtype than ``dtype``, a total's or the product's."""
+    if total is None:
+        return (left @ right).to(torch.promote_types(left.dtype, dtype))
+    if total.dtype == left.dtype:
+        return add_product(total, left, right)
+    return total + left @ right
+
+
+def scaled_product(left: Tensor, right: Tensor, scale: float, shape: Tensor) -> Tensor:
+    """``scale · left right``, rounded once; of ``shape``, which may broadcast, only the shape counts."""
+    return torch.addmm(shape, left, right, beta=0, alpha=scale)
