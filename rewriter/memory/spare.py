@@ -4,13 +4,13 @@ A plan sets one window aside for the whole step, and few of its moments fill the
 alone, a layer whose MLP makes two GiB in some milliseconds waits for the bus, which then idles while the next
 layer's attention runs: on an H200, 8 layers of 8B at 32,768 tokens waited for a tenth of the step.
 
-What one part leaves free must be free still where it can stay: a copy out until the next part that bounds
-what is held, a copy back until its layer's backward asks for it.
+What a part leaves free must be free as long as a copy stays: one on its way out until the next part that
+bounds what is held, one on its way back while each part down to its own layer runs (``Transfers`` counts what
+is there for each).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from math import inf
 
 from rewriter.memory.plan import MemoryPlan
@@ -33,12 +33,15 @@ def spare_of(plan: MemoryPlan, bounds: Sequence[bool]) -> list[Spare]:
     rooms = [plan.problem.device_budget - moment.device for moment in plan.moments]
     count = len(bounds)
     ahead, behind = rooms[:count], rooms[: count - 1 : -1]
-    back = list(accumulate(behind, min))
     found: list[Spare] = []
     # After the last part the backward begins, beside what is still on its way out.
     after: float = min(behind)
-    for room, bound, early in zip(reversed(ahead), reversed(bounds), reversed(back), strict=True):
-        out = int(min(room, after))
-        found.append(Spare(max(out, 0), max(early, 0)) if bound else Spare())
+    above: float = inf
+    parts = list(zip(ahead, behind, bounds, plan.choices, strict=True))
+    for room, early, bound, choice in reversed(parts):
+        out, back = min(room, after), min(early, above)
+        found.append(Spare(max(int(out), 0), max(int(back), 0)) if bound else Spare())
         after = inf if bound else out
+        # What is back early for a layer is there while those above it run that have nothing to come.
+        above = inf if bound and choice.hosted else back
     return found[::-1]

@@ -32,8 +32,9 @@ thread at a time. Refuses tensors that are sparse or lazily conjugated or negate
 
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import torch
@@ -302,24 +303,24 @@ class Transfers:
             self._fill_window(group, wanted)
 
     def _fill_window(self, group: Group, wanted: Copy | None) -> None:
-        """Fetch what comes next, until a window and what is spare are there that nobody has asked for."""
-        ahead = 0
+        """Fetch what comes next, as far as there is room for it while each layer runs down to its own."""
+        ahead, allowed, within, above = 0, inf, inf, inf
         due = []
-        for copy in self._coming(group):
-            if copy is wanted or copy.given >= copy.uses:
-                continue
-            window = copy.group.window
-            ahead += copy.layout.nbytes
-            if window is not None and ahead > max(window + group.spare.back, copy.layout.nbytes):
-                break
-            if copy.device is None:
-                due.append(copy)
-        self._try(due)
-
-    def _coming(self, group: Group) -> Iterator[Copy]:
-        """The copies of ``group`` and of those before it, in the order in which a backward asks for them."""
         for earlier in reversed(self._groups[: self._groups.index(group) + 1]):
-            yield from earlier.copies
+            if earlier.window is not None:
+                # While a layer runs, what is there for those below it is bounded by the window of the next.
+                within = min(within, above + earlier.window)
+                above = ahead + earlier.spare.back
+                allowed = min(within, above + earlier.window)
+            for copy in earlier.copies:
+                if copy is wanted or copy.given >= copy.uses:
+                    continue
+                ahead += copy.layout.nbytes
+                if ahead > max(allowed, copy.layout.nbytes):
+                    return self._try(due)
+                if copy.device is None:
+                    due.append(copy)
+        self._try(due)
 
     def _try(self, copies: list[Copy]) -> None:
         try:

@@ -1,5 +1,7 @@
 """What a plan leaves free beside its window, part by part."""
 
+from collections.abc import Sequence
+
 import torch
 
 from rewriter.memory.arena import HostArena
@@ -8,12 +10,14 @@ from rewriter.memory.spare import Spare, spare_of
 from rewriter.memory.transfer import Transfers
 
 
-def _plan(forward: list[int], backward: list[int], budget: int = 100, window: int = 10) -> MemoryPlan:
-    """One part for each number, which is all that its forward or backward needs beside the window."""
-    peaks = enumerate(zip(forward, backward, strict=True))
-    choices = [Choice(f"way {i}", 0, 0, ahead, back, 1.0, 1.0) for i, (ahead, back) in peaks]
+def _plan(forward: list[int], backward: list[int], hosted: Sequence[int] = ()) -> MemoryPlan:
+    """One part for each number, which is all that its forward or backward needs beside a window of 10."""
+    peaks = enumerate(zip(forward, backward, hosted or [1] * len(forward), strict=True))
+    choices = [
+        Choice(f"way {i}", 0, host, ahead, back, 1.0, 1.0, flight=0) for i, (ahead, back, host) in peaks
+    ]
     parts = tuple(Part(f"part {i}", f"kind {i}", (c,)) for i, c in enumerate(choices))
-    return MemoryPlan(Problem(parts, 0, budget, 0, window=window), tuple(choices))
+    return MemoryPlan(Problem(parts, 0, 100, 10, window=10), tuple(choices))
 
 
 def test_copies_out_may_fill_what_a_layer_leaves_free():
@@ -21,9 +25,14 @@ def test_copies_out_may_fill_what_a_layer_leaves_free():
     assert [s.out for s in spare_of(plan, [True] * 4)] == [70, 40, 10, 60]
 
 
-def test_copies_back_leave_room_for_every_part_that_they_may_still_be_there_for():
+def test_copies_back_may_fill_what_the_layer_leaves_free_that_they_are_for():
     plan = _plan([0, 0, 0, 0], [50, 20, 60, 10])
-    assert [s.back for s in spare_of(plan, [True] * 4)] == [40, 40, 30, 30]
+    assert [s.back for s in spare_of(plan, [True] * 4)] == [40, 70, 30, 80]
+
+
+def test_copies_back_leave_room_for_the_layers_above_that_have_none():
+    plan = _plan([0, 0, 0, 0], [50, 20, 60, 10], hosted=[1, 1, 0, 1])
+    assert [s.back for s in spare_of(plan, [True] * 4)] == [40, 30, 30, 80]
 
 
 def test_copies_out_leave_room_for_parts_that_do_not_bound_them():
@@ -70,3 +79,22 @@ def test_groups_beyond_those_that_were_announced_have_nothing_spare():
     assert transfers.group().spare == Spare()
     transfers.reset()
     assert transfers.group(400).spare == Spare()
+
+
+def test_what_is_spare_for_one_layer_is_not_for_those_below_it():
+    transfers = Transfers(HostArena(1 << 20), "cpu")
+    transfers.expect([Spare(0, 0), Spare(0, 800), Spare(0, 400)])
+    order = []
+    for _ in range(3):
+        with transfers.group(window=400) as group:
+            own = [transfers.offload(torch.randn(100)) for _ in range(4)]
+            group.will_need(own[::-1])
+            order = own[::-1] + order
+    transfers.settle()
+    transfers.prefetch_latest()
+    came = []
+    for ticket in order:
+        transfers.reload(ticket)
+        came.append(transfers.stats.bytes_in // 400)
+    # Beside the one asked for: two while the last layer runs, three while the one below it does, then one.
+    assert came == [3, 4, 5, 6, 8, 9, 9, 9, 10, 11, 12, 12]
