@@ -88,16 +88,23 @@ def dequantize_4bit(packed: Packed4bit, dtype: torch.dtype, use: int = 0) -> Ten
 
 
 def dequantize_4bit_extended(
-    packed: Packed4bit, dtype: torch.dtype, matrix: Tensor, dim: int, room: int, start: int = 0, use: int = 0
+    packed: Packed4bit,
+    dtype: torch.dtype,
+    matrix: Tensor,
+    dim: int,
+    room: int,
+    start: int = 0,
+    scale: float = 1.0,
+    use: int = 0,
 ) -> Tensor:
     """``[W | 0 | matrix | 0]``, or ``[W ; 0 ; matrix ; 0]``: the weight as ``dequantize_4bit`` gives it.
 
     Args:
-        matrix: (N, r) to the right of the weight, (r, K) beneath it; of any strides and floating dtype,
-            rounded to ``dtype`` once.
+        matrix: (N, r) to the right of the weight, (r, K) beneath it; of any strides, 16 or 32 bits.
         dim: 1 for room to the right, 0 for room beneath, as in ``torch.cat``.
         room: columns or rows more than the weight has.
         start: how many of them are before the matrix.
+        scale: times the matrix, in fp32, rounded to ``dtype`` once.
         use: as in ``dequantize_4bit``.
 
     Returns:
@@ -107,18 +114,25 @@ def dequantize_4bit_extended(
         ValueError, TypeError: as ``dequantize_4bit``, or the matrix does not fit the weight or the room.
     """
     if not packed.absmax.is_cuda:
-        return dequantize_4bit_extended_reference(packed, dtype, matrix, dim, room, start, use)
-    return torch.ops.rewriter.dequantize_4bit_extended(*packed, dtype, matrix, dim, room, start, use)
+        return dequantize_4bit_extended_reference(packed, dtype, matrix, dim, room, start, scale, use)
+    return torch.ops.rewriter.dequantize_4bit_extended(*packed, dtype, matrix, dim, room, start, scale, use)
 
 
 def dequantize_4bit_extended_reference(
-    packed: Packed4bit, dtype: torch.dtype, matrix: Tensor, dim: int, room: int, start: int = 0, use: int = 0
+    packed: Packed4bit,
+    dtype: torch.dtype,
+    matrix: Tensor,
+    dim: int,
+    room: int,
+    start: int = 0,
+    scale: float = 1.0,
+    use: int = 0,
 ) -> Tensor:
     """The same in plain PyTorch."""
     _check_room(packed.shape, matrix, dim, room, start)
     weight = dequantize_4bit_reference(packed, dtype)
     around = (start, room - start - matrix.shape[dim])
-    filled = torch.nn.functional.pad(matrix.to(dtype), around if dim else (0, 0, *around))
+    filled = torch.nn.functional.pad((matrix.float() * scale).to(dtype), around if dim else (0, 0, *around))
     if use:
         # By other operations: a compiler would keep what the same ones made in the forward.
         return torch.cat((weight.t(), filled.t()), 1 - dim).t()
@@ -193,13 +207,15 @@ def _check_room(shape: Sequence[int], matrix: Tensor, dim: int, room: int, start
         )
 
 
-def _launch(packed: Packed4bit, out: Tensor, matrix: Tensor | None = None, start: int = 0) -> Tensor:
+def _launch(
+    packed: Packed4bit, out: Tensor, matrix: Tensor | None = None, start: int = 0, scale: float = 1.0
+) -> Tensor:
     from .dequantize_triton import launch
 
     data = packed.data
     if data.device != out.device and not data.is_pinned():
         data = data.to(out.device)
-    launch(packed._replace(data=_octets(data)), out, matrix, start)
+    launch(packed._replace(data=_octets(data)), out, matrix, start, scale)
     return out
 
 
@@ -221,12 +237,12 @@ def _fake(*arguments) -> Tensor:
 
 
 def _extended_kernel(*arguments) -> Tensor:
-    packed, _, matrix, _, _, start, _ = _given(arguments)
-    return _launch(packed, _extended_fake(*arguments), matrix, start)
+    packed, _, matrix, _, _, start, scale, _ = _given(arguments)
+    return _launch(packed, _extended_fake(*arguments), matrix, start, scale)
 
 
 def _extended_fake(*arguments) -> Tensor:
-    packed, dtype, matrix, dim, room, start, _ = _given(arguments)
+    packed, dtype, matrix, dim, room, start, _, _ = _given(arguments)
     _check(packed, dtype)
     _check_room(packed.shape, matrix, dim, room, start)
     n, k = packed.shape
@@ -239,7 +255,8 @@ _PACKED = (
 )
 define(f"dequantize_4bit({_PACKED}, int use=0) -> Tensor", kernel=_kernel, fake=_fake)
 define(
-    f"dequantize_4bit_extended({_PACKED}, Tensor matrix, int dim, int room, int start, int use) -> Tensor",
+    f"dequantize_4bit_extended({_PACKED}, Tensor matrix, int dim, int room, int start, float scale, int use) "
+    "-> Tensor",
     kernel=_extended_kernel,
     fake=_extended_fake,
 )

@@ -118,10 +118,12 @@ def _store_weights(
 
 @triton.jit
 def _fill(
-    out, number, height, width, stride, matrix, rows, columns, top, left, row_stride, column_stride,
+    out, number, height, width, stride, matrix, scale, rows, columns, top, left, row_stride, column_stride,
     SPAN: tl.constexpr,
 ):  # fmt: skip
-    """A program's part of the room: ``matrix`` from row ``top`` and column ``left`` on, among zeros."""
+    """A program's part of the room: ``scale * matrix`` from row ``top`` and column ``left`` on, among
+    zeros.
+    """
     first = number.to(tl.int64) * SPAN
     row = first // width
     at = (first - row * width).to(tl.int32) + tl.arange(0, SPAN)
@@ -130,6 +132,7 @@ def _fill(
     i, j = row - top, (column - left).to(tl.int64)
     given = (i >= 0) & (i < rows) & (j >= 0) & (j < columns)
     value = tl.load(matrix + i * row_stride + j * column_stride, mask=given, other=0.0)
+    value = value.to(tl.float32) * scale
     tl.store(out + row * stride + column, value.to(out.dtype.element_ty), mask=row < height)
 
 
@@ -175,7 +178,7 @@ def _weights(
 @triton.jit
 def _dequantize_kernel(
     data, absmax, quantised, code, offset_pointer, out, programs, n, k, room,
-    vacant, height, width, matrix, rows, columns, top, left, row_stride, column_stride,
+    vacant, height, width, matrix, scale, rows, columns, top, left, row_stride, column_stride,
     BLOCK: tl.constexpr, NF4: tl.constexpr, NESTED: tl.constexpr, ALIGNED: tl.constexpr,
     BESIDE: tl.constexpr, WHOLE: tl.constexpr, FILLED: tl.constexpr,
     WORDS: tl.constexpr, TILES: tl.constexpr, SPAN: tl.constexpr,
@@ -183,8 +186,8 @@ def _dequantize_kernel(
     number = tl.program_id(0)
     if FILLED:
         if number >= programs:
-            _fill(vacant, number - programs, height, width, k + room, matrix, rows, columns, top, left,
-                  row_stride, column_stride, SPAN)  # fmt: skip
+            _fill(vacant, number - programs, height, width, k + room, matrix, scale, rows, columns, top,
+                  left, row_stride, column_stride, SPAN)  # fmt: skip
         else:
             _weights(data, absmax, quantised, code, offset_pointer, out, number, n, k, room,
                      BLOCK, NF4, NESTED, ALIGNED, BESIDE, WHOLE, WORDS, TILES)  # fmt: skip
@@ -193,8 +196,8 @@ def _dequantize_kernel(
                  BLOCK, NF4, NESTED, ALIGNED, BESIDE, WHOLE, WORDS, TILES)  # fmt: skip
 
 
-def launch(packed, out, matrix, start) -> None:
-    """Fill the dense ``out`` with the weights of ``packed``, and with ``matrix``.
+def launch(packed, out, matrix, start, scale) -> None:
+    """Fill the dense ``out`` with the weights of ``packed``, and with ``scale * matrix``.
 
     Args:
         packed: a ``Packed4bit`` whose data is a dense uint8 vector.
@@ -202,6 +205,7 @@ def launch(packed, out, matrix, start) -> None:
         matrix: None; or as many rows as ``out``, for its further columns; or as many columns, for its further
             rows. The rest of the room is filled with zeros.
         start: how many of those columns or rows are before it.
+        scale: times the matrix, a number.
     """
     octets, (n, k), absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset = packed
     room = out.shape[1] - k
@@ -227,6 +231,7 @@ def launch(packed, out, matrix, start) -> None:
             vacant,
             *vacant.shape,
             matrix,
+            scale,
             *matrix.shape,
             0 if room else start,
             start if room else 0,

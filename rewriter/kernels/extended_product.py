@@ -12,7 +12,9 @@ forward, down backward), and where the weight is made anew anyway, as from 4 bit
 copied.
 
 Sums run over both in fp32 and are rounded once, a rounding less than by two products. ``u`` is scaled before
-it is rounded, so that its scale adds none, and B never is.
+it is rounded, so that its scale adds none. Of a scale above 1 it is B that gets a power of two, exactly, and
+``u`` what is left: in fp16 a scaled ``u`` would overflow where the model's own ``x Aᵀ`` does not. (So would
+such a B, but weights are not near 65,504.)
 
 Projections of one input share the copy: columns of the others' updates meet zeros beside W. An update that is
 no finite number is thereby NaN in all of them, in its own row alone.

@@ -37,7 +37,7 @@ class Call:
         shape, dtype: of the input.
         dtypes: of each projection's operands.
         own: whether it has an input after dropout, of its own.
-        scaled: whether its saved ``x Aᵀ`` is.
+        unscaled: what of the scale its saved ``x Aᵀ`` has not.
         beneath: whether the only one's adapter is in the product that gives the input's gradient.
         read_beside: whether the products for that make ``dy B`` too.
     """
@@ -47,7 +47,7 @@ class Call:
     dtype: torch.dtype
     dtypes: Sequence[Operands]
     own: Sequence[bool]
-    scaled: Sequence[bool]
+    unscaled: Sequence[float]
     beneath: bool
     read_beside: bool
 
@@ -65,7 +65,7 @@ class _WideGradient:
     def add(self, i: int, dy: Tensor) -> None:
         projection, p = self._projections[i], self._operands[i]
         vacant = room(self._a.shape[1], self._ranks)
-        weight = projection.weight_beside(p, vacant, sum(self._ranks[:i]), BACKWARD)
+        weight = projection.weight_beside(p, vacant, sum(self._ranks[:i]), 1.0, BACKWARD)
         self.total = accumulate(self.total, dy, weight, dy.dtype)
 
     def gradients(self, rows: Tensor) -> Sequence[Tensor]:
@@ -141,10 +141,8 @@ class LoraGradients:
         """Of B, and of all that v gives without the other projections."""
         projection, p, need = self._call.projections[i], self._operands[i], self._needs[i]
         b, down, own = p.b.to(projection.adapter), self._down[i], self._call.own[i]
-        if need.b and self._call.scaled[i]:
-            self._found[i]["b"] = dy.t() @ down
-        elif need.b:
-            self._found[i]["b"] = scaled_product(dy.t(), down, projection.scale, b)
+        if need.b:
+            self._found[i]["b"] = scaled_product(dy.t(), down, self._call.unscaled[i], b)
         if self._wide is None and (need.a or (need.dropped if own else self._needs_x)):
             self._v[i] = scaled_product(dy, b, projection.scale, down)
         if self._beneath:

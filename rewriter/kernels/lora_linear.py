@@ -15,7 +15,7 @@ own code, for M tokens, a weight (N, K) and rank r:
 - a frozen weight gets no gradient, and neither does an input that needs none.
 
 Saved for the backward: ``x`` (and dropped inputs), the weights as given (packed), A, B, and ``x Aᵀ`` (M·r),
-scaled where the base's product adds it, each only where a gradient needs it.
+each only where a gradient needs it.
 
 Precision is the graph's: each product in the dtype that the model's code has for it, sums in fp32 inside a
 product, and never a rounding more than the model's code makes. A parameter in another dtype is cast, and its

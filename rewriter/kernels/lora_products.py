@@ -27,7 +27,8 @@ class _Down(NamedTuple):
     """What each B multiplies.
 
     Attributes:
-        parts: (tokens, r) of each projection, None without an adapter; scaled where it is among ``columns``.
+        parts: (tokens, r) of each projection, None without an adapter; with its share of the scale where that
+            is among ``columns``.
         columns: matrices to extend the input by.
         starts: of each projection whose update is added by the base's product: its first column of those.
     """
@@ -52,7 +53,7 @@ def _down(projections: Sequence[Projection], operands: Sequence[Operands], rows:
         left, stack = source.to(dtype), stacked([operands[i].a.to(dtype) for i in members], 0)
         ranks = [operands[i].a.shape[0] for i in members]
         if scaled:
-            down = scaled_product(left, stack.t(), projections[members[0]].scale, left.narrow(1, 0, 1))
+            down = scaled_product(left, stack.t(), projections[members[0]].shares[0], left.narrow(1, 0, 1))
             made.columns.append(down)
         else:
             down = left @ stack.t()
@@ -99,7 +100,9 @@ def _results(
         bias = None if p.bias is None else p.bias.to(projection.compute)
         if i in down.starts:
             wide = extended(left, down.columns, vacant) if wide is None else wide
-            y = F.linear(wide, projection.weight_beside(p, vacant, down.starts[i], FORWARD), bias)
+            y = F.linear(
+                wide, projection.weight_beside(p, vacant, down.starts[i], projection.shares[1], FORWARD), bias
+            )
         else:
             y = F.linear(left, projection.weight(p, FORWARD), bias)
             y = y.to(projection.out) if p.a is None else add_update(projection, y, down.parts[i], p.b)
@@ -117,7 +120,7 @@ def _save(ctx, projections, x, operands, down: _Down) -> None:
         x.dtype,
         [Operands(*(None if t is None else t.dtype for t in p)) for p in operands],
         own,
-        [i in down.starts for i in range(len(operands))],
+        [p.shares[1] if i in down.starts else p.scale for i, p in enumerate(projections)],
         beneath(projections, operands, x.dtype),
         read_beside(projections, operands, x.dtype),
     )

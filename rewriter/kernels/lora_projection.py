@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil, log2
 from typing import Any, NamedTuple
 
 import torch
@@ -48,19 +49,30 @@ class Projection:
             return p.weight.to(self.compute)
         return dequantize_4bit(self.packed(p), self.compute, use)
 
-    def weight_beside(self, p: Operands, vacant: int, start: int, use: int) -> Tensor:
-        """``[W | 0 | B | 0]``, (N, K + vacant), with B ``start`` columns after W."""
-        return dequantize_4bit_extended(self.packed(p), self.compute, p.b, 1, vacant, start, use)
+    def weight_beside(self, p: Operands, vacant: int, start: int, scale: float, use: int) -> Tensor:
+        """``[W | 0 | scale · B | 0]``, (N, K + vacant), with B ``start`` columns after W."""
+        return dequantize_4bit_extended(self.packed(p), self.compute, p.b, 1, vacant, start, scale, use)
 
     def weight_above(self, p: Operands, vacant: int, use: int) -> Tensor:
         """``[W ; A ; 0]``, (N + vacant, K)."""
-        return dequantize_4bit_extended(self.packed(p), self.compute, p.a, 0, vacant, 0, use)
+        return dequantize_4bit_extended(self.packed(p), self.compute, p.a, 0, vacant, 0, 1.0, use)
 
     def packed(self, p: Operands) -> Packed4bit:
         assert self.packing is not None
         shape, blocksize, quant_type = self.packing
         scales = (p.absmax_8bit, p.absmax_code, p.absmax_offset)
         return Packed4bit(p.weight, shape, p.absmax, blocksize, quant_type, *scales)
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """The scale as two factors: of ``x Aᵀ``, at most 1, and of B, a power of two.
+
+        So neither is rounded once more, and ``x Aᵀ`` is as far from fp16's limit as in the model's own order.
+        """
+        if not isinstance(self.scale, (int, float)):
+            return 1.0, self.scale  # a symbol: what is asked of it would be a guard
+        power = 2.0 ** max(0, ceil(log2(abs(self.scale)))) if self.scale else 1.0
+        return self.scale / power, power
 
     @property
     def may_extend(self) -> bool:

@@ -118,8 +118,8 @@ def test_op_passes_pytorch_checks():
     torch.library.opcheck(torch.ops.rewriter.dequantize_4bit.default, (*packed, torch.float32))
 
 
-def extended(packed, *arguments, use=0):
-    return torch.ops.rewriter.dequantize_4bit_extended(*packed, *arguments, use)
+def extended(packed, *arguments, scale=1.0):
+    return torch.ops.rewriter.dequantize_4bit_extended(*packed, *arguments, scale, 0)
 
 
 # A row of whole words, rows that words cross, more than one program's weights, and more than its room.
@@ -174,12 +174,22 @@ def test_a_matrix_may_be_transposed_and_of_the_results_dtype(dim, dtype):
     assert_same_bits(extended(packed, dtype, turned, dim, 8, 1), reference)
 
 
+@pytest.mark.parametrize("given", [torch.float16, torch.float32])
+def test_a_scaled_matrix_is_rounded_once(given):
+    packed, _, _ = quantise(torch.randn(24, 40, device=device))
+    columns = torch.randn(24, 7, device=device).to(given)
+    ours = extended(packed, torch.float16, columns, 1, 8, 1, scale=2.7)
+    torch.testing.assert_close(ours[:, 41:48], (columns.float() * 2.7).half(), rtol=0, atol=0)
+    reference = dequantize_4bit_extended_reference(packed, torch.float16, columns, 1, 8, 1, 2.7)
+    torch.testing.assert_close(ours, reference, rtol=0, atol=0)
+
+
 def test_the_op_with_room_passes_pytorch_checks():
     packed, _, _ = quantise(torch.randn(8, 64, device=device))
     columns, rows = torch.randn(8, 3, device=device), torch.randn(3, 64, device=device)
     op = torch.ops.rewriter.dequantize_4bit_extended.default
-    torch.library.opcheck(op, (*packed, torch.float32, columns, 1, 8, 1, 0))
-    torch.library.opcheck(op, (*packed, torch.float32, rows, 0, 8, 0, 1))
+    torch.library.opcheck(op, (*packed, torch.float32, columns, 1, 8, 1, 1.5, 0))
+    torch.library.opcheck(op, (*packed, torch.float32, rows, 0, 8, 0, 1.0, 1))
 
 
 def test_what_does_not_fit_its_room_is_named():

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from functorch.compile import min_cut_rematerialization_partition
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
@@ -12,6 +13,7 @@ from torch._inductor.compile_fx import compile_fx
 from rewriter.kernels import lora_gradients, lora_products, lora_projection
 from rewriter.kernels.extended_product import extended, room
 from rewriter.kernels.lora_linear import lora_linears
+from tests.accuracy import assert_as_accurate
 from tests.kernels.test_lora_linear import (
     SCALE,
     TOKENS,
@@ -154,6 +156,32 @@ def test_a_token_that_is_nan_stays_alone(n, taken):
     for before, after in zip(clean, seen, strict=True):
         torch.testing.assert_close(after[others], before[others], rtol=0, atol=0)
         assert after[1, 3].isnan().all()
+    assert taken
+
+
+@pytest.mark.parametrize("scale", [16.0, 24.0, -24.0, 0.75, 0.0])
+def test_a_scale_overflows_no_sooner_than_in_pefts_order(scale, taken):
+    """In fp16, where ``x Aᵀ`` is within a factor of two of what overflows."""
+    projection, x = half(WIDE, dtype=torch.float16, adapter=torch.float16), x16(torch.float16)
+    with torch.no_grad():
+        projection.a.mul_(3e4 / F.linear(x, projection.a).abs().max())
+        projection.b.mul_(1e-4)
+    sources = [x, projection.a, projection.b]
+    upstream = randn(*TOKENS, WIDE, dtype=torch.float16, grad=False, scale=1e-3)
+
+    def eager(x, a, b, weight):
+        return F.linear(x, weight) + F.linear(F.linear(x, a), b) * scale
+
+    exact = [t.detach().double().requires_grad_() for t in sources]
+    columns = ((projection.weight,), (None,), (projection.a,), (projection.b,), (scale,))
+    results = (
+        (lora_linears(x, *columns)[0], sources),
+        (eager(*sources, projection.dense), sources),
+        (eager(*exact, projection.dense.double()), exact),
+    )
+    outcomes = [[y, *torch.autograd.grad(y, ts, upstream.to(y.dtype))] for y, ts in results]
+    for i, values in enumerate(zip(*outcomes, strict=True)):
+        assert_as_accurate(*values, name=f"result {i}")
     assert taken
 
 
