@@ -172,8 +172,15 @@ class _Gate:
 
 
 def _is_scaled_product(node: Node) -> bool:
-    """Whether the sum that a product is added to counts for nothing, as a LoRA layer's backward has it."""
-    return node.target is torch.ops.aten.addmm.default and not node.kwargs.get("beta", 1)
+    """Whether the sum that a product is added to counts for nothing, as a LoRA layer's backward has it.
+
+    And the right factor has a row, to stand for the sum.
+    """
+    if node.target is not torch.ops.aten.addmm.default or node.kwargs.get("beta", 1):
+        return False
+    right = node.args[2]
+    rows = right.meta["val"].shape[0] if isinstance(right, Node) else 0
+    return not isinstance(rows, int) or rows > 0
 
 
 def _read(node: Node) -> list[Node]:

@@ -55,6 +55,13 @@ def shape_alone(dy, gate, up, weight, small):
     return dy.t() @ down, *gradients_of(dy @ weight + d_down @ b.t() @ weight, gate, up)
 
 
+def a_product_without_rows(dy, gate, up, weight, small):
+    """Nothing of it could stand for the sum whose shape it has."""
+    down = ops.gated_activation(gate, up, "silu")[:, :RANK]
+    nothing = torch.addmm(down, dy[:, :0], weight[:0, :RANK], beta=0, alpha=2.0)
+    return dy.t() @ down, *gradients_of(dy @ weight + nothing @ small.t() @ up, gate, up)
+
+
 def added_in_place(dy, gate, up, weight, small):
     h = ops.gated_activation(gate, up, "silu")
     dh = dy @ weight
@@ -156,7 +163,7 @@ def test_they_are_joined(function, functional):
     "function",
     [the_gradient_is_made_of_it, another_gate, another_activation, no_activation, no_gradients, one_gradient,
      a_gradient_that_is_read_again, a_gradient_of_the_callers, a_gradient_of_other_strides,
-     a_write_to_what_was_read],
+     a_write_to_what_was_read, a_product_without_rows],
 )  # fmt: skip
 def test_they_stay_apart(function):
     assert not with_gates_joined(function, False)[1]
