@@ -262,21 +262,16 @@ EXACT = tuple(Blocks(*rows, s) for s in (3, 2, 1) for rows in ((32, 32, 8), (32,
 def blocks_for(device: torch.device, dtype: torch.dtype, dim: int, kernel: str) -> Blocks:
     """The fastest tiles that fit a multiprocessor's shared memory, one rule for every mask.
 
-    Measured over 8,192 tokens, 32 query heads to 8 (at 256: 16 to 8), with a window of 4,096, and at 128 also
+    Tried over 8,192 tokens, 32 query heads to 8 (at 256: 16 to 8), with a window of 4,096, and at 128 also
     with 8 documents of 300 to 2,200 tokens, whose spans were known to 128 tokens. Up to 128, tiles of 64 rows
     and 4 warps leave room for two programs or more on a multiprocessor: one multiplies while another fills
-    its pipeline, which short spans never keep full.
+    its pipeline, which short spans never keep full. So 128 rows are slower there, and so is a third stage of
+    queries at 128. Where it was no clear matter:
 
-    - forward, 64: 0.53 ms; 128 rows by 128 keys and 8 warps take 0.64.
-    - forward, 128: 0.83 ms with a window, 0.37 with documents; 128 rows by 64 keys take 0.87 and 0.42.
-    - forward, 256, window and capped logits: 1.03 ms; 32 keys at a time in three stages take 1.27.
-    - queries, 64: 0.61 ms; 128 rows take 0.74; 128 keys at a time 0.56, but ids leave no room for a second.
-    - queries, 128: 1.03 and 0.43 ms; a third stage leaves one program on a multiprocessor, 1.31 and 0.59.
-    - queries, 256: 1.58 ms; 64 rows by 64 keys take 2.66, by 32 keys 3.46.
-    - keys, 64: 0.87 ms; 128 rows take 1.12.
-    - keys, 128: 1.76 and 0.77 ms; 128 rows by 64 queries, which spill registers for ids, take 1.74 and 1.47;
-      two stages of 64 rows by 32 queries, 1.97 and 0.73.
-    - keys, 256: 3.89 ms; 32 queries at a time take 4.62.
+    - queries, 64: 128 keys at a time are faster, until ids leave no room for a second program.
+    - keys, 128: 128 rows by 64 queries are as fast with a window, and spill registers for ids; two stages are
+      a little faster with documents, and slower by more with a window.
+    - 256: fewer rows and fewer of what is streamed were slower.
 
     Args:
         dim: the wider of the padded head dimensions, a power of 2.

@@ -20,10 +20,10 @@ Projections of one input share the copy: columns of the others' updates meet zer
 no finite number is thereby NaN in all of them, in its own row alone.
 
 The third form saves reading dy once more. Where projections share an input, their products add up to one
-``[dx | dy B of each]``, and ``folded`` adds what the adapters have of dx. For gate and up of 8B at 4,096
-tokens 1.42 ms instead of 1.50 (plain products on an H200). Rows of dx then have gaps between them, and who
-reads it may copy it first, as a layer's backward does with what the next one's hands it; so narrow results as
-those of q, k and v, where it would save 0.03 of 0.39 ms, are left.
+``[dx | dy B of each]``, and ``folded`` adds what the adapters have of dx. Rows of dx then have gaps between
+them, and who reads it may copy it first, as a layer's backward does with what the next one's hands it; so
+narrow results as those of q, k and v, where it would save little, are left
+(``examples/benchmarks/extended_products.py`` times these forms).
 """
 
 from collections.abc import Sequence

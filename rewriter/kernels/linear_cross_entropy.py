@@ -15,7 +15,7 @@ the loss itself rounds as eager does. An upstream gradient that is no power of t
 dtype of ``x``; keeping the gradient in fp32 instead would double the largest tensor that this op keeps.
 
 Rows without a label cost no product. Their number is on the device, so the host has to wait for it once: a
-bubble of some 50 µs, taken only when the head's products are far longer (`_SYNC_FROM`), and never while a
+bubble, taken only when the head's products are far longer (`_SYNC_FROM`), and never while a
 CUDA graph is captured; otherwise they are computed with the others and their gradient written as zeros.
 
 Refused: class weights, targets that are probabilities, and reduction "none", for which the gradient's

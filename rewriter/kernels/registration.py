@@ -4,8 +4,8 @@ Every op lives in the namespace ``torch.ops.rewriter``. The kernel is registered
 that Triton's interpreter can run it on CPU tensors in the tests; the public function of an op (the one
 that passes put into a graph) is what routes tensors of other devices to the op's reference.
 
-``torch.library.custom_op`` is not used: its Python wrappers cost about 10 µs a call, which a small
-batch pays a few hundred times a step.
+``torch.library.custom_op`` is not used: its Python wrappers are more of the host's work at each call, of
+which a step has a few hundred.
 """
 
 from collections.abc import Callable, Sequence

@@ -16,8 +16,8 @@ import triton.language as tl
 
 from rewriter.kernels.rotary import LARGEST_HEAD
 
-# Pairs of q per program: one 16-byte load a thread of each half. Tiles of twice that are slower on an H200 by
-# 2% (in eight warps) or 3% (in four), and a limit on the registers spills.
+# Pairs of q per program: one 16-byte load a thread of each half. Tiles of twice that were slower on an H200,
+# in four warps and in eight, and a limit on the registers spills.
 TILE = 1024
 PAIRS_PER_WARP = 256
 

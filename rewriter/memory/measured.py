@@ -29,7 +29,7 @@ class _Sizes:
 
 
 _ON_GPU = _Sizes(8192, _GIB, 2**28, (32, 8192, 128))
-# At most 0.3 GiB at a time; launches are 1 to 5% of what is measured.
+# At most 0.3 GiB at a time; launches are a small part of what is measured.
 _ON_FULL_GPU = _Sizes(6144, 2**27, 2**26, (8, 8192, 128))
 _AMPLE = 4 * _GIB
 _ON_CPU = _Sizes(512, 2**26, 2**26, (4, 512, 64))

@@ -3,7 +3,7 @@
 ``cross_entropy(softcap(scale * linear(x)).float().view(-1, vocabulary), target)`` becomes
 ``linear_cross_entropy``, with ``/ num_items`` after a sum taken in. Pays because the logits are
 ``(tokens, vocabulary)``: at 8192 tokens and 128256 words 2.1 GB in bf16, as much of gradient, and twice that
-in fp32 copies, where the op holds 256 MB. A model also returns its logits; what is returned (raw, scaled,
+in fp32 copies, where the op holds 256 MiB. A model also returns its logits; what is returned (raw, scaled,
 capped, cast once more by autocast's caller) is put behind ``deferred`` and computed when read.
 
 A shift by slicing the logits becomes a slice of the hidden states. Refuses: logits that the graph reads
