@@ -16,6 +16,7 @@ from rewriter.advice import advice
 from rewriter.deferred import split_deferred
 from rewriter.full_collections import defer_full_collections
 from rewriter.fusion import apply_all
+from rewriter.kernels_ahead import start_processes
 from rewriter.lower import lower, lower_beside, lower_planned, lower_program, records_cuda_graphs
 from rewriter.memory.plan import Infeasible
 from rewriter.memory.room import fits_unplanned
@@ -59,6 +60,8 @@ def rewriter(
     record = GraphRecord(
         _graph_name(), nodes_before=count_operations(module), graph_break=_graph_break(module)
     )
+    if chosen.lowering != "eager":
+        start_processes()
     record.notes += advice(module)
     record.seconds["tracing"] = seconds_since_beginning()
     with progress_line() as line:
@@ -115,6 +118,7 @@ rewriter.reset = forget
 # The backend is loaded by its name, before Dynamo traces the first graph for it.
 defer_full_collections()
 keep_graphs_whole()
+start_processes()
 
 
 def rewrite_graph(module: GraphModule, options: Options, record: GraphRecord) -> list[Stage]:

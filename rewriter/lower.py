@@ -6,7 +6,7 @@ PyTorch's private modules that lowering needs are touched here alone.
 import functools
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from rewriter.gate_gradients import join_gate_gradients
 from rewriter.kernels.gated_activation import gated_activation, gated_activation_packed
 from rewriter.kernels.registration import operators
+from rewriter.kernels_ahead import KernelsAhead
 from rewriter.options import Options
 from rewriter.regions.program import Program, Region, link
 
@@ -177,26 +178,33 @@ def _register_operators() -> None:
 
 
 def _graph_passes() -> dict[str, Any]:
-    """What of ours changes the graphs that Inductor compiles; nothing where the user has a pass of theirs."""
+    """What of ours looks at the graphs that Inductor compiles, but where the user has a pass of theirs."""
     from torch._inductor import config
 
-    name = "post_grad_custom_pre_pass"
-    return {} if getattr(config, name) else {name: _gate_pass()}
+    return {name: found for name, found in _own_passes().items() if not getattr(config, name)}
 
 
 @functools.cache
-def _gate_pass() -> Callable:
+def _own_passes() -> Mapping[str, Any]:
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
-    class JoinGateGradients(CustomGraphPass):
+    class OwnPass(CustomGraphPass):
+        def __init__(self, run: Callable[[Graph], None]):
+            self.run = run
+
         def __call__(self, graph: Graph) -> None:
-            join_gate_gradients(graph, functional=True)
+            self.run(graph)
 
         def uuid(self) -> str:
             # Caches hold what it made under this key.
             return source_hash()
 
-    return JoinGateGradients()
+    def joined(graph: Graph) -> None:
+        join_gate_gradients(graph, functional=True)
+        ahead.compile(graph)
+
+    ahead = KernelsAhead()
+    return {"joint_custom_pre_pass": OwnPass(ahead.compile), "post_grad_custom_pre_pass": OwnPass(joined)}
 
 
 def _cache_key(module: GraphModule) -> dict[str, Any]:

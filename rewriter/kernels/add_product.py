@@ -40,4 +40,5 @@ add_product_ = define(
     "add_product_(Tensor(a!) total, Tensor left, Tensor right, float alpha) -> ()",
     kernel=_kernel,
     fake=_fake,
+    launches=False,
 )

@@ -90,12 +90,14 @@ _op = define(
     "attention_by_length(Tensor q, Tensor k, Tensor v, float scale, bool causal) -> (Tensor, Tensor)",
     kernel=_kernel,
     fake=_fake,
+    launches=False,
 )
 _backward_op = define(
     "attention_by_length_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "float scale, bool causal) -> (Tensor, Tensor, Tensor)",
     kernel=_backward_kernel,
     fake=_backward_fake,
+    launches=False,
 )
 
 

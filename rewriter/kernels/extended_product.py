@@ -126,6 +126,9 @@ def _fold_fake(wide: Tensor, rows: Tensor, scale: float) -> None:
 
 
 fold_columns_ = define(
-    "fold_columns_(Tensor(a!) wide, Tensor rows, float scale) -> ()", kernel=_fold_kernel, fake=_fold_fake
+    "fold_columns_(Tensor(a!) wide, Tensor rows, float scale) -> ()",
+    kernel=_fold_kernel,
+    fake=_fold_fake,
+    launches=False,
 )
-define("extended(Tensor x, Tensor[] columns, int room) -> Tensor", kernel=_kernel, fake=_fake)
+define("extended(Tensor x, Tensor[] columns, int room) -> Tensor", kernel=_kernel, fake=_fake, launches=False)

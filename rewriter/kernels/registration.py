@@ -16,6 +16,8 @@ library = torch.library.Library("rewriter", "DEF")
 
 # Every op defined, with its layout tag, for the compiler that has to know them before it meets one.
 operators: dict[torch._ops.OpOverload, torch.Tag] = {}
+# Those that launch Triton kernels of ours, with what does so.
+launchers: dict[torch._ops.OpOverload, Callable] = {}
 
 
 def define(
@@ -24,6 +26,7 @@ def define(
     kernel: Callable,
     fake: Callable,
     tags: Sequence[torch.Tag] = (torch.Tag.needs_exact_strides,),
+    launches: bool = True,
 ) -> torch._ops.OpOverload:
     """Define ``rewriter::<schema>`` and return its overload.
 
@@ -33,6 +36,7 @@ def define(
         kernel: computes the outputs; imports Triton inside, so that matching needs no Triton.
         fake: shapes, strides and dtypes of the outputs, for fake tensors and symbolic sizes.
         tags: by default Inductor must pass the strides that the fake implementation saw.
+        launches: whether ``kernel``, a module's own function, launches Triton kernels.
     """
     name = schema.partition("(")[0]
     library.define(schema, tags=tuple(tags))
@@ -40,6 +44,8 @@ def define(
     torch.library.register_fake(f"rewriter::{name}", fake, lib=library)
     op = getattr(torch.ops.rewriter, name).default
     operators[op] = tags[0]
+    if launches:
+        launchers[op] = kernel
     return op
 
 

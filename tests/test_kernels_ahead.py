@@ -1,0 +1,124 @@
+"""Kernels compiled before they are launched: the jobs that a graph gives, and what one leaves behind."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import torch
+from torch._inductor import async_compile
+from torch._subclasses import FakeTensorMode
+from torch.fx import Graph
+
+from rewriter.kernels import gated_activation, rms_norm  # noqa: F401
+from rewriter.kernels.launching import Gpu, Shape
+from rewriter.kernels.registration import launchers
+from rewriter.kernels_ahead import KernelsAhead, start_processes
+
+H200 = Gpu(9, 0, 32, 132, 232448)
+FAKES = FakeTensorMode()
+_ops = torch.ops.rewriter
+
+
+class Pool:
+    """A pool that keeps its jobs."""
+
+    def __init__(self):
+        self.jobs: list[tuple] = []
+
+    def submit(self, run, *given) -> Future:
+        self.jobs.append((run, *given))
+        self.last = Future()
+        return self.last
+
+
+@pytest.fixture
+def pool(monkeypatch) -> Pool:
+    """In the place of Inductor's, of a machine with an H200."""
+    found = Pool()
+    monkeypatch.setattr(async_compile.AsyncCompile, "use_process_pool", classmethod(lambda cls: True))
+    monkeypatch.setattr(async_compile.AsyncCompile, "process_pool", staticmethod(lambda: found))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H200)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    return found
+
+
+def tensor(graph: Graph, *sizes: int):
+    """A placeholder of a GPU's tensor."""
+    node = graph.placeholder("x")
+    with FAKES:
+        node.meta["val"] = torch.empty(sizes, dtype=torch.bfloat16, device="cuda:0")
+    return node
+
+
+def norm(graph: Graph, rows: int, hidden: int):
+    given = (tensor(graph, rows, hidden), tensor(graph, hidden), 1e-5, 0.0, True, None)
+    return graph.call_function(_ops.rms_norm.default, given)
+
+
+def test_a_call_is_one_job_however_often_it_is_met(pool):
+    ahead = KernelsAhead()
+    graph = Graph()
+    for hidden in (64, 64, 128):
+        norm(graph, 8, hidden)
+    ahead.compile(graph)
+    ahead.compile(graph)
+    ((_, kernel, calls, gpu, environment),) = pool.jobs
+    assert kernel is launchers[_ops.rms_norm.default] and gpu == H200 and "TRITON_CACHE_DIR" in environment
+    shapes = [Shape((8, n), (n, 1), torch.bfloat16) for n in (64, 128)]
+    assert [call[0] for call in calls] == shapes
+    assert calls[0][1:] == (Shape((64,), (1,), torch.bfloat16), 1e-5, 0.0, True, None)
+
+
+def test_a_launch_that_writes_is_one_too(pool):
+    graph = Graph()
+    given = {name: tensor(graph, 8, 64) for name in ("grad", "gate", "up")}
+    op = _ops.gated_activation_backward_with_result_.default
+    graph.call_function(torch.ops.higher_order.auto_functionalized, (op,), {**given, "activation": "silu"})
+    KernelsAhead().compile(graph)
+    ((_, kernel, (call,), *_),) = pool.jobs
+    assert kernel is launchers[op]
+    assert call == (*[Shape((8, 64), (64, 1), torch.bfloat16)] * 3, "silu")
+
+
+def test_a_job_that_fails_is_reported(pool, caplog):
+    graph = Graph()
+    norm(graph, 8, 64)
+    KernelsAhead().compile(graph)
+    pool.last.set_exception(RuntimeError("no compiler"))
+    assert "rewriter.kernels.rms_norm is compiled when it is launched: no compiler" in caplog.text
+
+
+@pytest.mark.parametrize("initialised", [False, True])
+def test_processes_start_where_a_gpu_is_in_use(monkeypatch, initialised):
+    started = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: initialised)
+    monkeypatch.setattr(async_compile, "maybe_warm_pool", lambda: started.append(True))
+    start_processes()
+    assert bool(started) == initialised
+
+
+JOB = """
+import sys, torch
+from rewriter.kernels.launching import Gpu, Shape, compile_launches
+from rewriter.kernels.rms_norm import _backward_kernel, _forward_kernel
+
+x, weight = Shape((4, 64), (64, 1), torch.bfloat16), Shape((64,), (1,), torch.bfloat16)
+row = Shape((4,), (1,), torch.float32)
+gpu, cache = Gpu(9, 0, 32, 132, 232448), {"TRITON_CACHE_DIR": sys.argv[1]}
+compile_launches(_forward_kernel, [(x, weight, 1e-5, 0.0, True, None)] * 2, gpu, cache)
+compile_launches(_backward_kernel, [(x, None, x, weight, row, 0.0, True, False)], gpu, cache)
+"""
+
+
+def test_a_job_compiles_for_a_gpu_that_it_does_not_have(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    root = str(Path(__file__).parent.parent)
+    given = {**environment, "PYTHONPATH": root}
+    subprocess.run([sys.executable, "-c", JOB, str(tmp_path)], check=True, env=given)
+    assert sorted(path.name for path in tmp_path.glob("*/*.cubin")) == [
+        "norm_backward_kernel.cubin",
+        "norm_forward_kernel.cubin",
+    ]
