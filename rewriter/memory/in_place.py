@@ -4,7 +4,9 @@
     fold_columns_(wide, rows)          ->  added = addmm(wide's first columns, its next ones, rows)
 
 A backward that computes its forward again has both, and writes in place as the model does. Where forward and
-backward are parted, nodes are copied to both, and a write has to be a value like any other.
+backward are parted, nodes are copied to both, and a write has to be a value like any other; once parted, what
+was added to in place and is read by nobody else is again. A compiler would copy it first: 0.7% of a step of
+32 layers of 8B at 50,000 tokens.
 """
 
 from typing import Any
@@ -29,9 +31,7 @@ def adds_for_nobody(node: Node) -> bool:
         return False
     total = node.args[0]
     assert isinstance(total, Node)
-    schema = getattr(total.target, "_schema", None)
-    owned = schema is not None and all(r.alias_info is None for r in schema.returns)
-    return owned and all(u.target in _ADDS and u.args[0] is total for u in total.users)
+    return _is_owned(total) and all(u.target in _ADDS and u.args[0] is total for u in total.users)
 
 
 def add_out_of_place(module: GraphModule) -> None:
@@ -53,6 +53,55 @@ def add_out_of_place(module: GraphModule) -> None:
                 renamed.update(_folded(node, written))
         module.graph.erase_node(node)
     module.recompile()
+
+
+def add_in_place_again(module: GraphModule) -> None:
+    """Undo ``add_out_of_place`` where nobody else reads what is added to, nor has it elsewhere."""
+    graph = module.graph
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.addmm.default):
+        total, left, right = node.args
+        alpha = float(node.kwargs.get("alpha", 1.0))
+        if node.kwargs.get("beta", 1) != 1 or total.meta["val"].shape != node.meta["val"].shape:
+            continue
+        if _is_owned(total) and list(total.users) == [node]:
+            with graph.inserting_before(node):
+                graph.call_function(add_product_, (total, left, right, alpha))
+            node.replace_all_uses_with(total)
+            graph.erase_node(node)
+        elif (wide := _folds(node)) is not None:
+            with graph.inserting_before(node):
+                graph.call_function(fold_columns_, (wide, right, alpha))
+                view = graph.call_function(total.target, total.args)
+            view.meta["val"] = total.meta["val"]
+            node.replace_all_uses_with(view)
+            graph.erase_node(node)
+            graph.erase_node(total)
+    module.recompile()
+
+
+def _is_owned(node: Any) -> bool:
+    """Whether a node's operation has made its result, and nothing else lies in its memory yet."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and all(r.alias_info is None for r in schema.returns)
+
+
+def _folds(node: Node) -> Node | None:
+    """The product whose columns ``node`` adds up, where nobody else reads the first of them."""
+    total, left, right = node.args
+    assert isinstance(total, Node) and isinstance(left, Node) and isinstance(right, Node)
+    slice_ = torch.ops.aten.slice.Tensor
+    if total.target is not slice_ or left.target is not slice_ or list(total.users) != [node]:
+        return None
+    wide = total.args[0]
+    rank, inner = right.meta["val"].shape
+    reads = (total.args, left.args) == ((wide, 1, 0, inner), (wide, 1, inner, inner + rank))
+    if not reads or not isinstance(wide, Node) or not _is_owned(wide):
+        return None
+    others = [n for n in wide.users if n is not total and not (n.target in _ADDS and n < node)]
+    beside = all(n.target is slice_ and n.args[1] == 1 and n.args[2] >= inner for n in others)
+    # With gaps between its rows it is for readers inside: a result would be copied, and keep all of it.
+    given = any(n.op == "output" for n in node.users)
+    return wide if beside and not given else None
 
 
 def _added(total: Any, left: Any, right: Any, alpha: Any) -> Node:

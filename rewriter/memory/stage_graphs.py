@@ -19,6 +19,7 @@ from rewriter.gate_gradients import join_gate_gradients
 from rewriter.kernels.attention_groups import by_groups
 from rewriter.memory.costs import argument_of, int_hint
 from rewriter.memory.fakes import StageFakes, memory_order
+from rewriter.memory.in_place import add_in_place_again
 from rewriter.memory.joint import (
     Inseparable,
     Saved,
@@ -205,7 +206,10 @@ def _traced(
             pass
         else:
             attend_by_groups(backward)
-            return forward, _with_gates_joined(backward), saved
+            backward = _with_gates_joined(backward)
+            for graph in (forward, backward):
+                add_in_place_again(graph)
+            return forward, backward, saved
     backward = backward_graph(module, signature)
     return forward_graph(module, signature), _with_gates_joined(backward), None
 

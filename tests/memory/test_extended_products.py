@@ -66,6 +66,8 @@ def test_gradients_in_tiles_are_those_of_the_whole(tile, saving):
         ours = _step(scheduled(layer, fates, tile, transfers=transfers), layer)
         _assert_same(ours, whole, exact=tile is None)
     (graphs,) = layer.graphs.graphs
+    # What the adapters have of the input's gradient is added where the product lies.
+    assert str(graphs.backward.graph).count("rewriter.fold_columns_") == 1, graphs.backward.graph
     extended = [str(part.graph).count("rewriter.extended") for part in (graphs.forward, graphs.backward)]
     # What runs again in the backward makes gate and up once more.
     assert extended == ([1, 1] if saving else [1, 2])

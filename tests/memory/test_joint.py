@@ -15,6 +15,7 @@ from rewriter.kernels.dequantize import Packed4bit
 from rewriter.kernels.lora_linear import lora_linear, lora_linears
 from rewriter.kernels.rms_norm import rms_norm
 from rewriter.memory.fakes import StageFakes
+from rewriter.memory.in_place import add_in_place_again
 from rewriter.memory.joint import (
     Inseparable,
     Signature,
@@ -299,11 +300,40 @@ def test_a_product_in_place_is_parted_out_of_place(monkeypatch):
     _, (forward, backward, saved) = case.traced(partitioned_graphs)
     assert _adds_in_place(forward) == _adds_in_place(backward) == 0
     results, tangents, gradients = case.eager()
-    made = _run(forward, case.inputs)
-    _assert_same(made[:1], results)
-    read = [*(case.inputs[i] for i in saved.inputs), *(made[i] for i in saved.results), *made[1:]]
-    _assert_same(_run(backward, [*read, *tangents]), gradients)
+
+    def assert_right():
+        made = _run(forward, case.inputs)
+        _assert_same(made[:1], results)
+        read = [*(case.inputs[i] for i in saved.inputs), *(made[i] for i in saved.results), *made[1:]]
+        _assert_same(_run(backward, [*read, *tangents]), gradients)
+
+    assert_right()
+    # Parted, each adds in place again what nobody else reads.
+    for graph in (forward, backward):
+        add_in_place_again(graph)
+        assert _adds_in_place(graph) == 1
+    assert_right()
     assert add_product is not on_any_device
+
+
+def test_what_somebody_else_reads_is_not_added_to_in_place():
+    def read_twice(total, left, right):
+        made = total @ total
+        return (torch.addmm(made, left, right), made)
+
+    def given(total, left, right):
+        return (torch.addmm(total, left, right),)
+
+    def scaled(total, left, right):
+        return (torch.addmm(total @ total, left, right, beta=2),)
+
+    def broadcast(total, left, right):
+        return (torch.addmm((total @ total).sum(0), left, right),)
+
+    for function in (read_twice, given, scaled, broadcast):
+        _, graph = Case(function, [_randn(5, 5), _randn(5, 3), _randn(3, 5)]).traced(forward_graph)
+        add_in_place_again(graph)
+        assert _adds_in_place(graph) == 0
 
 
 def _adds_in_place(graph: GraphModule) -> int:
