@@ -1,15 +1,15 @@
 """Records a program's forward and backward as two CUDA graphs, and runs them again.
 
 All recordings of a recorder share one memory pool: what one holds between its forward and its backward, the
-next overwrites, so that the pool is as large as the largest needs. Its caller sees to it that one forward's
-backward is done, or can no longer come, before another forward is run. The pool begins as one block of what
-the forward keeps: of blocks as small as the tensors of one length, a longer one could use none.
+next overwrites, so that the pool is as large as the largest needs (``pool``). Its caller sees to it that one
+forward's backward is done, or can no longer come, before another forward is run. Results and gradients lie
+where the program left them, in memory that any recording may use: results are read before the backward,
+gradients are lent until the next forward (``lending``).
 
 PyTorch's random numbers are others at each run: a graph reads the generator's state and moves it on, as a run
 of the program would.
 
-Kept beside the graphs: the inputs that are copied in, the results, and one buffer a dtype that every
-recording writes its gradients to, made where the first recording's activations lay. Weights are neither
+Kept beside the graphs: the inputs that are copied in, and the gradients of the results. Weights are neither
 copied nor kept alive; graphs hold their addresses.
 """
 
@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, _foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
-from torch._utils import _unflatten_dense_tensors
+from torch import Tensor
+from torch.autograd.grad_mode import set_multithreading_enabled
 
-from rewriter.replay.lending import Lender
+from rewriter.replay.lending import Lender, Lent
+from rewriter.replay.pool import Reading, Segments, apart, borrowed
 
 
 class Unrecordable(Exception):
@@ -35,12 +36,11 @@ class NoRoom(Unrecordable):
 
 
 @dataclass(frozen=True)
-class _Part:
-    """The gradients of one dtype: the leaves they belong to, tensors of their shapes, and where they go."""
+class _Needs:
+    """Bytes of a forward: what it leaves, and what a pool needs for its large tensors (``pool.Reading``)."""
 
-    members: tuple[int, ...]
-    shapes: tuple[Tensor, ...]
-    buffer: Tensor
+    kept: int
+    pool: int
 
 
 class CudaRecording:
@@ -63,13 +63,13 @@ class CudaRecording:
         inputs = list(inputs)
         for i, leaf in zip(trainable, leaves, strict=True):
             inputs[i] = leaf
-        with torch.enable_grad():
-            self.seeded, kept = _warm_up(program, inputs, leaves, recorder.device)
-            check(kept)
-            self._count, self._lender = len(leaves), recorder.lender
-            self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-            with recorder.recording(self._forward):
-                recorder.enlarge_pool(kept)
+        self._count, self._lender = len(leaves), recorder.lender
+        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        # cuBLAS has a workspace a thread and stream: one thread needs one.
+        with torch.enable_grad(), set_multithreading_enabled(False):
+            self.seeded, needs = _warm_up(program, inputs, leaves, recorder.device)
+            check(needs.kept)
+            with recorder.recording(self._forward, needs.pool):
                 results = tuple(program(*inputs))
             _refuse_aliases(results, inputs)
             self.seeds = [torch.zeros_like(results[i]) for i in self.seeded]
@@ -77,15 +77,23 @@ class CudaRecording:
                 found = torch.autograd.grad(
                     [results[i] for i in self.seeded], leaves, self.seeds, allow_unused=True
                 )
-                self._parts = _parts(found, recorder)
-                self._store(found)
+                # As a parameter's gradient would be: dense, and its own.
+                found = [None if g is None else g.contiguous() for g in found]
         self.differentiable = tuple(isinstance(r, Tensor) and r.requires_grad for r in results)
-        self.outputs = tuple(r.detach() if isinstance(r, Tensor) else r for r in results)
-
-    def _store(self, found: Sequence[Any]) -> None:
-        for part in self._parts:
-            views = _unflatten_dense_tensors(part.buffer, part.shapes)
-            _foreach_copy_(list(views), [found[i] for i in part.members])
+        segments = recorder.segments()
+        self.outputs = tuple(
+            borrowed(r, self._forward)
+            if _lies_in(segments, r)
+            else r.detach()
+            if isinstance(r, Tensor)
+            else r
+            for r in results
+        )
+        gradients = {i: g for i, g in enumerate(found) if g is not None}
+        own = apart({i: g for i, g in gradients.items() if _lies_in(segments, g)})
+        self._others = {i: g for i, g in gradients.items() if i not in own}
+        self._positions = tuple(sorted(own))
+        self._lent = Lent(borrowed(gradients[i], self._backward) for i in self._positions)
 
     def forward(self) -> None:
         """Compute ``outputs`` from the inputs that it was recorded with."""
@@ -98,23 +106,32 @@ class CudaRecording:
         """
         self._backward.replay()
         found: list[Tensor | None] = [None] * self._count
-        for part in self._parts:
-            for i, gradient in zip(part.members, self._lender.give(part.buffer, part.shapes), strict=True):
-                found[i] = gradient
+        for i, gradient in self._others.items():
+            found[i] = gradient.clone()
+        for i, gradient in zip(self._positions, self._lender.give(self._lent), strict=True):
+            found[i] = gradient
         return found
+
+
+def _lies_in(segments: Segments, value: Any) -> bool:
+    """Whether a tensor's memory is the pool's and can be borrowed; other memory has an owner."""
+    return isinstance(value, Tensor) and value.numel() > 0 and segments.hold(value)
 
 
 def _warm_up(
     program: Callable, inputs: list[Any], leaves: list[Tensor], device: torch.device
-) -> tuple[tuple[int, ...], int]:
+) -> tuple[tuple[int, ...], _Needs]:
     """Run once, so that kernels are compiled and loaded, and plans made, before anything is recorded.
 
     Returns:
-        the results whose gradients the backward starts from, and the bytes that the forward leaves.
+        the results whose gradients the backward starts from, and what the forward needs.
     """
-    before = torch.cuda.memory_allocated(device)
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    before = Reading.now(device)
     results = tuple(program(*inputs))
-    kept = torch.cuda.memory_allocated(device) - before
+    after = Reading.now(device)
+    needs = _Needs(after.allocated - before.allocated, after.needed_since(before))
     if not all(isinstance(r, (Tensor, type(None))) for r in results):
         raise Unrecordable("it returns something else than tensors")
     seeded = [i for i, r in enumerate(results) if isinstance(r, Tensor) and r.requires_grad]
@@ -124,22 +141,7 @@ def _warm_up(
         raise Unrecordable("no result needs a gradient")
     ends = [results[i] for i in seeded]
     torch.autograd.grad(ends, leaves, [torch.ones_like(r) for r in ends], allow_unused=True)
-    return tuple(seeded), kept
-
-
-def _parts(gradients: Sequence[Tensor | None], recorder: "CudaRecorder") -> list[_Part]:
-    members: dict[torch.dtype, dict[int, Tensor]] = {}
-    for i, gradient in enumerate(gradients):
-        if gradient is not None:
-            members.setdefault(gradient.dtype, {})[i] = gradient
-    return [
-        _Part(
-            tuple(found),
-            tuple(torch.empty(g.shape, device="meta") for g in found.values()),
-            recorder.buffer(dtype, sum(g.numel() for g in found.values())),
-        )
-        for dtype, found in members.items()
-    ]
+    return tuple(seeded), needs
 
 
 def _refuse_aliases(results: Sequence[Any], inputs: Sequence[Any]) -> None:
@@ -149,7 +151,7 @@ def _refuse_aliases(results: Sequence[Any], inputs: Sequence[Any]) -> None:
 
 
 class CudaRecorder:
-    """Makes recordings that share a memory pool, a stream to record on and the buffers of gradients.
+    """Makes recordings that share a memory pool and a stream to record on.
 
     Args:
         device: of all tensors.
@@ -158,10 +160,10 @@ class CudaRecorder:
     def __init__(self, device: torch.device):
         self.device = device
         self.lender = Lender()
-        self._buffers: dict[tuple[torch.dtype, int], Tensor] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
         self._pool_bytes = 0
+        self._has_workspace = False
         self._home = torch.cuda.current_stream(device)
 
     def record(
@@ -179,6 +181,7 @@ class CudaRecorder:
         Raises:
             Unrecordable: its results are of a kind that cannot be given again.
         """
+        self._make_workspace()
         state = torch.cuda.get_rng_state(self.device)
         try:
             return CudaRecording(self, program, inputs, trainable, check)
@@ -213,27 +216,28 @@ class CudaRecorder:
         # A pool that no graph uses any more cannot be recorded into again.
         self._pool = torch.cuda.graph_pool_handle()
         self._pool_bytes = 0
-        self._buffers.clear()
         self.lender.forget()
 
-    def buffer(self, dtype: torch.dtype, size: int) -> Tensor:
-        """A vector for gradients, the same for all recordings that want one of that size.
+    def segments(self) -> Segments:
+        """What the allocator has for the recordings."""
+        return Segments.of(self._pool, self.device)
 
-        Made while the first of them is recorded, at its backward's end, when its activations are gone.
-        """
-        if (dtype, size) not in self._buffers:
-            self._buffers[dtype, size] = torch.empty(size, dtype=dtype, device=self.device)
-        return self._buffers[dtype, size]
-
-    def enlarge_pool(self, size: int) -> None:
-        """Within ``recording``: make one block of what the pool lacks of ``size`` bytes."""
-        torch.empty(max(0, size - self._pool_bytes), dtype=torch.uint8, device=self.device)
+    def _make_workspace(self) -> None:
+        """What cuBLAS keeps of a stream's first product on: in the pool, it would hold a block for good."""
+        if self._has_workspace:
+            return
+        with torch.cuda.stream(self._stream):
+            square = torch.ones(16, 16, device=self.device)
+            torch.mm(square, square)
+        self._has_workspace = True
 
     @contextmanager
-    def recording(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+    def recording(self, graph: torch.cuda.CUDAGraph, size: int = 0) -> Iterator[None]:
+        """Record what is run within, after the pool was made to hold ``size`` bytes of large tensors."""
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(self.device)
+        lacking = self.segments().lacking(size)
         collects = gc.isenabled()
         # A collection in between could free what must not be freed while a graph is being recorded.
         gc.disable()
@@ -241,6 +245,8 @@ class CudaRecorder:
             with torch.cuda.stream(self._stream):
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
+                    _ = [torch.empty(n, dtype=torch.uint8, device=self.device) for n in lacking]
+                    del _
                     yield
                 finally:
                     graph.capture_end()

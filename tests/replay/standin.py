@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewriter.replay.lending import Lender
+from rewriter.replay.lending import Lender, Lent
 
 
 class StandIn:
     """Runs a program anew at each step, on the inputs of its recording and into the results of its recording.
 
-    As with a shared memory pool, a backward is right only for the latest forward of all recordings, and one
-    buffer holds the gradients of all.
+    As with a shared memory pool, a backward is right only for the latest forward of all recordings, and any
+    forward overwrites the gradients that any recording gave.
     """
 
     def __init__(
@@ -30,12 +30,13 @@ class StandIn:
         self.seeded = tuple([i for i in needing if results[i].dim() == 0] or needing)
         self.seeds = [torch.zeros_like(results[i]) for i in self.seeded]
         self.outputs = tuple(r.detach().clone() for r in results)
+        self._lent: Lent | None = None
 
     def forward(self) -> None:
         self._recorder.latest = self
         self._recorder.forwards += 1
-        for buffer in self._recorder.buffers.values():
-            buffer.fill_(torch.nan)
+        for gradient in self._recorder.gradients:
+            gradient.fill_(torch.nan)
         with torch.enable_grad():
             self._results = self._program(*self._inputs)
         for kept, result in zip(self.outputs, self._results, strict=True):
@@ -47,10 +48,13 @@ class StandIn:
         ends = [self._results[i] for i in self.seeded]
         found = torch.autograd.grad(ends, self._leaves, self.seeds, allow_unused=True)
         given = [g for g in found if g is not None]
-        buffer = self._recorder.buffer(sum(g.numel() for g in given))
-        buffer.copy_(torch.cat([g.flatten() for g in given]))
-        views = iter(self._recorder.lender.give(buffer, given))
-        return [None if g is None else next(views) for g in found]
+        if self._lent is None:
+            self._lent = Lent(torch.empty_like(g) for g in given)
+            self._recorder.gradients.extend(self._lent.tensors)
+        for place, gradient in zip(self._lent.tensors, given, strict=True):
+            place.copy_(gradient)
+        tensors = iter(self._recorder.lender.give(self._lent))
+        return [None if g is None else next(tensors) for g in found]
 
 
 class StandInRecorder:
@@ -62,7 +66,8 @@ class StandInRecorder:
         self.recorded: list[list[Any]] = []
         self.forwards = self.backwards = 0
         self.is_ready = True
-        self.lender, self.buffers = Lender(), {}
+        self.lender = Lender()
+        self.gradients: list[Tensor] = []
         self._size, self._held = size, 0
 
     def record(
@@ -83,9 +88,6 @@ class StandInRecorder:
     def reclaim(self, parameters: Iterable[Tensor]) -> bool:
         return self.lender.reclaim(parameters)
 
-    def buffer(self, size: int) -> Tensor:
-        return self.buffers.setdefault(size, torch.empty(size))
-
     def bytes(self) -> int:
         return self._held
 
@@ -94,5 +96,5 @@ class StandInRecorder:
 
     def forget(self) -> None:
         self._held = 0
-        self.buffers.clear()
+        self.gradients.clear()
         self.lender.forget()

@@ -1,0 +1,70 @@
+"""Gradients that are given out without a copy, and when they may be overwritten."""
+
+import pytest
+import torch
+from torch import nn
+
+from rewriter.replay.lending import Lender, Lent
+
+
+@pytest.fixture
+def places():
+    return [torch.arange(6.0).view(2, 3), torch.ones(5, dtype=torch.bfloat16), torch.ones(4)]
+
+
+def parameters(*gradients):
+    found = [nn.Parameter(torch.zeros_like(g)) for g in gradients]
+    for parameter, gradient in zip(found, gradients, strict=True):
+        parameter.grad = gradient
+    return found
+
+
+def test_what_is_given_is_lent_until_its_holders_let_go(places):
+    lender, lent = Lender(), Lent(places)
+    given = lender.give(lent)
+    assert [g.data_ptr() for g in given] == [p.data_ptr() for p in places]
+    assert not lender.reclaim([])
+    del given
+    assert lender.reclaim([])
+
+
+def test_views_and_autograds_own_references_are_holders(places):
+    lender, lent = Lender(), Lent(places)
+    part = lender.give(lent)[0][1:]
+    assert not lender.reclaim([])
+    del part
+    assert lender.reclaim([])
+
+
+def test_gradients_of_parameters_become_copies_and_all_from_then_on(places):
+    lender, lent = Lender(), Lent(places)
+    owners = parameters(*lender.give(lent))
+    assert lender.reclaim(owners)
+    for place in places:
+        place.zero_()
+    assert owners[0].grad is not None and torch.equal(owners[0].grad, torch.arange(6.0).view(2, 3))
+    for place in places:
+        place.fill_(2)
+    copies = lender.give(lent)
+    assert lender.reclaim([])
+    for copy, place in zip(copies, places, strict=True):
+        assert copy.data_ptr() != place.data_ptr() and copy.dtype == place.dtype
+        assert torch.equal(copy, place) and copy.shape == place.shape
+
+
+def test_two_recordings_gradients_are_counted_apart(places):
+    lender = Lender()
+    first, second = Lent(places), Lent([torch.ones(7)])
+    one, two = lender.give(first), lender.give(second)
+    del one
+    assert not lender.reclaim([])
+    del two
+    assert lender.reclaim([])
+
+
+def test_after_all_is_forgotten_who_holds_a_gradient_keeps_it(places):
+    lender = Lender()
+    given = lender.give(Lent(places))
+    lender.forget()
+    assert lender.reclaim([])
+    assert torch.equal(given[2], torch.ones(4))

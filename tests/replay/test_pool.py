@@ -1,0 +1,71 @@
+"""What is added to a pool before a capture, and which tensors of it may be borrowed."""
+
+import pytest
+import torch
+
+from rewriter.replay.pool import Reading, Segments, apart, extent
+
+MIB = 2**20
+
+
+def segment(address, *blocks, kind="large"):
+    """Blocks of (MiB, whether a tensor has it)."""
+    return {
+        "address": address * MIB,
+        "total_size": sum(size for size, _ in blocks) * MIB,
+        "segment_type": kind,
+        "blocks": [
+            {"size": size * MIB, "state": "active_allocated" if taken else "inactive"}
+            for size, taken in blocks
+        ],
+    }
+
+
+SEGMENTS = Segments(
+    [
+        segment(0, (300, False), (10, True), (90, False)),
+        segment(1000, (120, False)),
+        segment(2000, (2, False), kind="small"),
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("size", "lacking"), [(520, []), (620, [120, 300, 100]), (640, [120, 300, 120]), (1000, [480])]
+)
+def test_a_pool_gets_one_block_of_what_it_lacks(size, lacking):
+    assert SEGMENTS.lacking(size * MIB) == [size * MIB for size in lacking]
+
+
+def test_an_empty_pool_lacks_all():
+    assert Segments(()).lacking(5) == [5]
+    assert Segments(()).lacking(0) == []
+
+
+def test_what_a_forward_needs_is_what_it_keeps_and_room_for_its_largest_transient():
+    before = Reading(allocated=7, large=5, free={0: 900, 50: 400})
+    after = Reading(allocated=107, large=85, free={0: 800, 50: 1000, 60: 20, 70: 10})
+    assert after.needed_since(before) == 80 + 22
+    assert before.needed_since(before) == 0
+
+
+def test_of_tensors_that_share_memory_one_may_be_borrowed():
+    tensor, other = torch.zeros(10), torch.zeros(3)
+    assert apart({0: tensor, 1: tensor, 2: other, 3: tensor[5:]}) == {0, 2}
+    assert apart({0: tensor[:5], 1: tensor[5:]}) == {0, 1}
+
+
+def test_an_extent_ends_behind_the_last_element():
+    matrix = torch.zeros(3, 4)
+    assert extent(matrix) == extent(matrix.t()) == 48
+    assert extent(matrix[1:, ::2]) == (4 + 3) * 4
+    assert extent(matrix[:1].expand(5, 4)) == 16
+    assert extent(torch.zeros((), dtype=torch.bfloat16)) == 2
+
+
+def test_a_tensor_lies_in_a_pool_if_all_of_it_does():
+    tensor = torch.zeros(4)
+    around = {"address": tensor.data_ptr() - 8, "total_size": 24}
+    assert Segments([around]).hold(tensor)
+    assert not Segments([{**around, "total_size": 23}]).hold(tensor)
+    assert not Segments(()).hold(tensor)
