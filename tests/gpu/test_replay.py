@@ -287,6 +287,115 @@ def test_a_longer_recording_lies_in_the_memory_of_a_shorter_one():
     )
 
 
+def chain(x, weight):
+    """Activations as large as ``x``, eight of them kept, and a gradient as large as ``weight``."""
+    for _ in range(8):
+        x = torch.tanh(x @ weight)
+    return (x.sum(),)
+
+
+def gradient_of(recording):
+    recording.forward()
+    recording.seeds[0].fill_(1.0)
+    (gradient,) = recording.backward()
+    assert gradient is not None
+    return gradient
+
+
+@pytest.fixture
+def square():
+    """A weight of 64 MiB."""
+    torch.manual_seed(0)
+    return torch.nn.Parameter(torch.randn(4096, 4096, device="cuda") / 64)
+
+
+def rows_of(count):
+    return torch.ones(count, 4096, device="cuda")
+
+
+@pytest.mark.parametrize("sizes", [(4096, 3072, 2048), (2048, 3072, 4096), (3072, 4096, 2048)])
+def test_recordings_of_three_sizes_hold_little_more_than_the_largest_alone(square, sizes):
+    def held(sizes):
+        recorder = CudaRecorder(square.device)
+        recordings = [recorder.record(chain, [rows_of(n), square], [1]) for n in sizes]
+        before = torch.cuda.memory_allocated()
+        more = recorder.record(chain, [rows_of(1024), square], [1])
+        assert torch.cuda.memory_allocated() - before <= rows_of(1024).nbytes + 4096, "nothing but its input"
+        assert len(recordings) == len(sizes) and more.outputs
+        return recorder.bytes()
+
+    assert held(sizes) <= 1.15 * held((4096,))
+
+
+def test_a_gradient_that_is_kept_is_not_overwritten_and_outlives_its_recording(square):
+    recorder = CudaRecorder(square.device)
+    inputs = [[rows_of(n), square] for n in (512, 256)]
+    long, short = (recorder.record(chain, given, [1]) for given in inputs)
+    kept = gradient_of(short)
+    true = torch.autograd.grad(chain(*inputs[1])[0], square)[0]
+    torch.testing.assert_close(kept, true, rtol=1e-3, atol=1e-3 * true.abs().max().item())
+    lent, value = kept.data_ptr(), kept.clone()
+    assert not recorder.reclaim([square]), "held elsewhere"
+
+    square.grad = kept
+    del kept
+    assert recorder.reclaim([square])
+    copy = square.grad
+    assert copy is not None and copy.data_ptr() != lent
+    gradient_of(long)
+    assert torch.equal(copy, value)
+
+    recorder.lender = type(recorder.lender)()
+    kept = gradient_of(recorder.record(chain, inputs[1], [1]))
+    recorder.forget()
+    del long, short
+    gc.collect()
+    torch.cuda.empty_cache()
+    others = [torch.full_like(square, torch.nan) for _ in range(16)]
+    gradient_of(recorder.record(chain, inputs[0], [1]))
+    assert torch.equal(kept, value), "its memory was given to others"
+    del others
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    del kept
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < before - square.nbytes, "the pool goes with its last holder"
+
+
+def test_gradients_that_are_one_tensor_are_given_apart():
+    first, second = (torch.nn.Parameter(torch.randn(2048, 1024, device="cuda")) for _ in range(2))
+    factor = torch.randn(2048, 1024, device="cuda")
+
+    def program(factor, first, second):
+        return (((first + second) * factor).sum(),)
+
+    recorder = CudaRecorder(factor.device)
+    recording = recorder.record(program, [factor, first, second], [1, 2])
+    for _ in range(2):
+        recording.forward()
+        recording.seeds[0].fill_(1.0)
+        one, other = recording.backward()
+        assert one is not None and other is not None
+        one.zero_()
+        assert torch.equal(other, factor)
+        del one, other
+        assert recorder.reclaim([])
+
+
+def test_gradients_of_steps_of_two_lengths_accumulate(llama):
+    model, call = llama
+    for length in (50, 100, 60, 120):
+        call(**on_gpu(length)).loss.backward()
+        model.zero_grad()
+    for length in (50, 100, 60):
+        call(**on_gpu(length, seed=length)).loss.backward()
+    ours = gradients(model)
+    for length in (50, 100, 60):
+        model(**on_gpu(length, seed=length)).loss.backward()
+    assert_same(ours, gradients(model))
+
+
 def test_a_long_step_is_recorded_once_it_came_back(monkeypatch):
     monkeypatch.setattr(plan, "most_tokens", lambda module, example_inputs: 512)
     model = build("llama", lora=True, device="cuda")
