@@ -8,8 +8,8 @@ measured). Launches: 100 µs an operation of the graph, forward and backward, of
 Steps up to five times as long can gain what the device waits for the host at their beginning and between
 kernels: at most 4.4 ms of 71 in a trace of 8 layers of 8B on 4,096 tokens, a seventh of the launches'
 estimate, and less where the device is at its power limit: it runs the slower the less it waits. Their sizes
-have to come back, and their gradients, which a recording copies, must not take that again: those of adapters
-do not, those of a fully trained model do.
+have to come back, and their gradients, which are copied where they are accumulated, must not take that again:
+those of adapters do not, those of a fully trained model do.
 
 Refused: graphs with an operation that no rule knows, since it could wait for the device; inputs that need a
 gradient and are no parameters; tensors off the one device; several processes, whose gradients are sent while
@@ -139,10 +139,10 @@ def most_tokens(module: GraphModule, example_inputs: Sequence[Any]) -> int:
 
 
 def copies_pay(module: GraphModule, example_inputs: Sequence[Any]) -> bool:
-    """Whether a long step's recording saves at least twice what it takes to copy the gradients."""
+    """Whether a long step's recording saves at least four times what it takes to copy the gradients."""
     trained = sum(e.nbytes for e in example_inputs if isinstance(e, Tensor) and e.requires_grad)
-    # A read and a write, and again where gradients are accumulated.
-    return 2 * 4 * trained / _BYTES_PER_SECOND <= _SHARE_SAVED * _launch_seconds(module)
+    # A read and a write, where gradients are accumulated.
+    return 4 * 2 * trained / _BYTES_PER_SECOND <= _SHARE_SAVED * _launch_seconds(module)
 
 
 def _launch_seconds(module: GraphModule) -> float:
