@@ -8,9 +8,8 @@ that the allocator does not count, and that keeps the graph, and so the pool, fo
 The pool should lie in few blocks: of blocks as small as the tensors of one length, a longer one could use
 none. ``Segments.lacking`` says what to add before a capture. Large tensors that a forward keeps would fill a
 block to the end, had it no transients. The largest of these, a layer's weight or a loss' logits, needs its
-place in one piece when all else is there, and best fit leaves as much in pieces. With 1.1 of it as room, a
-simulation of PyTorch's allocator held 7 % more than the most that lived at once, for 32 layers of 8B and 128
-to 640 tokens recorded in any order; with 0.9 of it, 12 %.
+place in one piece when all else is there, and the allocator's best fit leaves about as much in pieces: the
+block has room for a tenth more than it. With less, transients make blocks of their own; more stays unused.
 """
 
 from collections.abc import Mapping, Sequence
