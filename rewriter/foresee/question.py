@@ -14,7 +14,7 @@ from rewriter.memory.in_host import packed_weights
 from rewriter.memory.machine import Machine
 from rewriter.memory.plan import Problem
 from rewriter.memory.planned import parts_of
-from rewriter.memory.ways import all_ways
+from rewriter.memory.ways import Ways
 
 
 class Question:
@@ -59,13 +59,12 @@ class Question:
         program = traced(made, self._rows, tokens, self._autocast)
         calls = calls_of_all(program, made.left_out)
         in_host = packed_weights(program) if LAYERS in made.host.there else frozenset()
-        everything, notes = in_tracing(
-            made, self._autocast, lambda: all_ways(program, self._machine, in_host=in_host)
-        )
+        ways = Ways(program, self._machine, in_host)
+        everything = in_tracing(made, self._autocast, ways.all)
         static = foreseen_bytes(made.weight_bytes, made.trained_bytes)
         name = f"{self._rows} × {tokens:,} tokens"
         problems = tuple(
-            Problem(parts_of(calls, ways), static, self._device, self._host, name, window=aside.grown(1.0))
-            for aside, ways in everything.items()
+            Problem(parts_of(calls, found), static, self._device, self._host, name, window=aside.nbytes)
+            for aside, found in everything.items()
         )
-        return problems, tuple(notes)
+        return problems, tuple(ways.notes)

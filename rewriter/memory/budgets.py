@@ -34,13 +34,14 @@ _TENSORS_A_TRAINED_ONE = 3
 class Budgets:
     """Bytes: that plans may fill, that this process may offload to, and that are there all the time.
 
-    ``growth``: how many times the tokens at hand the plan has to hold for.
+    ``growth``: how many times the tokens at hand the plan has to hold for; ``reach``: those after it.
     """
 
     device: int
     host: int
     static: int
     growth: float = 1.0
+    reach: float = 1.0
 
 
 def budgets(

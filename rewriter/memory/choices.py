@@ -17,6 +17,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from math import ceil
 from typing import Protocol
 
 from torch.fx import GraphModule
@@ -61,37 +62,38 @@ class StagedChoice:
     in_host: InHost = NONE
 
 
-def cost_on(machine: Rates) -> Cost:
-    """What graphs cost on ``machine``, each worked out once for a length."""
-    return functools.cache(lambda graph, fakes, length: graph_cost(graph, fakes, length, machine))
+def cost_on(machine: Rates, growth: float = 1.0) -> Cost:
+    """What graphs cost on ``machine``, each worked out once for a length; ``growth`` as of ``graph_cost``."""
+    return functools.cache(lambda graph, fakes, length: graph_cost(graph, fakes, length, machine, growth))
 
 
 def staged_choices(
     layer: LayerGraphs,
-    tokens: int,
     machine: Link,
     owns_gradient: bool,
     window: int = 0,
     cost: Cost | None = None,
     in_host: InHost = NONE,
+    growth: float = 1.0,
 ) -> list[StagedChoice]:
     """Every combination of fates and tile that is not the same as another.
 
     Args:
-        tokens: of the sequence.
         owns_gradient: as in ``ScheduledLayer``.
         window: device bytes that are set aside for copies under way.
-        cost: from ``cost_on(machine)``, where other choices share it.
+        cost: from ``cost_on(machine, growth)``, where other choices share it.
         in_host: the layer's weights in host memory.
+        growth: how many times as long as the layer was traced with the sequence is.
     """
-    cost = cost or cost_on(machine)
-    tiles = [t for t in _TILES if (t or tokens) <= longest_tile(tokens) and (t or 0) < tokens]
+    cost, tokens = cost or cost_on(machine, growth), ceil(layer.tokens * growth)
+    most = min(longest_tile(tokens), layer.longest)
+    tiles = [t for t in _TILES if (t or tokens) <= most and (t or 0) < tokens] or [most]
     found: dict[tuple, StagedChoice] = {}
     for fates in _fates(layer):
         plan = schedule(layer.values(), layer.own_inputs, layer.wiring.outputs, fates)
         for tile in tiles:
             if (plan, tile) not in found:
-                walk = _Walk(layer, tile, tokens, owns_gradient, cost, window, in_host, machine)
+                walk = _Walk(layer, tile, growth, owns_gradient, cost, window, in_host, machine)
                 found[plan, tile] = _costed(layer, plan, fates, tile, machine, walk)
     return list(found.values())
 
@@ -148,13 +150,14 @@ class _Walk:
         self,
         layer: LayerGraphs,
         tile: int | None,
-        tokens: int,
+        growth: float,
         owns_gradient: bool,
         cost: Cost,
         window: int,
         in_host: InHost,
         machine: Link,
     ):
+        tokens = ceil(layer.tokens * growth)
         self.in_host, self.to_device = in_host, machine.to_device
         self.layer, self.tokens, self.cost, self.window = layer, tokens, cost, window
         self.tile = None if tile is None or tile >= tokens else tile_length(tokens, tile)
@@ -162,7 +165,7 @@ class _Walk:
         self.in_tiles = layer.saved_in_tiles if self.tile and window else frozenset()
         self.owns_gradient = owns_gradient
         self.values = layer.values()
-        self.size = layer.sizes()
+        self.size = layer.sizes(growth)
 
     def forward(self, plan: Schedule) -> tuple[int, float]:
         live = {name: self.size[name] for name in self.layer.own_inputs}

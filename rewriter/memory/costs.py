@@ -10,6 +10,7 @@ sums the gradient of the queries in fp32.
 
 import operator
 from dataclasses import dataclass
+from math import ceil
 from typing import Any, Protocol
 
 from torch import SymInt, Tensor
@@ -45,30 +46,70 @@ class GraphCost:
     peak_bytes: int
 
 
-def graph_cost(module: GraphModule, fakes: StageFakes, tokens: int, rates: Rates) -> GraphCost:
-    """Cost of ``module`` with ``tokens`` for the length of a tile."""
-    symbol = fakes.tokens.node.expr
-    hint = fakes.tokens.node.hint
+def graph_cost(
+    module: GraphModule, fakes: StageFakes, tokens: int, rates: Rates, growth: float = 1.0
+) -> GraphCost:
+    """Cost of ``module`` with ``tokens`` for the length of a tile.
+
+    Args:
+        growth: how many times as long as expected other sizes that vary are.
+    """
+    at = _Lengths(fakes, tokens, growth)
     (output,) = module.graph.find_nodes(op="output")
-    sizes = {n: _bytes(n, symbol, tokens) for n in module.graph.nodes if n.op == "call_function"}
+    sizes = {n: _bytes(n, at) for n in module.graph.nodes if n.op == "call_function"}
     results = set(output.all_input_nodes)
-    seconds = sum(_seconds(n, sizes, tokens / hint, symbol, tokens, rates) for n in sizes)
+    seconds = sum(_seconds(n, sizes, at, rates) for n in sizes)
     result_bytes = sum(sizes.get(n, 0) for n in results)
-    return GraphCost(seconds, result_bytes, _peak(module, sizes, results))
+    return GraphCost(seconds, result_bytes, _peak(module, sizes, results, at))
 
 
-def value_bytes(value: Any) -> int:
-    """Of a tensor, as large as it is expected to be where its size varies."""
+@dataclass(frozen=True)
+class _Lengths:
+    """At which lengths a graph is costed."""
+
+    fakes: StageFakes
+    tokens: int
+    growth: float
+
+    def tiled(self, value: Tensor) -> bool:
+        """Whether it has a tile's length."""
+        tile = self.fakes.tokens.node.expr
+        return any(isinstance(s, SymInt) and tile in s.node.expr.free_symbols for s in value.shape)
+
+    def grown(self, value: Tensor) -> float:
+        """How many times as large as expected it is, for other lengths than a tile's."""
+        return self.growth if _varies(value.numel()) and not self.tiled(value) else 1.0
+
+    def numel(self, value: Tensor) -> int:
+        count = value.numel()
+        if isinstance(count, SymInt) and self.tiled(value):
+            return int(count.node.expr.subs(self.fakes.sizes_for(self.tokens)))
+        return ceil(int_hint(count) * self.grown(value))
+
+    def bytes(self, value: Any) -> int:
+        return self.numel(value) * value.element_size() if isinstance(value, Tensor) else 0
+
+    def scale(self, node: Node) -> float:
+        """How many times the operations that tracing expected it takes."""
+        values = [n.meta.get("val") for n in (node, *node.all_input_nodes)]
+        flat = [t for v in values for t in (v if isinstance(v, (tuple, list)) else (v,))]
+        tensors = [t for t in flat if isinstance(t, Tensor)]
+        if any(map(self.tiled, tensors)):
+            return self.tokens / int_hint(self.fakes.tokens)
+        return max(map(self.grown, tensors), default=1.0)
+
+
+def value_bytes(value: Any, growth: float = 1.0) -> int:
+    """Of a tensor; ``growth`` times as large as it is expected to be where its size varies."""
     if not isinstance(value, Tensor):
         return 0
-    return int_hint(value.numel()) * value.element_size()
+    count = value.numel()
+    return ceil(int_hint(count) * (growth if _varies(count) else 1.0)) * value.element_size()
 
 
-def bytes_at(value: Any, fakes: StageFakes, tokens: int) -> int:
-    """Of a stage's tensor with ``tokens`` for the length of a tile."""
-    if not isinstance(value, Tensor):
-        return 0
-    return _numel(value, fakes.tokens.node.expr, tokens) * value.element_size()
+def bytes_at(value: Any, fakes: StageFakes, tokens: int, growth: float = 1.0) -> int:
+    """Of a stage's tensor with ``tokens`` for the length of a tile, and ``growth`` as of ``graph_cost``."""
+    return _Lengths(fakes, tokens, growth).bytes(value)
 
 
 _VIEWS = frozenset(
@@ -86,24 +127,17 @@ def _is_view(node: Node) -> bool:
     return node.target is operator.getitem or _name(node) in _VIEWS
 
 
-def _bytes(node: Node, symbol: Any, tokens: int) -> int:
+def _bytes(node: Node, at: _Lengths) -> int:
     """What the node allocates: nothing for views and for parts of a tuple, which its maker has counted."""
     if _is_view(node):
         return 0
     values = node.meta.get("val")
     tensors = values if isinstance(values, (tuple, list)) else (values,)
-    return sum(_numel(t, symbol, tokens) * t.element_size() for t in tensors if isinstance(t, Tensor))
+    return sum(map(at.bytes, tensors))
 
 
-def _numel(value: Tensor, symbol: Any, tokens: int) -> int:
-    count = value.numel()
-    if not isinstance(count, SymInt):
-        return count
-    expression = count.node.expr
-    if symbol in expression.free_symbols:
-        expression = expression.subs(symbol, tokens)
-        return int(expression) if expression.is_number else int_hint(count)
-    return int_hint(count)
+def _varies(size: Any) -> bool:
+    return isinstance(size, SymInt) and bool(size.node.expr.free_symbols)
 
 
 def int_hint(size: Any) -> int:
@@ -111,7 +145,7 @@ def int_hint(size: Any) -> int:
     return size.node.hint if isinstance(size, SymInt) else size
 
 
-def _peak(module: GraphModule, sizes: dict[Node, int], results: set[Node]) -> int:
+def _peak(module: GraphModule, sizes: dict[Node, int], results: set[Node], at: _Lengths) -> int:
     """Bytes at the worst moment, inputs left out; a view keeps what it views alive."""
     owner: dict[Node, Node] = {}
     for node in sizes:
@@ -129,21 +163,21 @@ def _peak(module: GraphModule, sizes: dict[Node, int], results: set[Node]) -> in
             dying.setdefault(node, []).append(value)
     for node in sizes:
         live += sizes[node]
-        worst = max(worst, live + _workspace(node))
+        worst = max(worst, live + _workspace(node, at))
         live -= sum(sizes[value] for value in dying.get(node, ()))
         if node not in last and node not in stays:
             live -= sizes[node]
     return worst
 
 
-def _workspace(node: Node) -> int:
+def _workspace(node: Node, at: _Lengths) -> int:
     """What the head's loss, or attention's backward, needs beside its results, on a GPU.
 
     The gradient of the queries in fp32, and of keys that heads share one for each head.
     """
     name = _name(node)
     if name == "linear_cross_entropy":
-        return _buffer_of_logits(node)
+        return _buffer_of_logits(node, at)
     # The kernel of masked attention sums in registers.
     if not _is_attention(node) or "backward" not in name or name == "attention_backward":
         return 0
@@ -153,35 +187,28 @@ def _workspace(node: Node) -> int:
     groups = int_hint(key.shape[1])
     shared = groups < int_hint(query.shape[1])
     each = 4 + (2 * query.element_size() if shared else 0)
-    return int_hint(query.numel()) * each // (groups if name.endswith("by_groups") else 1)
+    return at.numel(query) * each // (groups if name.endswith("by_groups") else 1)
 
 
-def _seconds(
-    node: Node, sizes: dict[Node, int], scale: float, symbol: Any, tokens: int, rates: Rates
-) -> float:
+def _seconds(node: Node, sizes: dict[Node, int], at: _Lengths, rates: Rates) -> float:
     if _is_view(node):
         return 0.0
-    count = _flops(node)
-    if count:
-        rate = rates.matrix_flops
-        if _is_attention(node):
-            backward = "backward" in _name(node)
-            rate = rates.attention_backward_flops if backward else rates.attention_forward_flops
-        computing = count * (scale if _has(node, symbol) else 1.0) / rate
-        moving = 0.0 if _is_attention(node) else _moved(node, sizes, symbol, tokens) / rates.bandwidth
-        return max(computing, moving)
-    if not _moves(node):
-        return 0.0
-    return _moved(node, sizes, symbol, tokens) / rates.bandwidth
+    if _is_attention(node):
+        backward = "backward" in _name(node)
+        rate = rates.attention_backward_flops if backward else rates.attention_forward_flops
+        return _attention_flops(node, at.scale(node)) / rate
+    if count := _flops(node):
+        return max(count * at.scale(node) / rates.matrix_flops, _moved(node, sizes, at) / rates.bandwidth)
+    return _moved(node, sizes, at) / rates.bandwidth if _moves(node) else 0.0
 
 
-def _moved(node: Node, sizes: dict[Node, int], symbol: Any, tokens: int) -> int:
+def _moved(node: Node, sizes: dict[Node, int], at: _Lengths) -> int:
     """Bytes read and written; what is written in place, both."""
-    read = sum(_bytes_read(n, symbol, tokens) for n in node.all_input_nodes)
+    read = sum(at.bytes(n.meta.get("val")) for n in node.all_input_nodes)
     schema = getattr(node.target, "_schema", None)
     given = zip(node.args, schema.arguments if schema is not None else (), strict=False)
     written = [a for a, said in given if said.alias_info is not None and said.alias_info.is_write]
-    return read + sizes[node] + sum(_bytes_read(a, symbol, tokens) for a in written if isinstance(a, Node))
+    return read + sizes[node] + sum(at.bytes(a.meta.get("val")) for a in written if isinstance(a, Node))
 
 
 def _moves(node: Node) -> bool:
@@ -190,26 +217,8 @@ def _moves(node: Node) -> bool:
     return namespace not in ("aten", "prims", "")
 
 
-def _bytes_read(node: Node, symbol: Any, tokens: int) -> int:
-    value = node.meta.get("val")
-    return _numel(value, symbol, tokens) * value.element_size() if isinstance(value, Tensor) else 0
-
-
-def _has(node: Node, symbol: Any) -> bool:
-    values = [n.meta.get("val") for n in (node, *node.all_input_nodes)]
-    flat = [t for v in values for t in (v if isinstance(v, (tuple, list)) else (v,))]
-    return any(
-        isinstance(s, SymInt) and symbol in s.node.expr.free_symbols
-        for t in flat
-        if isinstance(t, Tensor)
-        for s in t.shape
-    )
-
-
 def _flops(node: Node) -> float:
     """Operations at the sizes that tracing expected: products by PyTorch's own formulas."""
-    if _is_attention(node):
-        return _attention_flops(node)
     if _name(node) == "linear_cross_entropy":
         return _head_flops(node)
     formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
@@ -219,8 +228,10 @@ def _flops(node: Node) -> float:
     return float(int_hint(formula(*args, **kwargs, out_val=node.meta["val"])))
 
 
-def _attention_flops(node: Node) -> float:
+def _attention_flops(node: Node, scale: float) -> float:
     """Two products forward and five backward, of the pairs that are seen; heads may share keys.
+
+    ``scale`` times as many queries as tracing expected, and of keys.
 
     PyTorch's formula refuses shared keys.
     """
@@ -228,12 +239,12 @@ def _attention_flops(node: Node) -> float:
     given = [n.meta["val"].shape for n in node.args if isinstance(n, Node) and _is_heads(n)]
     query, key = given[1:3] if backward else given[:2]
     rows, heads, length, size = map(int_hint, query)
-    keys = int_hint(key[2])
-    product = 2.0 * rows * heads * length * keys * size
+    keys = int_hint(key[2]) * scale
+    product = 2.0 * rows * heads * length * scale * keys * size
     return product * (5 if backward else 2) * _share_seen(node, keys)
 
 
-def _share_seen(node: Node, keys: int) -> float:
+def _share_seen(node: Node, keys: float) -> float:
     """Of all pairs of a query and a key; packed documents count as one, their lengths are not known."""
     if not (argument_of(node, "is_causal") or argument_of(node, "causal")):
         return 1.0
@@ -249,11 +260,11 @@ def _head_flops(node: Node) -> float:
     return 2.0 * int_hint(x.numel()) * int_hint(weight.shape[0]) * (1 + gradients)
 
 
-def _buffer_of_logits(node: Node) -> int:
+def _buffer_of_logits(node: Node, at: _Lengths) -> int:
     """Logits of a chunk of rows."""
     x, weight = (n.meta["val"] for n in node.all_input_nodes[:2])
     trained = value_bytes(weight) // 2 if argument_of(node, "needs_weight") else 0
-    logits = int_hint(x.shape[0]) * int_hint(weight.shape[0]) * x.element_size()
+    logits = ceil(int_hint(x.shape[0]) * at.grown(x)) * int_hint(weight.shape[0]) * x.element_size()
     return min(max(_LOGITS, trained), logits)
 
 

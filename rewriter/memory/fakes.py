@@ -52,6 +52,11 @@ class StageFakes:
         with self.mode:
             return torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device)
 
+    def sizes_for(self, tokens: int) -> dict[Any, int]:
+        """Every symbol's number where a tile has so many tokens: as tracing expected of the others."""
+        others = {size.node.expr: size.node.hint for size in self._sizes.values()}
+        return {**others, self.tokens.node.expr: tokens}
+
     def _size(self, size: Any) -> Any:
         if not isinstance(size, SymInt):
             return size

@@ -1,11 +1,14 @@
 """What a region costs that is compiled as it is: everything that its backward reads stays on the device."""
 
-from collections.abc import Set
+from collections.abc import Callable, Set
+from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._guards import TracingContext, tracing
+from torch.fx import GraphModule
 
 from rewriter.memory.choices import Link
 from rewriter.memory.costs import graph_cost, value_bytes
@@ -15,9 +18,52 @@ from rewriter.memory.plan import Choice
 from rewriter.memory.room import made_bytes
 from rewriter.regions.program import Region
 
+# A region's cost on a machine, with ``growth`` as of ``graph_cost``.
+KeptCost = Callable[[Link, float], Choice]
 
-def kept_choice(region: Region, shared: Set[int], machine: Link) -> Choice:
-    """The cost of ``region`` with the partition that PyTorch chooses.
+# Length of a tile, which nothing here has.
+_TILE = 2
+
+
+@dataclass(frozen=True, eq=False)
+class KeptGraphs:
+    """A region's forward and backward, parted as PyTorch chooses.
+
+    Attributes:
+        own: inputs that do not live anyway.
+        backward: None where nothing needs a gradient.
+        saved: what the backward reads beside gradients and what lives anyway.
+    """
+
+    fakes: StageFakes
+    own: tuple[Any, ...]
+    forward: GraphModule
+    backward: GraphModule | None
+    saved: tuple[Any, ...]
+    tangents: tuple[Any, ...]
+
+    def choice(self, machine: Link, growth: float = 1.0) -> Choice:
+        """What it costs; ``growth`` as of ``graph_cost``."""
+        own, kept, tangents = (
+            sum(value_bytes(x, growth) for x in some) for some in (self.own, self.saved, self.tangents)
+        )
+        ahead = graph_cost(self.forward, self.fakes, _TILE, machine, growth)
+        if self.backward is None:
+            return Choice("nothing to keep", 0, 0, own + ahead.peak_bytes, 0, ahead.seconds, 0.0)
+        back = graph_cost(self.backward, self.fakes, _TILE, machine, growth)
+        return Choice(
+            "keep all",
+            kept,
+            0,
+            max(own + ahead.peak_bytes, kept),
+            kept + tangents + back.peak_bytes,
+            ahead.seconds,
+            back.seconds,
+        )
+
+
+def kept_graphs(region: Region, shared: Set[int]) -> KeptGraphs:
+    """``region`` traced.
 
     Args:
         shared: places of the inputs that live anyway.
@@ -25,7 +71,7 @@ def kept_choice(region: Region, shared: Set[int], machine: Link) -> Choice:
     Raises:
         Inseparable: forward and backward cannot be parted.
     """
-    fakes = StageFakes(2)
+    fakes = StageFakes(_TILE)
     needs = [isinstance(x, Tensor) and x.requires_grad for x in region.inputs]
     with tracing(TracingContext(fakes.mode)), torch.no_grad():
         inputs = [fakes.like(x) for x in region.inputs]
@@ -36,54 +82,46 @@ def kept_choice(region: Region, shared: Set[int], machine: Link) -> Choice:
                 forward, backward, saved = forward_graph(region.module, signature), None, None
             else:
                 forward, backward, saved = partitioned_graphs(region.module, signature)
-    own = sum(value_bytes(x) for i, x in enumerate(inputs) if i not in shared)
-    ahead = graph_cost(forward, fakes, 2, machine)
+    own = tuple(x for i, x in enumerate(inputs) if i not in shared)
     if backward is None or saved is None:
-        return Choice("nothing to keep", 0, 0, own + ahead.peak_bytes, 0, ahead.seconds, 0.0)
-    kept = sum(_bytes_of(n) for n in backward.graph.find_nodes(op="placeholder") if not _is_tangent(n))
-    kept -= sum(value_bytes(inputs[i]) for i in saved.inputs if i in shared)
-    tangents = sum(value_bytes(t) for t in signature.tangents)
-    back = graph_cost(backward, fakes, 2, machine)
-    return Choice(
-        "keep all",
-        kept,
-        0,
-        max(own + ahead.peak_bytes, kept),
-        kept + tangents + back.peak_bytes,
-        ahead.seconds,
-        back.seconds,
-    )
+        return KeptGraphs(fakes, own, forward, None, (), ())
+    read = [n for n in backward.graph.find_nodes(op="placeholder") if not _is_tangent(n)]
+    # The inputs that it reads come first.
+    living = [i in shared for i in saved.inputs] + [False] * (len(read) - len(saved.inputs))
+    values = tuple(n.meta.get("val") for n, lives in zip(read, living, strict=True) if not lives)
+    return KeptGraphs(fakes, own, forward, backward, values, tuple(signature.tangents))
 
 
-def foreseen_choice(region: Region, machine: Link) -> Choice:
-    """The cost of ``region`` where forward and backward cannot be parted: bytes from the sizes of its values.
+def forward_cost(region: Region) -> KeptCost:
+    """Of ``region`` where forward and backward cannot be parted: bytes from the sizes of its values.
 
     Seconds are those of its forward, and twice as many for a backward: each product has two there.
     """
-    fakes = StageFakes(2)
+    fakes = StageFakes(_TILE)
     with tracing(TracingContext(fakes.mode)), torch.no_grad():
         inputs = [fakes.like(x) for x in region.inputs]
         with fakes.mode:
             signature = signature_of(region.module, inputs, [False] * len(inputs))
             forward = forward_graph(region.module, signature)
-    return _from_sizes(region, graph_cost(forward, fakes, 2, machine).seconds)
+
+    def cost(machine: Link, growth: float = 1.0) -> Choice:
+        return _from_sizes(region, graph_cost(forward, fakes, _TILE, machine, growth).seconds, growth)
+
+    return cost
 
 
-def least_choice(region: Region, machine: Link) -> Choice:
+def least_choice(region: Region, machine: Link, growth: float = 1.0) -> Choice:
     """The same where not even its forward can be traced: seconds to read and write its values."""
-    read = sum(value_bytes(x) for x in region.inputs)
-    return _from_sizes(region, (read + 2 * made_bytes(region.module)) / machine.bandwidth)
+    read = sum(value_bytes(x, growth) for x in region.inputs)
+    moved = read + 2 * made_bytes(region.module) * growth
+    return _from_sizes(region, moved / machine.bandwidth, growth)
 
 
-def _from_sizes(region: Region, seconds: float) -> Choice:
-    made = made_bytes(region.module)
+def _from_sizes(region: Region, seconds: float, growth: float) -> Choice:
+    made = ceil(made_bytes(region.module) * growth)
     trained = any(isinstance(x, Tensor) and x.requires_grad for x in region.inputs)
     back = 2 * seconds if trained else 0.0
     return Choice("keep all, foreseen from sizes alone", made, 0, made, 3 * made, seconds, back)
-
-
-def _bytes_of(node: Any) -> int:
-    return value_bytes(node.meta.get("val"))
 
 
 def _is_tangent(node: Any) -> bool:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import ceil
 from typing import Any
 
 import torch
@@ -45,14 +46,21 @@ class LayerGraphs:
         """Inputs that nobody reads after the layer: made by the one before."""
         return tuple(name for name in self.wiring.inputs if name not in self.shared)
 
-    def sizes(self) -> dict[str, int]:
-        """Bytes of every value, as long as the sequence was when it was traced."""
+    @property
+    def longest(self) -> int:
+        """Tokens of a tile that its kernels were made for, at most."""
+        return min(int_hint(graphs.fakes.tokens) for graphs in self.graphs)
+
+    def sizes(self, growth: float = 1.0) -> dict[str, int]:
+        """Bytes of every value, ``growth`` times as long as the sequence was when it was traced."""
         nodes = {n.name: n for n in self.region.module.graph.nodes}
-        found = {n: value_bytes(x) for n, x in zip(self.wiring.inputs, self.region.inputs, strict=True)}
+        inputs = zip(self.wiring.inputs, self.region.inputs, strict=True)
+        found = {n: value_bytes(x, growth) for n, x in inputs}
+        tokens = ceil(self.tokens * growth)
         for graphs, given in zip(self.graphs, self.wiring.gives, strict=True):
             for name, value in zip(given, graphs.results, strict=True):
-                size = value_bytes(value_of(nodes[name])) if name in nodes else 0
-                found[name] = size or bytes_at(value, graphs.fakes, self.tokens)
+                size = value_bytes(value_of(nodes[name]), growth) if name in nodes else 0
+                found[name] = size or bytes_at(value, graphs.fakes, tokens, growth)
         return found
 
     @cached_property
@@ -107,13 +115,19 @@ LONGEST_TILE = 32768
 
 
 def layer_graphs(
-    region: Region, shared: frozenset[int], *, saving: bool = False, silent: frozenset[str] = frozenset()
+    region: Region,
+    shared: frozenset[int],
+    *,
+    saving: bool = False,
+    silent: frozenset[str] = frozenset(),
+    reach: float = 1.0,
 ) -> LayerGraphs:
     """Part ``region`` into stages and trace each.
 
     Args:
         shared: places of the inputs that live anyway.
         saving: row-wise stages save the results of their products.
+        reach: how many times as long as the one at hand sequences may be.
         silent: values between stages that get no gradient, though they could have one; found here.
 
     Raises:
@@ -129,10 +143,11 @@ def layer_graphs(
     found, takes, gives, reads_back = [], [], [], []
     parts = stages(region)
     tokens = _tokens(parts)
+    most = longest_tile(ceil(tokens * reach))
     for index, stage in enumerate(parts):
         names = [n.name for n in stage.inputs]
         values, wanted = [fakes[n] for n in names], [needs[n] for n in names]
-        graphs = stage_graphs(stage, values, wanted, longest_tile(tokens), saving=saving, silent=silent)
+        graphs = stage_graphs(stage, values, wanted, most, saving=saving, silent=silent)
         results = [n.name for n in stage.outputs]
         if aliased := [n for n in results if n in fakes]:
             raise Unstaged(f"`{aliased[0]}` is handed through")
@@ -161,7 +176,7 @@ def layer_graphs(
         n for graphs, names in zip(found, gives, strict=True) for n in _differentiable(graphs, names)
     }
     if unanswered := unanswered.difference(answered, outputs):
-        return layer_graphs(region, shared, saving=saving, silent=silent | unanswered)
+        return layer_graphs(region, shared, saving=saving, silent=silent | unanswered, reach=reach)
     wiring = Wiring(
         tuple(takes),
         tuple(gives),

@@ -3,16 +3,14 @@
 A graph of symbolic lengths serves batches that nobody has seen. Its plan is made for ``max_tokens``, or for
 the batch that it is compiled with where that is not said; a guard on the number of tokens sends a larger one
 back to the compiler, which plans again. Where everything is kept, the guard is the longest that fits. What a
-way to run a layer costs was worked out for the batch at hand: bytes and seconds are taken to grow with the
-tokens, which is more than bytes do (weights do not grow).
+way to run a layer costs is worked out for the longest: tiles take what they take, and attention grows with
+the square of the tokens.
 """
 
-from dataclasses import replace
-from math import ceil, prod
+from math import prod
 
 from torch import SymInt, Tensor
 
-from rewriter.memory.plan import Choice
 from rewriter.regions.program import Program
 
 
@@ -37,16 +35,6 @@ def hold_to(program: Program, growth: float) -> None:
     most = int(round(tokens.node.hint * growth, 3))
     within = bool(tokens <= most)
     assert within, f"a batch of {tokens.node.hint} tokens is not within {most}"
-
-
-def grown(choice: Choice, times: float) -> Choice:
-    """``choice`` for ``times`` as many tokens."""
-    if times == 1.0:
-        return choice
-    names = ("saved", "hosted", "flight", "forward_peak", "backward_peak")
-    sizes = {name: ceil(getattr(choice, name) * times) for name in names}
-    names = ("forward_seconds", "backward_seconds", "offload_seconds", "reload_seconds")
-    return replace(choice, **sizes, **{name: getattr(choice, name) * times for name in names})
 
 
 def _tokens(program: Program) -> int | SymInt | None:

@@ -9,7 +9,6 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import ceil
 from typing import Any
 
 import torch
@@ -20,12 +19,11 @@ from rewriter.memory.choices import Link, StagedChoice
 from rewriter.memory.in_host import packed_in_host_memory
 from rewriter.memory.layer import LayerStages, ScheduledLayer
 from rewriter.memory.layer_graphs import LayerGraphs
-from rewriter.memory.lengths import grown
 from rewriter.memory.plan import Infeasible, MemoryPlan, Part, Problem
 from rewriter.memory.planner import best, least
 from rewriter.memory.spare import Spare, spare_of
 from rewriter.memory.transfer import Transfers
-from rewriter.memory.ways import Aside, all_ways, kept_ways, owns_gradient
+from rewriter.memory.ways import Aside, Ways, owns_gradient
 from rewriter.regions.program import Program, Region, RegionCall
 
 # Of host memory, for blocks that begin at multiples of 512 bytes.
@@ -43,7 +41,6 @@ class StagedRegion:
     layer: LayerGraphs
     way: StagedChoice
     owns_gradient: bool
-    growth: float = 1.0
 
     def scheduled(self, stages: LayerStages, transfers: Callable[[], Transfers]) -> ScheduledLayer:
         """What stands for the region, once its stages are compiled."""
@@ -58,7 +55,7 @@ class StagedRegion:
             transfers,
             self.owns_gradient,
             way.in_tiles,
-            None if way.window is None else ceil(way.window * self.growth),
+            way.window,
             way.in_host.names if way.in_host.ahead else (),
         )
 
@@ -73,7 +70,7 @@ class PlannedProgram:
         plan: what was chosen, and what it comes to.
         notes: why layers could not be run in stages.
         transfers: to host memory and back, made when they are first asked for.
-        ways: what was chosen from; None where there was nothing to choose.
+        choosing: what it was chosen from; None where there was nothing to choose.
     """
 
     program: Program
@@ -81,7 +78,7 @@ class PlannedProgram:
     plan: MemoryPlan
     notes: tuple[str, ...]
     transfers: Callable[[], Transfers]
-    ways: "Ways | None" = None
+    choosing: "Choosing | None" = None
 
     @cached_property
     def layers(self) -> dict[LayerGraphs, str]:
@@ -98,9 +95,9 @@ class PlannedProgram:
 
     def without(self, layer: LayerGraphs, error: Exception) -> "PlannedProgram":
         """Planned anew where the stages of ``layer`` cannot be compiled; the notes say why."""
-        assert self.ways is not None
+        assert self.choosing is not None
         kind = self.layers[layer]
-        found = self.ways.without(layer).chosen()
+        found = self.choosing.without(layer).chosen()
         why = f"{kind} runs in other ways, compiling its stages failed: {type(error).__name__}: {error}"
         return replace(found, notes=(*self.notes, why, *found.notes))
 
@@ -148,24 +145,22 @@ def planned(program: Program, given: Budgets, machine: Link, device: torch.devic
         Infeasible: no plan stays within the budgets.
     """
     in_host = packed_in_host_memory(program, device)
-    kept = kept_ways(program, machine, in_host)
+    ways = Ways(program, machine, in_host, given.reach)
     # Layers that run as without a budget wait for weights in host memory: there is more to choose then.
-    if not in_host and (found := _everything_kept(program, kept, given, device)):
+    if not in_host and (found := _everything_kept(program, ways, given, device)):
         return found
-    everything, notes = all_ways(program, machine, kept, in_host)
-    found = Ways(program, everything, given, device).chosen()
-    return replace(found, notes=tuple(notes))
+    found = Choosing(program, ways, given, device).chosen()
+    return replace(found, notes=tuple(ways.notes))
 
 
 @dataclass(frozen=True, eq=False)
-class Ways:
-    """The ways to run the regions of ``program``, by what is set aside, and the budgets to choose within."""
+class Choosing:
+    """The ways to run the regions of ``program``, and the budgets to choose within."""
 
     program: Program
-    by_aside: Mapping[Aside, Mapping[Region, list[StagedChoice]]]
+    ways: Ways
     given: Budgets
     device: torch.device
-    forced: bool = False
 
     def chosen(self) -> PlannedProgram:
         """The fastest plan; where ways were refused and nothing fits, the smallest, and a note of it.
@@ -173,8 +168,8 @@ class Ways:
         Raises:
             Infeasible: no plan stays within the budgets.
         """
-        given, notes = self.given, ()
-        tight = [_problem(self.program, w, given, aside) for aside, w in self.by_aside.items()]
+        given, notes, by_aside = self.given, (), self.ways.all(self.given.growth)
+        tight = [_problem(self.program, ways, given, aside) for aside, ways in by_aside.items()]
         problems = [replace(p, device_budget=int(p.device_budget * _COMFORT)) for p in tight]
         try:
             found = best(problems)
@@ -183,22 +178,17 @@ class Ways:
             try:
                 found = best(problems)
             except Infeasible as error:
-                if not self.forced:
+                if not self.ways.refused:
                     raise
                 found, notes = least(problems[0]), (f"memory: this step may run out of it. {error}",)
-        ways = next(w for w, p in zip(self.by_aside.values(), problems, strict=True) if p is found.problem)
-        program, staged = _apply(self.program, ways, found, given.growth)
+        ways = next(w for w, p in zip(by_aside.values(), problems, strict=True) if p is found.problem)
+        program, staged = _apply(self.program, ways, found)
         return PlannedProgram(program, staged, found, notes, _transfers(given, self.device), self)
 
-    def without(self, layer: LayerGraphs) -> "Ways":
-        """All but those that run the stages of ``layer``."""
-        left = {
-            aside: {
-                region: [way for way in found if way.layer is not layer] for region, found in ways.items()
-            }
-            for aside, ways in self.by_aside.items()
-        }
-        return replace(self, by_aside=left, forced=True)
+    def without(self, layer: LayerGraphs) -> "Choosing":
+        """The same, and no way that runs the stages of ``layer``."""
+        self.ways.refuse(layer)
+        return self
 
 
 def everything_kept(
@@ -207,13 +197,13 @@ def everything_kept(
     """``program`` as it runs without a budget; None where that does not fit, or waits for weights."""
     if packed_in_host_memory(program, device):
         return None
-    return _everything_kept(program, kept_ways(program, machine), given, device)
+    return _everything_kept(program, Ways(program, machine), given, device)
 
 
 def _everything_kept(
-    program: Program, kept: Mapping[Region, list[StagedChoice]], given: Budgets, device: torch.device
+    program: Program, ways: Ways, given: Budgets, device: torch.device
 ) -> PlannedProgram | None:
-    found = _kept_plan(program, kept, given)
+    found = _kept_plan(program, ways, given)
     if found.peak > given.device:
         return None
     return PlannedProgram(program, {}, found, (), _transfers(given, device))
@@ -221,11 +211,11 @@ def _everything_kept(
 
 def kept_plan(program: Program, given: Budgets, machine: Link) -> MemoryPlan:
     """The plan that keeps everything, whether it fits or not."""
-    return _kept_plan(program, kept_ways(program, machine), given)
+    return _kept_plan(program, Ways(program, machine), given)
 
 
-def _kept_plan(program: Program, kept: Mapping[Region, list[StagedChoice]], given: Budgets) -> MemoryPlan:
-    problem = _problem(program, kept, given)
+def _kept_plan(program: Program, ways: Ways, given: Budgets) -> MemoryPlan:
+    problem = _problem(program, ways.kept(given.growth), given, Aside())
     return MemoryPlan(problem, tuple(part.choices[0] for part in problem.parts))
 
 
@@ -234,21 +224,15 @@ def _transfers(given: Budgets, device: torch.device) -> Callable[[], Transfers]:
 
 
 def _problem(
-    program: Program,
-    ways: Mapping[Region, Sequence[StagedChoice]],
-    given: Budgets,
-    aside: Aside | None = None,
+    program: Program, ways: Mapping[Region, Sequence[StagedChoice]], given: Budgets, aside: Aside
 ) -> Problem:
-    parts = parts_of(program.calls, ways, given.growth)
-    window = aside.grown(given.growth) if aside is not None else 0
-    return Problem(parts, given.static, given.device, max(given.host - _SPARE, 0), window=window)
+    parts, host = parts_of(program.calls, ways), max(given.host - _SPARE, 0)
+    return Problem(parts, given.static, given.device, host, window=aside.nbytes)
 
 
-def parts_of(
-    calls: Sequence[RegionCall], ways: Mapping[Region, Sequence[StagedChoice]], growth: float = 1.0
-) -> tuple[Part, ...]:
+def parts_of(calls: Sequence[RegionCall], ways: Mapping[Region, Sequence[StagedChoice]]) -> tuple[Part, ...]:
     """What the planner decides for each call; calls of one region share their choices."""
-    choices = {region: tuple(grown(way.choice, growth) for way in found) for region, found in ways.items()}
+    choices = {region: tuple(way.choice for way in found) for region, found in ways.items()}
     return tuple(
         Part(f"{call.region.name} {i}", call.region.name, choices[call.region])
         for i, call in enumerate(calls)
@@ -259,7 +243,6 @@ def _apply(
     program: Program,
     ways: Mapping[Region, Sequence[StagedChoice]],
     found: MemoryPlan,
-    growth: float,
 ) -> tuple[Program, dict[Region, StagedRegion]]:
     taken = {n.name for n in program.source.graph.nodes} | {r.name for r in program.regions}
     made: dict[tuple[Region, str], Region] = {}
@@ -276,7 +259,7 @@ def _apply(
             made[key] = Region(name, region.module, region.inputs)
             way = next(w for w in ways[region] if w.choice.name == choice.name)
             if way.layer is not None:
-                staged[made[key]] = StagedRegion(way.layer, way, owns_gradient(program, region), growth)
+                staged[made[key]] = StagedRegion(way.layer, way, owns_gradient(program, region))
         calls.append(RegionCall(made[key], call.inputs, call.outputs))
     return replace(program, calls=tuple(calls)), staged
 

@@ -4,7 +4,7 @@ import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from math import ceil
+from functools import cached_property
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from rewriter.memory.choices import Cost, Link, StagedChoice, cost_on, staged_ch
 from rewriter.memory.costs import value_bytes
 from rewriter.memory.in_host import InHost, in_host_of
 from rewriter.memory.in_place import Inseparable
-from rewriter.memory.kept import foreseen_choice, kept_choice, least_choice
+from rewriter.memory.kept import KeptCost, forward_cost, kept_graphs, least_choice
 from rewriter.memory.layer_graphs import LayerGraphs, layer_graphs
 from rewriter.memory.plan import Choice
 from rewriter.memory.stage_graphs import Unstaged
@@ -36,20 +36,93 @@ class Aside:
     window: int = 0
     weights: int = 0
 
-    def grown(self, growth: float) -> int:
-        return ceil(self.window * growth) + self.weights
+    @property
+    def nbytes(self) -> int:
+        return self.window + self.weights
 
 
-def kept_ways(
-    program: Program, machine: Link, in_host: Set[Node] = frozenset()
-) -> dict[Region, list[StagedChoice]]:
-    """Each region as it runs without a budget; the weights ``in_host`` memory are read over the bus."""
-    found = {}
-    for region in program.regions:
-        weights = in_host_of(program, region, in_host)
-        choice = _waiting(_kept_choice(program, region, machine), weights, machine)
-        found[region] = [StagedChoice(choice, in_host=weights)]
-    return found
+ByAside = dict[Aside, dict[Region, list[StagedChoice]]]
+
+
+class Ways:
+    """The ways to run the regions of ``program``, traced once each, costed for sequences of any length.
+
+    Regions between the first and the last call, or that repeat, may run in stages. One that fails to be cut
+    keeps everything; the others are planned.
+
+    Args:
+        in_host: weights in host memory.
+        reach: how many times as long as the ones at hand sequences may be.
+
+    Attributes:
+        notes: why some regions cannot run in stages.
+    """
+
+    def __init__(self, program: Program, machine: Link, in_host: Set[Node] = frozenset(), reach: float = 1.0):
+        self._program, self._machine, self._reach = program, machine, reach
+        self._weights = {region: in_host_of(program, region, in_host) for region in program.regions}
+        self._refused: set[LayerGraphs] = set()
+        self.notes: list[str] = []
+
+    def kept(self, growth: float = 1.0) -> dict[Region, list[StagedChoice]]:
+        """Each region as it runs without a budget; weights in host memory are read over the bus."""
+        found = {}
+        for region, cost in self._kept.items():
+            weights = self._weights[region]
+            choice = _waiting(cost(self._machine, growth), weights, self._machine)
+            found[region] = [StagedChoice(choice, in_host=weights)]
+        return found
+
+    def all(self, growth: float = 1.0) -> ByAside:
+        """Every way to run each region, ``growth`` times as long as it was traced.
+
+        By the device memory that is set aside: none, which needs least; room for two layers' weights, where
+        they are in host memory; and a window for copies under way beside it.
+        """
+        kept, layers = self.kept(growth), self._layers
+        room, cost = self._room_for_weights(), cost_on(self._machine, growth)
+        asides = dict.fromkeys([Aside(), Aside(0, room), Aside(_window(layers, growth), room)])
+        found = {aside: {region: list(ways) for region, ways in kept.items()} for aside in asides}
+        for region, graphs in layers.items():
+            owns, weights = owns_gradient(self._program, region), self._weights[region]
+            left = [layer for layer in graphs if layer not in self._refused]
+            staged = functools.partial(
+                _staged_ways, left, self._machine, owns, tuple(asides), cost, weights, growth
+            )
+            for aside, ways in (_or_noted(self.notes, region, staged) or {}).items():
+                found[aside][region] += ways
+        return found
+
+    def refuse(self, layer: LayerGraphs) -> None:
+        """Let none run the stages of ``layer``."""
+        self._refused.add(layer)
+
+    @property
+    def refused(self) -> bool:
+        """Whether there were more ways."""
+        return bool(self._refused)
+
+    @cached_property
+    def _kept(self) -> dict[Region, KeptCost]:
+        return {region: _kept_cost(self._program, region) for region in self._program.regions}
+
+    @cached_property
+    def _layers(self) -> dict[Region, list[LayerGraphs]]:
+        """Of each region that may run in stages, two forms of these."""
+        found = {}
+        for region in _repeated_or_inner(self._program):
+            cut = functools.partial(_cut, self._program, region, self._reach)
+            if (graphs := _or_noted(self.notes, region, cut)) is not None:
+                found[region] = graphs
+        return found
+
+    def _room_for_weights(self) -> int:
+        """Device bytes for those of a layer that runs and of the one that runs next."""
+        sizes = (
+            buffer_bytes(value_bytes(region.inputs[i]) for i in self._weights[region].places(region))
+            for region in self._layers
+        )
+        return BUFFERS * max(sizes, default=0)
 
 
 def _waiting(choice: Choice, weights: InHost, machine: Link) -> Choice:
@@ -63,52 +136,20 @@ def _waiting(choice: Choice, weights: InHost, machine: Link) -> Choice:
     )
 
 
-def _kept_choice(program: Program, region: Region, machine: Link) -> Choice:
+def _kept_cost(program: Program, region: Region) -> KeptCost:
     """By the region's forward and backward; where they cannot be traced, by as much as can be."""
     shared = _shared(program, region)
     try:
-        return kept_choice(region, shared, machine)
+        return kept_graphs(region, shared).choice
     except Inseparable as reason:
         log.info("%s is foreseen from its forward: %s", region.name, reason)
     except Exception as error:
         log.warning("%s is foreseen from sizes alone: %s", region.name, error, exc_info=True)
     try:
-        return foreseen_choice(region, machine)
+        return forward_cost(region)
     except Exception as error:
         log.warning("%s cannot be traced: %s", region.name, error, exc_info=True)
-        return least_choice(region, machine)
-
-
-def all_ways(
-    program: Program,
-    machine: Link,
-    kept: Mapping[Region, list[StagedChoice]] | None = None,
-    in_host: Set[Node] = frozenset(),
-) -> tuple[dict[Aside, dict[Region, list[StagedChoice]]], list[str]]:
-    """Every way to run each region, and why some cannot run in stages; ``kept`` where it is known already.
-
-    By the device memory that is set aside: none, which needs least; room for two layers' weights, where they
-    are ``in_host`` memory; and a window for copies under way beside it.
-    Regions between the first and the last call, or that repeat, may run in stages. One that fails to be cut
-    keeps everything; the others are planned.
-    """
-    notes: list[str] = []
-    kept = kept or kept_ways(program, machine, in_host)
-    layers = {
-        region: graphs
-        for region in _repeated_or_inner(program)
-        if (graphs := _or_noted(notes, region, functools.partial(_cut, program, region))) is not None
-    }
-    weights = {region: in_host_of(program, region, in_host) for region in layers}
-    room, cost = _room_for_weights(weights), cost_on(machine)
-    asides = dict.fromkeys([Aside(), Aside(0, room), Aside(_window(layers), room)])
-    found = {aside: {region: list(ways) for region, ways in kept.items()} for aside in asides}
-    for region, graphs in layers.items():
-        owns = owns_gradient(program, region)
-        staged = functools.partial(_staged_ways, graphs, machine, owns, tuple(asides), cost, weights[region])
-        for aside, ways in (_or_noted(notes, region, staged) or {}).items():
-            found[aside][region] += ways
-    return found, notes
+        return functools.partial(least_choice, region)
 
 
 def _staged_ways(
@@ -118,6 +159,7 @@ def _staged_ways(
     asides: Sequence[Aside],
     cost: Cost,
     weights: InHost,
+    growth: float,
 ) -> dict[Aside, list[StagedChoice]]:
     """By what is set aside, the ways to run one region, of whose stages ``layers`` has two forms."""
     found = {}
@@ -126,20 +168,9 @@ def _staged_ways(
         found[aside] = [
             way
             for layer in layers
-            for way in staged_choices(
-                layer, layer.tokens, machine, owns_gradient, aside.window, cost, in_host
-            )
+            for way in staged_choices(layer, machine, owns_gradient, aside.window, cost, in_host, growth)
         ]
     return found
-
-
-def _room_for_weights(weights: Mapping[Region, InHost]) -> int:
-    """Device bytes for those of a layer that runs and of the one that runs next."""
-    sizes = (
-        buffer_bytes(value_bytes(region.inputs[i]) for i in in_host.places(region))
-        for region, in_host in weights.items()
-    )
-    return BUFFERS * max(sizes, default=0)
 
 
 def _repeated_or_inner(program: Program) -> list[Region]:
@@ -161,22 +192,21 @@ def _or_noted(notes: list[str], region: Region, make: Callable[[], _Made]) -> _M
     return None
 
 
-def _cut(program: Program, region: Region) -> list[LayerGraphs]:
+def _cut(program: Program, region: Region, reach: float) -> list[LayerGraphs]:
     shared = _shared(program, region)
-    return [layer_graphs(region, shared, saving=saving) for saving in (False, True)]
+    return [layer_graphs(region, shared, saving=saving, reach=reach) for saving in (False, True)]
 
 
-def _window(layers: Mapping[Region, Sequence[LayerGraphs]]) -> int:
+def _window(layers: Mapping[Region, Sequence[LayerGraphs]], growth: float) -> int:
     """Device bytes for copies under way: half of the most that one layer saves in tiles.
 
     It is made in half of the layer's forward, and takes about all of it to leave.
     """
-    sizes = (
-        sum(layer.sizes()[name] for name in layer.saved_in_tiles)
-        for graphs in layers.values()
-        for layer in graphs
-    )
-    return max(sizes, default=0) // 2
+    largest = 0
+    for layer in (layer for graphs in layers.values() for layer in graphs):
+        sizes = layer.sizes(growth)
+        largest = max(largest, sum(sizes[name] for name in layer.saved_in_tiles))
+    return largest // 2
 
 
 def _shared(program: Program, region: Region) -> frozenset[int]:

@@ -19,7 +19,7 @@ class Linked(Machine):
 def choices(monkeypatch):
     monkeypatch.setattr("rewriter.memory.choices._TILES", (None, 64, 8, 5))
     layer = decoder(trained=False).graphs
-    return layer, staged_choices(layer, layer.tokens, Linked(), True)
+    return layer, staged_choices(layer, Linked(), True)
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def windowed(monkeypatch):
     layer = decoder(trained=False, saving=True).graphs
     size = layer.sizes()
     window = sum(size[name] for name in layer.saved_in_tiles) // 2
-    ways = [staged_choices(layer, layer.tokens, Linked(), True, w) for w in (0, window)]
+    ways = [staged_choices(layer, Linked(), True, w) for w in (0, window)]
     return layer, window, *({w.choice.name: w for w in found} for found in ways)
 
 

@@ -5,8 +5,6 @@ import torch
 from torch import nn
 
 import rewriter
-from rewriter.memory.lengths import grown
-from rewriter.memory.plan import Choice
 
 WIDTH = 16
 
@@ -83,12 +81,6 @@ def test_the_most_that_is_said_may_be_passed():
     found, plans = trained(lengths, max_tokens=44)
     assert_as_eager(found, lengths)
     assert len(plans) == 2
-
-
-def test_a_choice_for_more_tokens_takes_more_of_everything():
-    choice = Choice("keep all", 10, 3, 20, 31, 1.0, 2.0, 0.5, 0.25)
-    assert grown(choice, 1.0) is choice
-    assert grown(choice, 1.5) == Choice("keep all", 15, 5, 30, 47, 1.5, 3.0, 0.75, 0.375)
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, "many", True])

@@ -12,7 +12,7 @@ from rewriter.memory.budgets import Budgets, card_bytes, usable_bytes
 from rewriter.memory.in_place import Inseparable
 from rewriter.memory.plan import Infeasible
 from rewriter.memory.planned import everything_kept, kept_plan, planned
-from rewriter.memory.ways import all_ways
+from rewriter.memory.ways import Ways
 from rewriter.regions.outline import outline
 from rewriter.regions.program import source_of
 from tests.families import build
@@ -28,13 +28,13 @@ def program():
     """Its ways to run depend on no budget: they are found once for all."""
     made, inputs = _program(build("llama", layers=4))
     found = outline(parted_at_borders(made), inputs)
-    ways = functools.cache(lambda: all_ways(found, Linked()))
+    ways = functools.cache(lambda: Ways(found, Linked()))
 
     def once(asked, *given):
-        return ways() if asked is found else all_ways(asked, *given)
+        return ways() if asked is found else Ways(asked, *given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planned_module, "all_ways", once)
+        patch.setattr(planned_module, "Ways", once)
         yield found
 
 
@@ -97,17 +97,20 @@ def test_a_layer_that_cannot_be_cut_keeps_everything_and_the_others_are_planned(
     broken, sound = (region for region in program.regions if region.name.startswith("layer"))
     cut = ways_module.layer_graphs
 
-    def graphs(region, shared, *, saving):
+    def graphs(region, shared, **said):
         if region is broken:
             raise RuntimeError("no stages today")
-        return cut(region, shared, saving=saving)
+        return cut(region, shared, **said)
 
     monkeypatch.setattr(ways_module, "layer_graphs", graphs)
-    ways, notes = all_ways(program, Linked())
-    assert len(ways) == 2
-    for found in ways.values():
+    ways = Ways(program, Linked())
+    by_aside = ways.all()
+    assert len(by_aside) == 2
+    for found in by_aside.values():
         assert [way.choice.name for way in found[broken]] == ["keep all"] and len(found[sound]) > 1
-    assert notes == [f"{broken.name} keeps everything, planning it failed: RuntimeError: no stages today"]
+    assert ways.notes == [
+        f"{broken.name} keeps everything, planning it failed: RuntimeError: no stages today"
+    ]
 
 
 @pytest.mark.parametrize("fails", ["its backward", "its forward"])
@@ -117,17 +120,18 @@ def test_a_region_that_cannot_be_traced_is_foreseen_from_less(program, monkeypat
     def failing(name, error):
         trace = getattr(ways_module, name)
 
-        def choice(region, *given):
+        def traced(region, *given):
             if region is broken:
                 raise error
             return trace(region, *given)
 
-        monkeypatch.setattr(ways_module, name, choice)
+        monkeypatch.setattr(ways_module, name, traced)
 
     whole = kept_plan(program, Budgets(0, 0, 0), Linked())
-    failing("kept_choice", Inseparable("not to be parted"))
+    monkeypatch.setattr(planned_module, "Ways", Ways)
+    failing("kept_graphs", Inseparable("not to be parted"))
     if fails == "its forward":
-        failing("foreseen_choice", RuntimeError("no trace today"))
+        failing("forward_cost", RuntimeError("no trace today"))
     found = kept_plan(program, Budgets(0, 0, 0), Linked())
     assert found.choices[-1].name == "keep all, foreseen from sizes alone"
     assert found.choices[:-1] == whole.choices[:-1] and found.peak > whole.peak / 2
