@@ -17,7 +17,8 @@ from rewriter.deferred import split_deferred
 from rewriter.full_collections import defer_full_collections
 from rewriter.fusion import apply_all
 from rewriter.kernels_ahead import start_processes
-from rewriter.lower import lower, lower_beside, lower_planned, lower_program, records_cuda_graphs
+from rewriter.lower import lower, lower_beside, lower_program, records_cuda_graphs
+from rewriter.lower_planned import lower_planned
 from rewriter.memory.plan import Infeasible
 from rewriter.memory.room import fits_unplanned
 from rewriter.nested import count_operations
@@ -103,8 +104,7 @@ def _compile(
             line.now("compiling")
             compiled = lower(recorded.module, recorded.example_inputs, options)
         elif plan is not None:
-            compiled, plan = lower_planned(plan, options, line.now)
-            record_plan(plan, record)
+            compiled = lower_planned(plan, options, line.now, lambda made: record_plan(made, record))
         else:
             compiled = lower_program(program, options, line.now)
         compiled = finish(recorded.replayed(compiled, record.notes))
@@ -206,10 +206,12 @@ def plan_memory(
 
 
 def record_plan(plan: "PlannedProgram", record: GraphRecord) -> None:
-    """Write down what runs how."""
+    """Write down what runs how; of a plan that is made later, in the place of the one before."""
+    from rewriter.memory.longer import PLANNED_ANEW
     from rewriter.memory.under_budget import memory_record
 
-    record.notes += plan.notes
+    notes = [note for note in record.notes if not note.startswith(PLANNED_ANEW)]
+    record.notes[:] = dict.fromkeys((*notes, *plan.notes))
     record.memory = memory_record(plan.plan)
     record.program = describe(plan.program)
 

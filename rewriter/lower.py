@@ -5,10 +5,9 @@ PyTorch's private modules that lowering needs are touched here alone.
 
 import functools
 import hashlib
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch._guards import TracingContext, tracing
@@ -22,14 +21,6 @@ from rewriter.kernels.registration import operators
 from rewriter.kernels_ahead import KernelsAhead
 from rewriter.options import Options
 from rewriter.regions.program import Program, Region, link
-
-if TYPE_CHECKING:
-    from rewriter.memory.layer import LayerStages
-    from rewriter.memory.layer_graphs import LayerGraphs
-    from rewriter.memory.planned import PlannedProgram
-
-
-log = logging.getLogger(__name__)
 
 # Functions whose results a backward computes again. A gated activation is as wide as what it is made of,
 # which is saved for its own backward, and costs one more write in that one's launch; a partitioner would save
@@ -102,57 +93,6 @@ def lower_program(program: Program, options: Options, say: Callable[[str], None]
         say(f"compiling {region.name}, {number} of {len(regions)}")
         compiled[region] = lower_beside(region.module, region.inputs, options)
     return link(program, compiled)
-
-
-def lower_planned(
-    planned: "PlannedProgram", options: Options, say: Callable[[str], None]
-) -> tuple[Callable, "PlannedProgram"]:
-    """Compile what a planned program calls, each stage once for all the ways in which its layers run.
-
-    Args:
-        say: told what is being compiled, and how many there are.
-
-    Returns:
-        The program, and the plan that it follows: another one where stages could not be compiled.
-    """
-    stages: dict[LayerGraphs, LayerStages] = {}
-    while (failed := _compile_stages(planned, options, say, stages)) is not None:
-        planned = planned.without(*failed)
-    compiled: dict[Region, Callable] = {}
-    number, count = len(planned.layers), planned.compilations
-    for region in planned.program.regions:
-        staged = planned.staged.get(region)
-        if staged is None:
-            number += 1
-            say(f"compiling {region.name}, {number} of {count}")
-            compiled[region] = lower_beside(region.module, region.inputs, options)
-        else:
-            compiled[region] = staged.scheduled(stages[staged.layer], planned.transfers)
-    planned.reserve_host_memory()
-    return planned.announced(link(planned.program, compiled)), planned
-
-
-def _compile_stages(
-    planned: "PlannedProgram",
-    options: Options,
-    say: Callable[[str], None],
-    stages: "dict[LayerGraphs, LayerStages]",
-) -> "tuple[LayerGraphs, Exception] | None":
-    """Put into ``stages`` what the plan runs and is not there yet; the first that fails, and why."""
-
-    def compile_graph(module: GraphModule, inputs: Sequence[Any], fake_mode: Any) -> Callable:
-        return lower_stage(module, inputs, fake_mode, options)
-
-    for number, (layer, name) in enumerate(planned.layers.items(), 1):
-        if layer in stages:
-            continue
-        say(f"compiling the stages of {name}, {number} of {planned.compilations}")
-        try:
-            stages[layer] = layer.compiled(compile_graph)
-        except Exception as error:
-            log.warning("the stages of %s cannot be compiled: %s", name, error, exc_info=True)
-            return layer, error
-    return None
 
 
 def lower_stage(module: GraphModule, inputs: Sequence[Any], fake_mode: Any, options: Options) -> Callable:

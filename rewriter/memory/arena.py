@@ -64,12 +64,15 @@ class HostArena:
 
     def reserve(self, nbytes: int) -> None:
         """Have at least ``nbytes``, in use and free together; raises HostMemoryError past the limit."""
-        missing = aligned(nbytes) - self.capacity
-        if missing <= 0:
+        needed = aligned(nbytes)
+        if needed <= self.capacity:
             return
-        if aligned(nbytes) > self.limit:
+        if needed > self.limit:
             raise self._error("reserve", nbytes)
-        self._add(missing)
+        # Slabs leave a rest in each: where the limit has no room for that, it is one if none is in use.
+        if not self.in_use and needed + self.capacity > self.limit:
+            self._drop_idle()
+        self._add(needed - self.capacity)
 
     def allocate(self, nbytes: int, owner: object = None) -> Block:
         """A block of ``nbytes``, its contents undefined; ``owner`` is who frees it, for ``free_owned``.

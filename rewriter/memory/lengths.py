@@ -1,17 +1,25 @@
-"""Batches that vary in length: the plan is made for the longest, and a guard holds it to that.
+"""Batches that vary in length: the plan is made for the longest, and a longer one is planned anew.
 
 A graph of symbolic lengths serves batches that nobody has seen. Its plan is made for ``max_tokens``, or for
-the batch that it is compiled with where that is not said; a guard on the number of tokens sends a larger one
-back to the compiler, which plans again. Where everything is kept, the guard is the longest that fits. What a
-way to run a layer costs is worked out for the longest: tiles take what they take, and attention grows with
-the square of the tokens.
+the batch that it is compiled with where that is not said. Larger ones are planned anew when they come
+(``longer.py``), as far as what is compiled *reaches*; a guard on the number of tokens sends those beyond back
+to the compiler. Where everything is kept, the guard is the longest that fits. What a way to run a layer costs
+is worked out for the longest: tiles take what they take, and attention grows with the square of the tokens.
 """
 
+import functools
+from collections.abc import Callable, Sequence
 from math import prod
+from typing import Any
 
 from torch import SymInt, Tensor
 
+from rewriter.canonical import value_of
+from rewriter.memory.costs import int_hint
 from rewriter.regions.program import Program
+
+# Beyond so many times the tokens that a plan is first made for, longer tiles than it has would run faster.
+_REACH = 4.0
 
 
 def growth_of(program: Program, max_tokens: int | None) -> float:
@@ -37,11 +45,66 @@ def hold_to(program: Program, growth: float) -> None:
     assert within, f"a batch of {tokens.node.hint} tokens is not within {most}"
 
 
+def reach_of(program: Program, growth: float, from_here: int) -> float:
+    """How many times the tokens at hand what is compiled serves: tiles and kernels are made for so many.
+
+    Args:
+        growth: how many times the plan holds for.
+        from_here: sequences of so many tokens run otherwise; shorter ones do not reach beyond.
+    """
+    hidden = _hidden_state(program)
+    if hidden is None or not isinstance(prod(hidden.shape[:-1]), SymInt):
+        return 1.0
+    length = int_hint(hidden.shape[1]) * growth
+    return growth * (min(_REACH, from_here / length) if length < from_here else _REACH)
+
+
+def tokens_at_hand(program: Program) -> int:
+    """Of the batch that the program is compiled with."""
+    tokens = _tokens(program)
+    return 0 if tokens is None else int_hint(tokens)
+
+
+def tokens_of(program: Program) -> Callable[[Sequence[Any]], int] | None:
+    """The number of tokens of a call, from its inputs; None where they do not tell, or it does not vary."""
+    tokens = _tokens(program)
+    if not isinstance(tokens, SymInt):
+        return None
+    places: dict[Any, tuple[int, int | None]] = {}
+    for i, node in enumerate(program.source.graph.find_nodes(op="placeholder")):
+        value = value_of(node)
+        if isinstance(value, SymInt):
+            places.setdefault(value.node.expr, (i, None))
+        for d, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
+            if isinstance(size, SymInt):
+                places.setdefault(size.node.expr, (i, d))
+    symbols = sorted(tokens.node.expr.free_symbols, key=str)
+    if not all(symbol in places for symbol in symbols):
+        return None
+    found = [places[symbol] for symbol in symbols]
+    expression = tokens.node.expr
+
+    @functools.lru_cache(maxsize=1024)
+    def evaluated(*sizes: int) -> int:
+        return int(expression.subs(dict(zip(symbols, sizes, strict=True))))
+
+    def count(inputs: Sequence[Any]) -> int:
+        return evaluated(*(int(inputs[i] if d is None else inputs[i].shape[d]) for i, d in found))
+
+    return count
+
+
 def _tokens(program: Program) -> int | SymInt | None:
-    """Rows times length of a batch: all but the channels of a hidden state that passes between regions."""
+    """Rows times length of a batch."""
+    hidden = _hidden_state(program)
+    return None if hidden is None else prod(hidden.shape[:-1])
+
+
+def _hidden_state(program: Program) -> Tensor | None:
+    """One that passes between regions, (rows, length, channels)."""
     made = {node for call in program.calls for node in call.outputs}
     for call in program.calls:
         for node, value in zip(call.inputs, call.region.inputs, strict=True):
             if node in made and isinstance(value, Tensor) and value.dim() == 3 and value.is_floating_point():
-                return prod(value.shape[:-1])
+                return value
     return None

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,6 +25,9 @@ from rewriter.memory.spare import Spare, spare_of
 from rewriter.memory.transfer import Transfers
 from rewriter.memory.ways import Aside, Ways, owns_gradient
 from rewriter.regions.program import Program, Region, RegionCall
+
+if TYPE_CHECKING:
+    from rewriter.memory.longer import Longer
 
 # Of host memory, for blocks that begin at multiples of 512 bytes.
 _SPARE = 1 << 20
@@ -71,6 +74,7 @@ class PlannedProgram:
         notes: why layers could not be run in stages.
         transfers: to host memory and back, made when they are first asked for.
         choosing: what it was chosen from; None where there was nothing to choose.
+        longer: how it is planned for longer batches; None where those are compiled anew.
     """
 
     program: Program
@@ -79,6 +83,7 @@ class PlannedProgram:
     notes: tuple[str, ...]
     transfers: Callable[[], Transfers]
     choosing: "Choosing | None" = None
+    longer: "Longer | None" = None
 
     @cached_property
     def layers(self) -> dict[LayerGraphs, str]:
@@ -99,7 +104,7 @@ class PlannedProgram:
         kind = self.layers[layer]
         found = self.choosing.without(layer).chosen()
         why = f"{kind} runs in other ways, compiling its stages failed: {type(error).__name__}: {error}"
-        return replace(found, notes=(*self.notes, why, *found.notes))
+        return replace(found, notes=(*self.notes, why, *found.notes), longer=self.longer)
 
     def reserve_host_memory(self) -> None:
         """Have what the plan offloads in one piece: grown bit by bit, it would leave a rest in each."""

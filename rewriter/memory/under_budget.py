@@ -1,20 +1,24 @@
 """A program, its budgets and the machine to a plan: what the backend calls, once a graph."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
+
+import torch
 
 from rewriter.host_weights import could_live_in_host_memory
 from rewriter.memory import timeline
 from rewriter.memory.borders import parted_at_borders
-from rewriter.memory.budgets import budgets, card_bytes, device_of
-from rewriter.memory.lengths import growth_of, hold_to
+from rewriter.memory.budgets import Budgets, budgets, card_bytes, device_of
+from rewriter.memory.lengths import growth_of, hold_to, reach_of, tokens_at_hand, tokens_of
+from rewriter.memory.longer import Longer
 from rewriter.memory.machine import ASSUMED, machine_for
 from rewriter.memory.movable import movable_bytes
 from rewriter.memory.plan import Infeasible, MemoryPlan
 from rewriter.memory.planned import PlannedProgram, everything_kept, planned
 from rewriter.memory.room import Need
+from rewriter.memory.stage_graphs import LONG
 from rewriter.memory.unwrapped import without_checkpoints
 from rewriter.regions.outline import outline
 from rewriter.regions.program import Program
@@ -39,7 +43,8 @@ def under_budget(
     """
     device = device_of(example_inputs)
     machine, given = machine_for(device), budgets(program, memory_budget, host_budget, device)
-    given = replace(given, growth=growth_of(program, max_tokens))
+    growth = growth_of(program, max_tokens)
+    given = replace(given, growth=growth, reach=reach_of(program, growth, LONG))
     whole, notes = program, []
     if machine.name.endswith(ASSUMED):
         notes.append(f"memory: too little was free to measure this device; planned for {machine.name}")
@@ -53,8 +58,40 @@ def under_budget(
         return replace(found, notes=(*notes, *found.notes))
     if (parted := parted_at_borders(program)) is not None:
         program = outline(parted, example_inputs) or program
+
+    def within(choose: Callable[[Budgets], PlannedProgram], given: Budgets) -> PlannedProgram:
+        return _planned_within(choose, given, memory_budget is not None, whole, device)
+
+    found = within(lambda given: planned(program, given, machine, device), given)
+    longer = None
+    if (count := tokens_of(program)) is not None and (choosing := found.choosing) is not None:
+
+        def now() -> Budgets:
+            # Host memory is one arena's, for all plans.
+            return replace(budgets(program, memory_budget, host_budget, device), host=given.host)
+
+        def chosen(given: Budgets) -> PlannedProgram:
+            return within(lambda given: replace(choosing, given=given).chosen(), given)
+
+        longer = Longer(count, tokens_at_hand(program), given.growth, given.reach, now, chosen)
+    hold_to(whole, given.growth if longer is None else given.reach)
+    return replace(found, notes=(*notes, *found.notes), longer=longer)
+
+
+def _planned_within(
+    choose: Callable[[Budgets], PlannedProgram],
+    given: Budgets,
+    asked: bool,
+    whole: Program,
+    device: torch.device,
+) -> PlannedProgram:
+    """What is chosen within ``given``; unless they are ``asked`` for, within the least that would do.
+
+    Raises:
+        Infeasible: with the card that would do, and what could leave the device.
+    """
     try:
-        found = planned(program, given, machine, device)
+        return choose(given)
     except Infeasible as error:
         if error.least_device is None:
             raise
@@ -67,13 +104,11 @@ def under_budget(
             f"{error} With what driver and allocator take, memory_budget={card} is the least that would do."
             f"{could}"
         )
-        if memory_budget is not None:
+        if asked:
             raise Infeasible(message, card, error.least_host) from None
-        warnings.warn(f"rewriter: this step may run out of memory. {message}", stacklevel=2)
-        notes.append(f"memory: this step may run out of it. {message}")
-        found = planned(program, replace(given, device=error.least_device), machine, device)
-    hold_to(whole, given.growth)
-    return replace(found, notes=(*notes, *found.notes))
+    warnings.warn(f"rewriter: this step may run out of memory. {message}", stacklevel=2)
+    found = choose(replace(given, device=least))
+    return replace(found, notes=(f"memory: this step may run out of it. {message}", *found.notes))
 
 
 def memory_record(plan: MemoryPlan) -> MemoryRecord:

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from rewriter.memory.choices import Cost, Link, StagedChoice, cost_on, staged_choices
 from rewriter.memory.costs import value_bytes
@@ -56,6 +56,7 @@ class Ways:
 
     Attributes:
         notes: why some regions cannot run in stages.
+        compiled: the graphs of those that may run as without a budget, if they may run otherwise; None: all.
     """
 
     def __init__(self, program: Program, machine: Link, in_host: Set[Node] = frozenset(), reach: float = 1.0):
@@ -63,6 +64,7 @@ class Ways:
         self._weights = {region: in_host_of(program, region, in_host) for region in program.regions}
         self._refused: set[LayerGraphs] = set()
         self.notes: list[str] = []
+        self.compiled: Set[GraphModule] | None = None
 
     def kept(self, growth: float = 1.0) -> dict[Region, list[StagedChoice]]:
         """Each region as it runs without a budget; weights in host memory are read over the bus."""
@@ -84,6 +86,9 @@ class Ways:
         asides = dict.fromkeys([Aside(), Aside(0, room), Aside(_window(layers, growth), room)])
         found = {aside: {region: list(ways) for region, ways in kept.items()} for aside in asides}
         for region, graphs in layers.items():
+            if self.compiled is not None and region.module not in self.compiled:
+                for ways in found.values():
+                    ways[region].clear()
             owns, weights = owns_gradient(self._program, region), self._weights[region]
             left = [layer for layer in graphs if layer not in self._refused]
             staged = functools.partial(
@@ -184,11 +189,12 @@ def _or_noted(notes: list[str], region: Region, make: Callable[[], _Made]) -> _M
     try:
         return make()
     except Unstaged as reason:
-        notes.append(f"{region.name} keeps what its backward reads: {reason}")
+        note = f"{region.name} keeps what its backward reads: {reason}"
     except Exception as error:
         log.warning("%s cannot be planned and keeps everything: %s", region.name, error, exc_info=True)
-        failed = f"planning it failed: {type(error).__name__}: {error}"
-        notes.append(f"{region.name} keeps everything, {failed}")
+        note = f"{region.name} keeps everything, planning it failed: {type(error).__name__}: {error}"
+    if note not in notes:
+        notes.append(note)
     return None
 
 

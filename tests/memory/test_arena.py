@@ -104,6 +104,19 @@ def test_blocks_hold_what_is_written_to_them():
     assert arena.in_use == 0 < arena.peak
 
 
+def test_what_is_reserved_is_one_piece_where_the_limit_has_no_room_for_rests():
+    arena = _small(limit=8 * MiB)
+    arena.reserve(2 * MiB)
+    arena.reserve(4 * MiB)
+    assert len(arena._slabs) == 2
+    held = arena.allocate(MiB)
+    arena.reserve(6 * MiB)
+    assert len(arena._slabs) == 3
+    arena.free(held)
+    arena.reserve(7 * MiB)
+    assert len(arena._slabs) == 1 and arena.capacity == 7 * MiB
+
+
 def test_reserved_memory_is_not_reserved_twice_and_grows_only_past_it():
     arena = _small()
     arena.reserve(4 * MiB)

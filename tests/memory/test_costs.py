@@ -62,6 +62,26 @@ def test_twice_the_tokens_cost_twice_the_operations_and_bytes():
     assert twice.peak_bytes == 2 * once.peak_bytes
 
 
+def test_longer_sequences_than_were_traced_cost_what_those_would():
+    """Of a stage that runs whole, whose sizes are not a tile's."""
+
+    def layer(q, k, v, w):
+        q, k, v = ((x @ w).view(2, q.shape[1], 2, 8).transpose(1, 2) for x in (q, k, v))
+        return (F.scaled_dot_product_attention(q, k, v),)
+
+    def cost(length, growth):
+        outer, fakes = StageFakes(length), StageFakes(7)
+        states = [fakes.like(outer.like(torch.empty(2, length, 16), 1)) for _ in range(3)]
+        inputs = [*states, fakes.like(torch.empty(16, 16))]
+        with tracing(TracingContext(fakes.mode)), torch.no_grad(), fakes.mode:
+            graph = forward_graph(layer, signature_of(layer, inputs, [False] * 4))
+        return graph_cost(graph, fakes, 7, Machine(), growth)
+
+    ours, theirs = cost(12, 2.5), cost(30, 1.0)
+    assert ours.seconds == pytest.approx(theirs.seconds)
+    assert (ours.peak_bytes, ours.result_bytes) == (theirs.peak_bytes, theirs.result_bytes)
+
+
 def test_a_product_of_weights_does_not_grow_with_the_tokens():
     once, twice = (_cost(lambda x, v, w: (v @ w,), [(None, 8), (8, 8), (8, 4)], t) for t in (7, 14))
     assert once == twice

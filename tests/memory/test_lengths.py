@@ -1,10 +1,15 @@
-"""Batches that vary: one plan serves those up to its length, a longer one is planned anew."""
+"""Batches that vary: one plan serves those up to its length, longer ones are planned anew, in place."""
 
 import pytest
 import torch
 from torch import nn
 
 import rewriter
+from rewriter import lower
+from rewriter.lower_planned import _Lowering
+from rewriter.memory.budgets import Budgets
+from rewriter.memory.longer import Longer
+from rewriter.memory.plan import Infeasible
 
 WIDTH = 16
 
@@ -61,16 +66,84 @@ def assert_as_eager(found, lengths):
     torch.testing.assert_close(found, _losses(_chain(), lengths))
 
 
-def test_a_longer_batch_is_planned_anew():
-    lengths = [20, 12, 20, 30, 25]
+def test_where_everything_was_kept_a_longer_batch_is_compiled_anew():
+    lengths = [20, 12, 30]
     found, plans = trained(lengths)
     assert_as_eager(found, lengths)
     assert len(plans) == 2
 
 
+def test_a_longer_batch_is_planned_anew_and_not_compiled_anew(monkeypatch):
+    did = []
+    linked, whole = _Lowering._linked, lower.lower_beside
+
+    def told(self, planned):
+        run, peak = linked(self, planned), planned.plan.peak
+        return lambda *inputs: did.append(peak) or run(*inputs)
+
+    monkeypatch.setattr(_Lowering, "_linked", told)
+    monkeypatch.setattr(lower, "lower_beside", lambda *given: did.append("compiled") or whole(*given))
+    lengths = [30, 44, 30, 43, 20]
+    found, (plan,) = trained(lengths)
+    assert_as_eager(found, lengths)
+    while "compiled" in did[:3]:
+        did.remove("compiled")
+    # Shorter batches keep the plan that they had, and the report has the last.
+    first = did[0]
+    assert did == [first, plan.peak, first, plan.peak, first]
+    notes = [note for note in rewriter.report().graphs[-1].notes if "anew" in note]
+    assert notes == ["memory: planned anew, and not compiled anew, for batches of up to 88 tokens"]
+    # It is as good as that of one that is compiled with the longest, beside which there are longer inputs.
+    _, (fresh,) = trained([44])
+    assert plan.seconds == pytest.approx(fresh.seconds, rel=0.01)
+    assert plan.peak <= plan.device_budget
+
+
+def test_sequences_that_run_otherwise_when_they_are_long_are_compiled_anew(monkeypatch):
+    monkeypatch.setattr("rewriter.memory.under_budget.LONG", 40)
+    found, plans = trained([30, 40, 41])
+    assert_as_eager(found, [30, 40, 41])
+    assert len(plans) == 2
+
+
+def test_a_batch_that_is_too_long_is_told_before_any_work_and_shorter_ones_go_on():
+    torch._dynamo.reset()
+    chain = _chain()
+    options = {"memory_budget": "280KB", "lowering": "eager"}
+    chain.compile(backend="rewriter", dynamic=True, options=options)
+    _losses(chain, [30])
+    chain.zero_grad()
+    with pytest.raises(Infeasible, match=r"memory_budget=\d+ is the least that would do"):
+        chain(torch.randn(2, 100, 8))
+    assert all(p.grad is None for p in chain.parameters())
+    assert_as_eager(_losses(chain, [30, 40]), [30, 40])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "before", "fits", "asked"),
+    [
+        (110, 100, 1000, [112.5]),
+        (150, 100, 1000, [150]),
+        (110, 100, 111, [112.5, 110]),
+        (390, 380, 1000, [400]),
+    ],
+)
+def test_a_plan_holds_for_an_eighth_more_where_that_fits_and_is_within_reach(tokens, before, fits, asked):
+    plans = []
+
+    def chosen(given):
+        plans.append(given.growth * 100)
+        if plans[-1] > fits:
+            raise Infeasible("too long", 1, 0)
+
+    longer = Longer(len, 100, 1.0, 4.0, lambda: Budgets(0, 0, 0), chosen)
+    assert longer.planned_for(tokens, before)[0] == asked[-1]
+    assert plans == pytest.approx(asked)
+
+
 def test_one_plan_serves_all_lengths_up_to_the_most_that_is_said():
     lengths = [20, 12, 30, 40, 25]
-    found, plans = trained(lengths, max_tokens=80)
+    found, plans = trained(lengths, max_tokens=80, memory_budget="266KB")
     assert_as_eager(found, lengths)
     (plan,) = plans
     assert plan is not None and any("offload" in way or "recompute" in way for _, way, _ in plan.ways)
@@ -78,9 +151,9 @@ def test_one_plan_serves_all_lengths_up_to_the_most_that_is_said():
 
 def test_the_most_that_is_said_may_be_passed():
     lengths = [20, 30]
-    found, plans = trained(lengths, max_tokens=44)
+    found, (plan,) = trained(lengths, max_tokens=44, memory_budget="245KB")
     assert_as_eager(found, lengths)
-    assert len(plans) == 2
+    assert plan is not None and plan.peak <= plan.device_budget
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, "many", True])

@@ -1,0 +1,117 @@
+"""A planned program to a callable: each stage compiled once, for all ways in which layers run, and all plans.
+
+Where lengths vary, a batch that is longer than its plan holds for is planned for when it comes, and what the
+new plan runs and is not compiled yet is compiled then: stages, which have fake tensors of their own. Regions
+that run as without a budget do not: guards on sizes that their compilation finds are Dynamo's, which has its
+own for this program by then. Plans made later run those that are compiled, and stages.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from torch._guards import CompileContext, compile_context
+from torch.fx import GraphModule
+
+from rewriter import lower
+from rewriter.options import Options
+from rewriter.progress import progress_line
+from rewriter.regions.program import Region, link
+
+if TYPE_CHECKING:
+    from rewriter.memory.layer import LayerStages
+    from rewriter.memory.layer_graphs import LayerGraphs
+    from rewriter.memory.planned import PlannedProgram
+
+log = logging.getLogger(__name__)
+
+Say = Callable[[str], None]
+
+
+def lower_planned(
+    planned: "PlannedProgram", options: Options, say: Say, tell: "Callable[[PlannedProgram], None]"
+) -> Callable:
+    """Compile what a planned program calls.
+
+    Args:
+        say: told what is being compiled, and how many there are.
+        tell: told the plan, another one where stages could not be compiled; and each made later.
+    """
+    lowering = _Lowering(options)
+    run, planned = lowering.first(planned, say)
+    tell(planned)
+    if planned.longer is None:
+        return run
+    from rewriter.memory.longer import PlannedByLength
+
+    return PlannedByLength(planned.longer, run, lowering.again, tell)
+
+
+class _Lowering:
+    """Compiles what plans of one program call, each stage and region once."""
+
+    def __init__(self, options: Options):
+        self._options = options
+        self._stages: dict[LayerGraphs, LayerStages] = {}
+        self._regions: dict[GraphModule, Callable] = {}
+        self._context = CompileContext.try_get()
+
+    def first(self, planned: "PlannedProgram", say: Say) -> "tuple[Callable, PlannedProgram]":
+        """The code, and the plan that it follows."""
+        while (failed := self._compile_stages(planned, say)) is not None:
+            planned = planned.without(*failed)
+        number, count = len(planned.layers), planned.compilations
+        for region in planned.program.regions:
+            if region not in planned.staged:
+                number += 1
+                say(f"compiling {region.name}, {number} of {count}")
+                self._regions[region.module] = lower.lower_beside(region.module, region.inputs, self._options)
+        if planned.choosing is not None:
+            planned.choosing.ways.compiled = frozenset(self._regions)
+        return self._linked(planned), planned
+
+    def again(self, planned: "PlannedProgram") -> Callable:
+        """The code of a plan made later.
+
+        Raises:
+            Exception: a stage that only this plan runs cannot be compiled.
+        """
+        with progress_line() as line, self._in_context():
+            failed = self._compile_stages(planned, line.now)
+        if failed is not None:
+            raise failed[1]
+        return self._linked(planned)
+
+    def _linked(self, planned: "PlannedProgram") -> Callable:
+        compiled: dict[Region, Callable] = {}
+        for region in planned.program.regions:
+            staged = planned.staged.get(region)
+            compiled[region] = (
+                self._regions[region.module]
+                if staged is None
+                else staged.scheduled(self._stages[staged.layer], planned.transfers)
+            )
+        planned.reserve_host_memory()
+        return planned.announced(link(planned.program, compiled))
+
+    def _compile_stages(self, planned: "PlannedProgram", say: Say) -> "tuple[LayerGraphs, Exception] | None":
+        """Compile what the plan runs and is not compiled yet; the first that fails, and why."""
+
+        def compile_graph(module: GraphModule, inputs: Sequence[Any], fake_mode: Any) -> Callable:
+            return lower.lower_stage(module, inputs, fake_mode, self._options)
+
+        for number, (layer, name) in enumerate(planned.layers.items(), 1):
+            if layer in self._stages:
+                continue
+            say(f"compiling the stages of {name}, {number} of {planned.compilations}")
+            try:
+                self._stages[layer] = layer.compiled(compile_graph)
+            except Exception as error:
+                log.warning("the stages of %s cannot be compiled: %s", name, error, exc_info=True)
+                return layer, error
+        return None
+
+    def _in_context(self) -> AbstractContextManager:
+        """What is compiled while a step runs belongs to the compilation of its graph."""
+        return nullcontext() if self._context is None else compile_context(self._context)

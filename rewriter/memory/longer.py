@@ -1,0 +1,90 @@
+"""A planned program that is planned anew, not compiled anew, when a batch is longer than its plan holds for.
+
+What costs minutes of a first step does not depend on the length: tracing, matching, and compiling stages for
+symbolic lengths. What does is which ways are chosen, a second's search. So a longer batch is planned for when
+it comes, and what the new plan runs and is not compiled yet is compiled. Shorter batches keep the plan that
+they had, which is no slower than one for more. Each plan holds for an eighth more tokens than the one before,
+if that fits, so that lengths that creep up are not planned for at every step.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rewriter.memory.budgets import Budgets
+from rewriter.memory.plan import Infeasible
+from rewriter.memory.planned import PlannedProgram
+
+# A note begins so, of which a report has the last.
+PLANNED_ANEW = "memory: planned anew, and not compiled anew,"
+# Tokens that a plan holds for, over those of the one before.
+_STEP = 1.125
+
+
+@dataclass(frozen=True, eq=False)
+class Longer:
+    """How a program is planned for longer batches.
+
+    Attributes:
+        tokens: of a call, from its inputs.
+        here: those that the program was compiled with.
+        growth: how many times those the first plan holds for.
+        reach: how many times those what is compiled serves.
+        budgets: to plan within, as they are when it is called.
+        chosen: the plan within budgets.
+    """
+
+    tokens: Callable[[Sequence[Any]], int]
+    here: int
+    growth: float
+    reach: float
+    budgets: Callable[[], Budgets]
+    chosen: Callable[[Budgets], PlannedProgram]
+
+    def planned_for(self, tokens: int, before: float) -> tuple[float, PlannedProgram]:
+        """A plan for ``tokens`` or more, and for how many; the one before held for so many.
+
+        Raises:
+            Infeasible: no plan for ``tokens`` stays within the budgets.
+        """
+        given = self.budgets()
+        most = max(tokens, min(before * _STEP, self.here * self.reach))
+        try:
+            return most, self.chosen(replace(given, growth=most / self.here))
+        except Infeasible:
+            return tokens, self.chosen(replace(given, growth=tokens / self.here))
+
+
+class PlannedByLength:
+    """The code of a planned program, called with its inputs.
+
+    Args:
+        run: of the first plan.
+        linked: a plan's code.
+        tell: told each plan.
+    """
+
+    def __init__(
+        self,
+        longer: Longer,
+        run: Callable,
+        linked: Callable[[PlannedProgram], Callable],
+        tell: Callable[[PlannedProgram], None],
+    ):
+        self._longer, self._linked, self._tell = longer, linked, tell
+        # Tokens that each plan holds for, and its code, the shortest first.
+        self._plans: list[tuple[float, Callable]] = [(longer.here * longer.growth, run)]
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Raises Infeasible, before any work, where no plan for so many tokens stays within the budgets."""
+        tokens = self._longer.tokens(inputs)
+        run = next((run for most, run in self._plans if tokens <= most), None)
+        return (run or self._planned_for(tokens))(*inputs)
+
+    def _planned_for(self, tokens: int) -> Callable:
+        most, planned = self._longer.planned_for(tokens, self._plans[-1][0])
+        run = self._linked(planned)
+        self._plans.append((most, run))
+        note = f"{PLANNED_ANEW} for batches of up to {int(most):,} tokens"
+        self._tell(replace(planned, notes=(*planned.notes, note)))
+        return run
