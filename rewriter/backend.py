@@ -19,6 +19,8 @@ from rewriter.fusion import apply_all
 from rewriter.kernels_ahead import start_processes
 from rewriter.lower import lower, lower_beside, lower_program, records_cuda_graphs
 from rewriter.lower_planned import lower_planned
+from rewriter.memory.budgets import device_of
+from rewriter.memory.in_host import over_the_bus
 from rewriter.memory.plan import Infeasible
 from rewriter.memory.room import fits_unplanned
 from rewriter.nested import count_operations
@@ -99,6 +101,8 @@ def _compile(
         program = outline_regions(body, example_inputs, options, record)
     with record.timed("planning"):
         plan = plan_memory(program, example_inputs, options, record) if program and short else None
+        if plan is None:
+            record.notes += over_the_bus(body, device_of(example_inputs))
     with record.timed("lowering"):
         if program is None:
             line.now("compiling")

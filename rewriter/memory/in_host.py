@@ -48,12 +48,35 @@ class InHost:
 
 def packed_weights(program: Program) -> frozenset[Node]:
     """The inputs that are 4-bit weights as bitsandbytes packs them."""
-    return frozenset(n for n in program.source.graph.find_nodes(op="placeholder") if is_packed(value_of(n)))
+    return _packed(program.source)
 
 
 def packed_in_host_memory(program: Program, device: torch.device) -> frozenset[Node]:
     """Of those, the ones that are not on ``device``, which computes."""
-    return frozenset(n for n in packed_weights(program) if value_of(n).device.type != device.type)
+    return _away(program.source, device)
+
+
+def over_the_bus(module: GraphModule, device: torch.device) -> list[str]:
+    """A line for the report of a graph without a plan, whose kernels read weights where they lie."""
+    size = sum(value_bytes(value_of(n)) for n in _away(module, device))
+    if not size:
+        return []
+    values = map(value_of, module.graph.find_nodes(op="placeholder"))
+    trained = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in values)
+    times, total = ("twice", 2 * size) if trained else ("once", size)
+    way_out = "; under a memory_budget they come a layer ahead, where that is faster" if trained else ""
+    return [
+        f"weights: {size / 2**30:.2f} GiB in 4 bits are in host memory, and kernels read them over the bus "
+        f"{times} a step, {total / 2**30:.2f} GiB, while nothing else runs{way_out}"
+    ]
+
+
+def _packed(module: GraphModule) -> frozenset[Node]:
+    return frozenset(n for n in module.graph.find_nodes(op="placeholder") if is_packed(value_of(n)))
+
+
+def _away(module: GraphModule, device: torch.device) -> frozenset[Node]:
+    return frozenset(n for n in _packed(module) if value_of(n).device.type != device.type)
 
 
 NONE = InHost()
