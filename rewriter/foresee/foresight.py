@@ -20,7 +20,7 @@ from rewriter.host_weights import could_live_in_host_memory
 from rewriter.memory.budgets import card_bytes
 from rewriter.memory.machine import H200, KNOWN, Machine, machine_for
 from rewriter.memory.plan import Infeasible, MemoryPlan
-from rewriter.memory.planner import best
+from rewriter.memory.planner import roomy
 from rewriter.memory.timeline import text
 from rewriter.options import parse_budget
 
@@ -150,7 +150,7 @@ def plan(
     problems, notes = ask.problems(tokens)
     made = ask.made
     try:
-        found = best(problems)
+        found = roomy(problems)
     except Infeasible as error:
         if (least := error.least_device) is None:
             raise

@@ -14,13 +14,21 @@ if TYPE_CHECKING:
 class Group:
     """Tensors that are offloaded, given up and reloaded together; offloads in its context are its.
 
-    ``window``: as ``Transfers.group`` says, ``spare``: bytes beyond it. ``copies`` are in the order in which
-    the backward asks for them, where somebody has said which it is, else in that of the offloads.
+    ``window``: as ``Transfers.group`` says, ``spare``: bytes beyond it, ``bound``: all that may be held on
+    its way out when one of its tensors leaves. ``copies`` are in the order in which the backward asks for
+    them, where somebody has said which it is, else in that of the offloads.
     """
 
-    def __init__(self, transfers: "Transfers", window: int | None = None, spare: Spare | None = None):
+    def __init__(
+        self,
+        transfers: "Transfers",
+        window: int | None = None,
+        spare: Spare | None = None,
+        before: int = 0,
+    ):
         self._transfers = weakref.ref(transfers)
         self.window, self.spare = window, spare or Spare()
+        self.bound = None if window is None else max(window, before) + self.spare.out
         self._outer: Group | None = None
         self.copies: list[Copy] = []
         self.closed = self.returning = False

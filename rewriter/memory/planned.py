@@ -20,7 +20,7 @@ from rewriter.memory.in_host import packed_in_host_memory
 from rewriter.memory.layer import LayerStages, ScheduledLayer
 from rewriter.memory.layer_graphs import LayerGraphs
 from rewriter.memory.plan import Infeasible, MemoryPlan, Part, Problem
-from rewriter.memory.planner import best, least
+from rewriter.memory.planner import least, roomy
 from rewriter.memory.spare import Spare, spare_of
 from rewriter.memory.transfer import Transfers
 from rewriter.memory.ways import Aside, Ways, owns_gradient
@@ -31,10 +31,6 @@ if TYPE_CHECKING:
 
 # Of host memory, for blocks that begin at multiples of 512 bytes.
 _SPARE = 1 << 20
-# Of the device budget, what a plan fills where it can. PyTorch's allocator meets a request that fits in none
-# of its gaps by unmapping them, for which it waits until the device is idle: some milliseconds each time. On
-# an H200, 8 layers of 8B at 32,768 tokens, a GiB less costs a step 3 ms by the plan.
-_COMFORT = 0.96
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,19 +170,15 @@ class Choosing:
             Infeasible: no plan stays within the budgets.
         """
         given, notes, by_aside = self.given, (), self.ways.all(self.given.growth)
-        tight = [_problem(self.program, ways, given, aside) for aside, ways in by_aside.items()]
-        problems = [replace(p, device_budget=int(p.device_budget * _COMFORT)) for p in tight]
+        problems = [_problem(self.program, ways, given, aside) for aside, ways in by_aside.items()]
         try:
-            found = best(problems)
-        except Infeasible:
-            problems = tight
-            try:
-                found = best(problems)
-            except Infeasible as error:
-                if not self.ways.refused:
-                    raise
-                found, notes = least(problems[0]), (f"memory: this step may run out of it. {error}",)
-        ways = next(w for w, p in zip(by_aside.values(), problems, strict=True) if p is found.problem)
+            found = roomy(problems)
+        except Infeasible as error:
+            if not self.ways.refused:
+                raise
+            found, notes = least(problems[0]), (f"memory: this step may run out of it. {error}",)
+        asked = zip(by_aside.values(), problems, strict=True)
+        ways = next(w for w, problem in asked if problem.parts is found.problem.parts)
         program, staged = _apply(self.program, ways, found)
         return PlannedProgram(program, staged, found, notes, _transfers(given, self.device), self)
 

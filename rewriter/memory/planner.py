@@ -11,11 +11,17 @@ is no slower where the slack is 0, else by at most that.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import inf
 
 from rewriter.memory.options import options_of, unit_of
 from rewriter.memory.plan import Infeasible, MemoryPlan, Moment, Problem
 from rewriter.memory.search import Found, Search
+
+# Of the device budget, what a plan fills where it can. PyTorch's allocator meets a request that fits in none
+# of its gaps by unmapping them, for which it waits until the device is idle: some milliseconds each time. On
+# an H200, 8 layers of 8B at 32,768 tokens, a GiB less costs a step 3 ms by the plan.
+_ROOMY = 0.96
 
 
 def plan(problem: Problem) -> MemoryPlan:
@@ -53,6 +59,18 @@ def best(problems: Sequence[Problem]) -> MemoryPlan:
         raise _infeasible(problems[0])
     proven = min(search.bound for search, _ in asked)
     return MemoryPlan(found.problem, found.choices, max(0.0, (units - proven) * unit))
+
+
+def roomy(problems: Sequence[Problem]) -> MemoryPlan:
+    """The fastest plan that leaves the allocator some of the budget; ``best`` where there is none.
+
+    Raises:
+        Infeasible: where nothing fits; speaks of the first.
+    """
+    try:
+        return best([replace(p, device_budget=int(p.device_budget * _ROOMY)) for p in problems])
+    except Infeasible:
+        return best(problems)
 
 
 def least(problem: Problem) -> MemoryPlan:

@@ -93,6 +93,8 @@ class Transfers:
         self._leaving: deque[Copy] = deque()
         self._group: Group | None = None
         self._spares: deque[Spare] = deque()
+        # The window of the last group of those.
+        self._before = 0
         self._tickets: weakref.WeakValueDictionary[tuple, Ticket] = weakref.WeakValueDictionary()
         self._abandoned: deque[Copy] = deque()
         # Of what is not over, only what was offloaded since the last reset is good.
@@ -101,6 +103,7 @@ class Transfers:
     def expect(self, spares: Iterable[Spare]) -> None:
         """Say what is free beside their windows for the next groups that have one, in order."""
         self._spares = deque(spares)
+        self._before = 0
 
     def group(self, window: int | None = None) -> Group:
         """A new group: for ``with``, or for ``offload(tensor, group)`` and then ``group.close()``.
@@ -111,11 +114,12 @@ class Transfers:
         """
         if window is None or not self._spares:
             return Group(self, window)
-        spare = self._spares.popleft()
-        # There may have been more room for what is on its way out than there is now.
-        if self._leaving and (held := self._leaving[-1].group.window) is not None:
-            self._hold_at_most(held + spare.out)
-        return Group(self, window, spare)
+        spare, before = self._spares.popleft(), self._before
+        # There may have been more room for what is on its way out than there is now. What the layer before
+        # sent beyond its window has its place while this one runs.
+        self._hold_at_most((before or window) + spare.out)
+        self._before = window
+        return Group(self, window, spare, before)
 
     def offload(self, tensor: torch.Tensor, group: Group | None = None) -> Ticket:
         """Copy ``tensor`` (any shape and strides) to the arena.
@@ -250,8 +254,8 @@ class Transfers:
         while self._leaving and self._leaving[0].source is None:
             self._leaving.popleft()
         self._leaving.append(copy)
-        if group.window is not None:
-            self._hold_at_most(group.window + group.spare.out)
+        if group.bound is not None:
+            self._hold_at_most(group.bound)
         return ticket
 
     def _enter(self, copy: Copy, group: Group) -> None:

@@ -98,3 +98,18 @@ def test_what_is_spare_for_one_layer_is_not_for_those_below_it():
         came.append(transfers.stats.bytes_in // 400)
     # Beside the one asked for: two while the last layer runs, three while the one below it does, then one.
     assert came == [3, 4, 5, 6, 8, 9, 9, 9, 10, 11, 12, 12]
+
+
+def test_what_a_layer_sent_beyond_the_window_has_its_place_while_the_next_one_runs():
+    transfers = Transfers(HostArena(1 << 20), "cpu")
+    transfers.expect([Spare(), Spare(), Spare()])
+    held = lambda: sum(c.layout.nbytes for c in transfers._leaving if c.source is not None)  # noqa: E731
+    tickets = []
+    for window, most in ((1600, 1600), (400, 1600), (400, 400)):
+        with transfers.group(window=window):
+            tickets += [transfers.offload(torch.randn(100)) for _ in range(2)]
+            assert held() <= most
+            tickets += [transfers.offload(torch.randn(100)) for _ in range(3)]
+            assert held() == most
+    for ticket in tickets[::-1]:
+        transfers.reload(ticket)
