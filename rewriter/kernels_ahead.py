@@ -58,7 +58,8 @@ class KernelsAhead:
             for (kernel, device), given in jobs.items():
                 job = AsyncCompile.process_pool().submit(compile_launches, kernel, given, *_target(device))
                 job.add_done_callback(_warn_of(kernel))
-        except RuntimeError as error:
+        except Exception as error:
+            # A graph is none the worse for it.
             log.warning("kernels are compiled when they are launched, the pool takes no jobs: %s", error)
 
 

@@ -1,6 +1,7 @@
 """Kernels compiled before they are launched: the jobs that a graph gives, and what one leaves behind."""
 
 import os
+import pickle
 import subprocess
 import sys
 from concurrent.futures import Future
@@ -89,6 +90,29 @@ def test_a_job_that_fails_is_reported(pool, caplog):
     KernelsAhead().compile(graph)
     pool.last.set_exception(RuntimeError("no compiler"))
     assert "rewriter.kernels.rms_norm is compiled when it is launched: no compiler" in caplog.text
+
+
+def test_kernels_that_other_processes_cannot_find_are_left_out(pool):
+    import rewriter.kernels.attention_groups  # noqa: F401
+
+    found = [kernel for kernel in launchers.values() if "<locals>" not in kernel.__qualname__]
+    assert 10 < len(found) < len(launchers)
+    for kernel in found:
+        assert pickle.loads(pickle.dumps(kernel)) is kernel
+    op = torch.ops.rewriter.scaled_dot_product_cudnn_attention_backward_by_groups.default
+    graph = Graph()
+    x = tensor(graph, 1, 2, 64, 16)
+    graph.call_function(op, (x, x, x, x, x, x, x, x, None, None, None, 64, 64, 0.0, True))
+    KernelsAhead().compile(graph)
+    assert not pool.jobs
+
+
+def test_a_pool_that_takes_no_jobs_is_reported(pool, caplog):
+    pool.submit = lambda *given: pickle.dumps(lambda: None)
+    graph = Graph()
+    norm(graph, 8, 64)
+    KernelsAhead().compile(graph)
+    assert "the pool takes no jobs" in caplog.text
 
 
 @pytest.mark.parametrize("initialised", [False, True])
