@@ -63,7 +63,7 @@ class _Lowering:
             planned = planned.without(*failed)
         number, count = len(planned.layers), planned.compilations
         for region in planned.program.regions:
-            if region not in planned.staged:
+            if region not in planned.staged and region.module not in self._regions:
                 number += 1
                 say(f"compiling {region.name}, {number} of {count}")
                 self._regions[region.module] = lower.lower_beside(region.module, region.inputs, self._options)
