@@ -29,6 +29,7 @@ from rewriter.canonical import value_of
 from rewriter.effects import Effects
 from rewriter.nested import duplicate, subgraph
 from rewriter.regions.blocks import Block, blocks, levels
+from rewriter.regions.equal_numbers import hold_equal_numbers
 from rewriter.regions.invariants import share_invariants, share_masks, varying
 from rewriter.regions.modes import ModeSwitches
 from rewriter.regions.program import Program, Region, RegionCall
@@ -57,6 +58,7 @@ def outline(module: GraphModule, example_inputs: Sequence[Any]) -> Program | Non
     chain = waists(units, _results(graph))
     if not chain:
         return None
+    hold_equal_numbers(graph)
     moving = varying(graph, chain[0])
     level = levels(units, chain, moving)
     share_invariants(graph, moving, {node: level[unit] for node, unit in units.unit.items()}, effects)
