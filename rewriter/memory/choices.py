@@ -26,7 +26,7 @@ from rewriter.memory.costs import GraphCost, Rates, graph_cost
 from rewriter.memory.in_host import NONE, InHost
 from rewriter.memory.layer_graphs import LayerGraphs, longest_tile
 from rewriter.memory.plan import Choice
-from rewriter.memory.schedule import Fate, Schedule, schedule
+from rewriter.memory.schedule import Fate, Schedule, StageValues, schedule
 from rewriter.memory.stage_run import tile_length
 
 # Of a graph, its fakes and a number of tokens; kept for the choices of one layer, which share their graphs.
@@ -89,11 +89,14 @@ def staged_choices(
     most = min(longest_tile(tokens), layer.longest)
     tiles = [t for t in _TILES if (t or tokens) <= most and (t or 0) < tokens] or [most]
     found: dict[tuple, StagedChoice] = {}
+    sizes, values = layer.sizes(growth), layer.values()
     for fates in _fates(layer):
-        plan = schedule(layer.values(), layer.own_inputs, layer.wiring.outputs, fates)
+        plan = schedule(values, layer.own_inputs, layer.wiring.outputs, fates)
         for tile in tiles:
             if (plan, tile) not in found:
-                walk = _Walk(layer, tile, growth, owns_gradient, cost, window, in_host, machine)
+                walk = _Walk(
+                    layer, sizes, values, tile, tokens, owns_gradient, cost, window, in_host, machine
+                )
                 found[plan, tile] = _costed(layer, plan, fates, tile, machine, walk)
     return list(found.values())
 
@@ -149,23 +152,23 @@ class _Walk:
     def __init__(
         self,
         layer: LayerGraphs,
+        sizes: Mapping[str, int],
+        values: Sequence[StageValues],
         tile: int | None,
-        growth: float,
+        tokens: int,
         owns_gradient: bool,
         cost: Cost,
         window: int,
         in_host: InHost,
         machine: Link,
     ):
-        tokens = ceil(layer.tokens * growth)
         self.in_host, self.to_device = in_host, machine.to_device
         self.layer, self.tokens, self.cost, self.window = layer, tokens, cost, window
         self.tile = None if tile is None or tile >= tokens else tile_length(tokens, tile)
         # Of what is offloaded, that which is on the device one tile at a time.
         self.in_tiles = layer.saved_in_tiles if self.tile and window else frozenset()
         self.owns_gradient = owns_gradient
-        self.values = layer.values()
-        self.size = layer.sizes(growth)
+        self.size, self.values = sizes, values
 
     def forward(self, plan: Schedule) -> tuple[int, float]:
         live = {name: self.size[name] for name in self.layer.own_inputs}
