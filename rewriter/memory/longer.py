@@ -1,7 +1,7 @@
 """A planned program that is planned anew, not compiled anew, when a batch is longer than its plan holds for.
 
 What costs minutes of a first step does not depend on the length: tracing, matching, and compiling stages for
-symbolic lengths. What does is which ways are chosen, a search of seconds. So a longer batch is planned for when
+symbolic lengths. What does is which ways are chosen, seconds of search. So a longer batch is planned for when
 it comes, and what the new plan runs and is not compiled yet is compiled. Shorter batches keep the plan that
 they had, which is no slower than one for more. Each plan holds for an eighth more tokens than the one before,
 if that fits, so that lengths that creep up are not planned for at every step.
