@@ -36,7 +36,7 @@ lint: $(READY)
 	$(PYTHON) -m pyright
 
 gpu-test: $(READY)
-	$(PYTHON) -m tests.gpu.record -n 12 --dist worksteal
+	TORCHINDUCTOR_COMPILE_THREADS=2 $(PYTHON) -m tests.gpu.record -n 12 --dist worksteal
 
 clean:
 	rm -rf $(VENV)

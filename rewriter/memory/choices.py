@@ -234,7 +234,8 @@ class _Walk:
         tile, count = self._tiles(index)
         cost = self.cost(graphs.backward, graphs.fakes, tile)
         before = sum(live.values()) + sum(gradients.values())
-        before += sum(self.size[n] * tile // self.tokens for n in stage.backward_reads if n in streamed)
+        returning = sum(self.size[n] * tile // self.tokens for n in stage.backward_reads if n in streamed)
+        before += returning
         made = {name: self.size[name] for name in stage.gradients if name not in gradients}
         spare = [n for n in stage.gives if n in gradients and (self.owns_gradient or n not in above)]
         taken = set()
@@ -250,7 +251,9 @@ class _Walk:
                 del gradients[name]
         gradients.update(made)
         reading = self._reading(graphs.backward, self.layer.wiring.reads_back[index])
-        return before + room + cost.peak_bytes, (cost.seconds + reading) * count
+        seconds = cost.seconds + reading
+        waiting = _waiting(count, seconds, returning / self.to_device, self.window / self.to_device)
+        return before + room + cost.peak_bytes, seconds * count + waiting
 
     def _reading(self, graph: GraphModule, names: Sequence[str]) -> float:
         """Seconds in which one run waits for weights over the bus."""
@@ -263,6 +266,17 @@ class _Walk:
             return self.tokens, 1
         # The last tile is shorter: seconds are those of as many tiles as it makes.
         return self.tile, -(-self.tokens // self.tile)
+
+
+def _waiting(count: int, seconds: float, returning: float, there: float) -> float:
+    """Seconds for which tiles wait that take ``seconds`` each, and ``returning`` to come back.
+
+    Of all of them, as much as takes ``there`` is back before the first one; the rest comes meanwhile.
+    """
+    now = 0.0
+    for tile in range(1, count + 1):
+        now = max(now, tile * returning - there) + seconds
+    return now - count * seconds
 
 
 def _named(layer: LayerGraphs, plan: Schedule, fates: Mapping[str, Fate], tile: int | None) -> str:

@@ -127,9 +127,16 @@ def partitioned_graphs(module: Callable, signature: Signature) -> tuple[GraphMod
     forward, backward = min_cut_rematerialization_partition(
         traced, [*signature.inputs, *signature.tangents], num_fwd_outputs=len(signature.results)
     )
+    for graph in (forward, backward):
+        # What compiles them would take the marks for its own.
+        for node in graph.graph.nodes:
+            for mark in _MARKS:
+                node.meta.pop(mark, None)
     return _in_order(forward, backward, len(signature.inputs), len(signature.results))
 
 
+# By which PyTorch's partitioner knows what to run again.
+_MARKS = ("recompute", "ac_graph_id")
 # Bound by memory: run again, they cost a read of their inputs and a write of their results.
 _CHEAP = ("norm", "gate", "activation", "rotary")
 
@@ -139,8 +146,11 @@ def _recompute_what_is_cheap(module: GraphModule) -> None:
     for node in module.graph.nodes:
         name = str(node.target)
         if name.startswith("rewriter.") and "backward" not in name and any(word in name for word in _CHEAP):
-            node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
-            node.meta["ac_graph_id"] = 0
+            _mark(node)
+
+
+def _mark(node: Node) -> None:
+    node.meta |= dict(zip(_MARKS, (CheckpointPolicy.MUST_RECOMPUTE, 0), strict=True))
 
 
 def _view_again(module: GraphModule) -> None:
@@ -156,8 +166,7 @@ def _view_again(module: GraphModule) -> None:
         sizes = [n for n in node.all_input_nodes[1:] if isinstance(n.meta["val"], SymInt)]
         if all(_sized(n.meta["val"], inputs) is not None for n in sizes):
             again.add(node)
-            node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
-            node.meta["ac_graph_id"] = 0
+            _mark(node)
 
 
 _VIEWS = frozenset(

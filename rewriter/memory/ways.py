@@ -83,7 +83,8 @@ class Ways:
         """
         kept, layers = self.kept(growth), self._layers
         room, cost = self._room_for_weights(), cost_on(self._machine, growth)
-        asides = dict.fromkeys([Aside(), Aside(0, room), Aside(_window(layers, growth), room)])
+        windows = _windows(layers, growth)
+        asides = dict.fromkeys([Aside(), Aside(0, room), *(Aside(window, room) for window in windows)])
         found = {aside: {region: list(ways) for region, ways in kept.items()} for aside in asides}
         for region, graphs in layers.items():
             if self.compiled is not None and region.module not in self.compiled:
@@ -203,16 +204,18 @@ def _cut(program: Program, region: Region, reach: float) -> list[LayerGraphs]:
     return [layer_graphs(region, shared, saving=saving, reach=reach) for saving in (False, True)]
 
 
-def _window(layers: Mapping[Region, Sequence[LayerGraphs]], growth: float) -> int:
-    """Device bytes for copies under way: half of the most that one layer saves in tiles.
+def _windows(layers: Mapping[Region, Sequence[LayerGraphs]], growth: float) -> list[int]:
+    """Device bytes for copies under way: half of the most that one layer saves in tiles, and all of it.
 
-    It is made in half of the layer's forward, and takes about all of it to leave.
+    It is made in half of the layer's forward, and takes about all of it to leave. With room for all of it, it
+    is back when the layer's backward begins.
     """
     largest = 0
     for layer in (layer for graphs in layers.values() for layer in graphs):
         sizes = layer.sizes(growth)
         largest = max(largest, sum(sizes[name] for name in layer.saved_in_tiles))
-    return largest // 2
+    # The first of two tiles is a little more than half.
+    return [share + share // 50 for share in (largest // 2, largest)]
 
 
 def _shared(program: Program, region: Region) -> frozenset[int]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from rewriter.memory.choices import staged_choices
+from rewriter.memory.choices import _waiting, staged_choices
 from tests.memory.decoder import decoder
 from tests.memory.test_costs import Machine
 
@@ -99,3 +99,13 @@ def test_what_exceeds_the_window_is_in_flight(windowed):
         assert way.choice.flight == max(0, size - window)
         assert way.window == max(window, size)
         assert without[name].choice.flight == without[name].choice.hosted and without[name].window is None
+
+
+def test_tiles_wait_for_what_a_small_window_cannot_hold():
+    # Two tiles of 10 s, each of which takes 25 s to come back.
+    assert _waiting(2, 10.0, 25.0, 50.0) == 0
+    assert _waiting(2, 10.0, 25.0, 40.0) == 0
+    assert _waiting(2, 10.0, 25.0, 30.0) == 10
+    assert _waiting(2, 10.0, 25.0, 20.0) == 5 + 15
+    assert _waiting(3, 30.0, 25.0, 25.0) == 0
+    assert _waiting(1, 10.0, 0.0, 0.0) == 0
