@@ -59,7 +59,7 @@ def test_the_layers_that_are_traced_stand_for_all():
     short, _ = question.problem(512)
     assert question.made.left_out and question.made.left_out.times == 3
     question.made = question._make(True)
-    (whole, _), _ = question._problems(512)
+    (whole, *_), _ = question._problems(512)
     assert question.made.left_out is None
     assert short == whole
 

@@ -105,7 +105,7 @@ def test_a_layer_that_cannot_be_cut_keeps_everything_and_the_others_are_planned(
     monkeypatch.setattr(ways_module, "layer_graphs", graphs)
     ways = Ways(program, Linked())
     by_aside = ways.all()
-    assert len(by_aside) == 2
+    assert len(by_aside) == 3
     for found in by_aside.values():
         assert [way.choice.name for way in found[broken]] == ["keep all"] and len(found[sound]) > 1
     assert ways.notes == [
