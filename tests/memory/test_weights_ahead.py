@@ -238,7 +238,7 @@ def test_what_is_foreseen_of_it_is_time_and_room_for_two_layers(_tiles):
         ["layers"],
     )
     problems, notes = question.problems(512)
-    over_the_bus, a_layer_ahead, _ = problems
+    over_the_bus, a_layer_ahead, *_ = problems
     assert not notes and over_the_bus.window == 0 < a_layer_ahead.window
     for slow, fast in zip(over_the_bus.parts, a_layer_ahead.parts, strict=True):
         kept, *waiting = slow.choices
