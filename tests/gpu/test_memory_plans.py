@@ -75,6 +75,20 @@ def test_a_step_within_a_budget_has_the_gradients_without_and_the_memory_foresee
         assert abs(ours.peak / foreseen.peak - 1) < 0.1
 
 
+def test_a_longer_batch_is_planned_for_in_place_and_stays_within_the_budget(device, sizes, length):
+    model, ids = small_llama(device, sizes, nf4=True), tokens(length, device)
+    whole = step(compiled(model, "off"), ids)
+    budget = _card(whole, 0.7)
+    compiled(model, budget, dynamic=True)
+    for count in (length * 7 // 8, length, length * 7 // 8, length):
+        ours = step(model, tokens(count, device))
+        if device == "cuda":
+            assert ours.peak <= budget - CONTEXT
+    assert distance(ours, whole) < NEAR
+    (graph,) = rewriter.report().graphs
+    assert any("planned anew, and not compiled anew" in note for note in graph.notes)
+
+
 def test_copies_wait_for_what_they_must(device, sizes, length):
     model = small_llama(device, sizes, nf4=False)
     batches = [tokens(length, device, seed) for seed in range(4)]
