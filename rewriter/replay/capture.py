@@ -16,7 +16,6 @@ copied nor kept alive; graphs hold their addresses.
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 from torch.autograd.grad_mode import set_multithreading_enabled
 
 from rewriter.replay.lending import Lender, Lent
-from rewriter.replay.pool import Reading, Segments, apart, borrowed
+from rewriter.replay.pool import ROOMS, Needs, Reading, Segments, apart, borrowed, smallest
 
 
 class Unrecordable(Exception):
@@ -33,14 +32,6 @@ class Unrecordable(Exception):
 
 class NoRoom(Unrecordable):
     """Why a program's recording would take too much memory."""
-
-
-@dataclass(frozen=True)
-class _Needs:
-    """Bytes of a forward: what it leaves, and what a pool needs for its large tensors (``pool.Reading``)."""
-
-    kept: int
-    pool: int
 
 
 class CudaRecording:
@@ -56,29 +47,20 @@ class CudaRecording:
         recorder: "CudaRecorder",
         program: Callable,
         inputs: list[Any],
-        trainable: Sequence[int],
-        check: Callable[[int], None],
+        leaves: list[Tensor],
+        seeded: tuple[int, ...],
+        size: int,
     ):
-        leaves = [inputs[i].detach().requires_grad_() for i in trainable]
-        inputs = list(inputs)
-        for i, leaf in zip(trainable, leaves, strict=True):
-            inputs[i] = leaf
-        self._count, self._lender = len(leaves), recorder.lender
+        self._count, self._lender, self.seeded = len(leaves), recorder.lender, seeded
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        # cuBLAS has a workspace a thread and stream: one thread needs one.
-        with torch.enable_grad(), set_multithreading_enabled(False):
-            self.seeded, needs = _warm_up(program, inputs, leaves, recorder.device)
-            check(needs.kept)
-            with recorder.recording(self._forward, needs.pool):
-                results = tuple(program(*inputs))
-            _refuse_aliases(results, inputs)
-            self.seeds = [torch.zeros_like(results[i]) for i in self.seeded]
-            with recorder.recording(self._backward):
-                found = torch.autograd.grad(
-                    [results[i] for i in self.seeded], leaves, self.seeds, allow_unused=True
-                )
-                # As a parameter's gradient would be: dense, and its own.
-                found = [None if g is None else g.contiguous() for g in found]
+        with recorder.recording(self._forward, size):
+            results = tuple(program(*inputs))
+        _refuse_aliases(results, inputs)
+        self.seeds = [torch.zeros_like(results[i]) for i in seeded]
+        with recorder.recording(self._backward):
+            found = torch.autograd.grad([results[i] for i in seeded], leaves, self.seeds, allow_unused=True)
+            # As a parameter's gradient would be: dense, and its own.
+            found = [None if g is None else g.contiguous() for g in found]
         self.differentiable = tuple(isinstance(r, Tensor) and r.requires_grad for r in results)
         segments = recorder.segments()
         self.outputs = tuple(
@@ -120,7 +102,7 @@ def _lies_in(segments: Segments, value: Any) -> bool:
 
 def _warm_up(
     program: Callable, inputs: list[Any], leaves: list[Tensor], device: torch.device
-) -> tuple[tuple[int, ...], _Needs]:
+) -> tuple[tuple[int, ...], Needs]:
     """Run once, so that kernels are compiled and loaded, and plans made, before anything is recorded.
 
     Returns:
@@ -131,7 +113,7 @@ def _warm_up(
     before = Reading.now(device)
     results = tuple(program(*inputs))
     after = Reading.now(device)
-    needs = _Needs(after.allocated - before.allocated, after.needed_since(before))
+    needs = after.needs_since(before)
     if not all(isinstance(r, (Tensor, type(None))) for r in results):
         raise Unrecordable("it returns something else than tensors")
     seeded = [i for i, r in enumerate(results) if isinstance(r, Tensor) and r.requires_grad]
@@ -163,6 +145,7 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
         self._pool_bytes = 0
+        self._is_empty = True
         self._has_workspace = False
         self._home = torch.cuda.current_stream(device)
 
@@ -173,7 +156,9 @@ class CudaRecorder:
         trainable: Sequence[int],
         check: Callable[[int], None] = lambda kept: None,
     ) -> CudaRecording:
-        """Run ``program`` twice and record the second run. Random numbers go on as if it had not run.
+        """Run ``program``, then record it; the first, some times, until its pool is small (``pool.ROOMS``).
+
+        Random numbers go on as if it had not run.
 
         Args:
             check: told, before anything is recorded, the bytes that a forward keeps; may raise ``NoRoom``.
@@ -183,10 +168,38 @@ class CudaRecorder:
         """
         self._make_workspace()
         state = torch.cuda.get_rng_state(self.device)
+        leaves = {i: inputs[i].detach().requires_grad_() for i in trainable}
+        inputs = [leaves.get(i, given) for i, given in enumerate(inputs)]
+        trained = list(leaves.values())
         try:
-            return CudaRecording(self, program, inputs, trainable, check)
+            # cuBLAS has a workspace a thread and stream: one thread needs one.
+            with torch.enable_grad(), set_multithreading_enabled(False):
+                seeded, needs = _warm_up(program, inputs, trained, self.device)
+                check(needs.kept)
+
+                def record(size: int) -> CudaRecording:
+                    return CudaRecording(self, program, inputs, trained, seeded, size)
+
+                recording = self._smallest(record, needs) if self._is_empty else record(needs.size(ROOMS[0]))
+                self._is_empty = False
+                return recording
         finally:
             torch.cuda.set_rng_state(state, self.device)
+
+    def _smallest(self, record: Callable[[int], CudaRecording], needs: Needs) -> CudaRecording:
+        """The recording with the smallest pool, of some with more and more room for transients."""
+        made: dict[int, CudaRecording] = {}
+
+        def pool_of(size: int) -> int:
+            made.clear()
+            self.forget()
+            made[size] = record(size)
+            return self.segments().large
+
+        best = smallest(needs, pool_of)
+        if best not in made:
+            pool_of(best)
+        return made[best]
 
     def ready(self) -> bool:
         """Whether a recording may be made or run where the caller stands."""
@@ -216,6 +229,7 @@ class CudaRecorder:
         # A pool that no graph uses any more cannot be recorded into again.
         self._pool = torch.cuda.graph_pool_handle()
         self._pool_bytes = 0
+        self._is_empty = True
         self.lender.forget()
 
     def segments(self) -> Segments:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rewriter.replay.pool import Reading, Segments, apart, extent
+from rewriter.replay.pool import ROOMS, Needs, Reading, Segments, apart, extent, smallest
 
 MIB = 2**20
 
@@ -45,8 +45,31 @@ def test_an_empty_pool_lacks_all():
 def test_what_a_forward_needs_is_what_it_keeps_and_room_for_its_largest_transient():
     before = Reading(allocated=7, large=5, free={0: 900, 50: 400})
     after = Reading(allocated=107, large=85, free={0: 800, 50: 1000, 60: 20, 70: 10})
-    assert after.needed_since(before) == 80 + 22
-    assert before.needed_since(before) == 0
+    needs = after.needs_since(before)
+    assert (needs.kept, needs.size(1.1)) == (100, 80 + 22)
+    assert before.needs_since(before).size(1.1) == 0
+
+
+@pytest.mark.parametrize(
+    ("beside", "tried", "best"),
+    [
+        ([0], 1, 0),
+        ([100], 1, 0),
+        ([200, 100], 2, 1),
+        ([200, 220, 100], 3, 2),
+        ([200] * len(ROOMS), len(ROOMS), 0),
+        ([300, 400, 200, *[300] * (len(ROOMS) - 3)], len(ROOMS), 2),
+    ],
+)
+def test_a_block_is_enlarged_while_more_than_one_is_made_beside_it(beside, tried, best):
+    needs, seen = Needs(kept=0, large=1000 * MIB, transient=100 * MIB), []
+
+    def pool_of(size):
+        seen.append(size)
+        return size + beside[len(seen) - 1] * MIB
+
+    assert smallest(needs, pool_of) == needs.size(ROOMS[best])
+    assert len(seen) == tried
 
 
 def test_of_tensors_that_share_memory_one_may_be_borrowed():
