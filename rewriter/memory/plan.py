@@ -31,6 +31,11 @@ from functools import cached_property
 from itertools import accumulate
 from math import isfinite
 
+# Of the device budget, what a plan fills where it can. PyTorch's allocator meets a request that fits in none
+# of its gaps by unmapping them, for which it waits until the device is idle: some milliseconds each time. On
+# an H200, 8 layers of 8B at 32,768 tokens, a GiB less costs a step 3 ms by the plan.
+_ROOMY = 0.94
+
 
 class Infeasible(ValueError):
     """No plan stays within the budgets; raised before any work.
@@ -138,6 +143,11 @@ class Problem:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name} is {value!r}, not whole bytes >= 0")
+
+    @property
+    def roomy(self) -> int:
+        """Of the device budget, what a plan fills where it can, and leaves the rest to the allocator."""
+        return int(self.device_budget * _ROOMY)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,9 @@ def spare_of(plan: MemoryPlan, bounds: Sequence[bool]) -> list[Spare]:
     Args:
         bounds: of each part, whether it bounds by its own number what is held when it begins.
     """
-    rooms = [plan.problem.device_budget - moment.device for moment in plan.moments]
+    problem = plan.problem
+    budget = problem.roomy if plan.peak <= problem.roomy else problem.device_budget
+    rooms = [budget - moment.device for moment in plan.moments]
     count = len(bounds)
     ahead, behind = rooms[:count], rooms[: count - 1 : -1]
     found: list[Spare] = []

@@ -17,7 +17,7 @@ def _plan(forward: list[int], backward: list[int], hosted: Sequence[int] = ()) -
         Choice(f"way {i}", 0, host, ahead, back, 1.0, 1.0, flight=0) for i, (ahead, back, host) in peaks
     ]
     parts = tuple(Part(f"part {i}", f"kind {i}", (c,)) for i, c in enumerate(choices))
-    return MemoryPlan(Problem(parts, 0, 100, 10, window=10), tuple(choices))
+    return MemoryPlan(Problem(parts, 0, 107, 10, window=10), tuple(choices))
 
 
 def test_copies_out_may_fill_what_a_layer_leaves_free():
@@ -46,8 +46,8 @@ def test_what_is_still_on_its_way_out_when_the_backward_begins_leaves_room_for_t
 
 
 def test_nothing_is_spare_where_a_part_fills_the_budget():
-    plan = _plan([90, 95], [90, 95])
-    assert spare_of(plan, [True, True]) == [Spare(0, 0), Spare(0, 0)]
+    plan = _plan([90, 97], [97, 90])
+    assert spare_of(plan, [True, True]) == [Spare(7, 0), Spare(0, 7)]
 
 
 def test_a_group_holds_and_fetches_what_is_spare_beside_its_window():
