@@ -109,10 +109,16 @@ def main() -> None:
                     result["versions"] = found.pop("versions")
                     result[f"{system}, {depth} layers, {state}"] = found
                     print(f"{system}, {depth} layers, {state} caches: {found}", flush=True)
+                    write(result, arguments.results)
     result["overhead"] = overhead(arguments.calls, arguments.steps)
     print("overhead of a region's call:", result["overhead"])
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    (arguments.results / "regions.json").write_text(json.dumps(result, indent=1) + "\n")
+    write(result, arguments.results)
+
+
+def write(result: dict, folder: Path) -> None:
+    """After each row: a run that is cut leaves what it has."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "regions.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

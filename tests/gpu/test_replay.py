@@ -324,7 +324,8 @@ def test_recordings_of_three_sizes_hold_little_more_than_the_largest_alone(squar
         assert len(recordings) == len(sizes) and more.outputs
         return recorder.bytes()
 
-    assert held(sizes) <= 1.15 * held((4096,))
+    # By themselves they would hold 2.25 times as much. How well blocks are filled depends on every size.
+    assert held(sizes) <= 1.3 * held((4096,))
 
 
 def test_a_gradient_that_is_kept_is_not_overwritten_and_outlives_its_recording(square):
