@@ -24,11 +24,10 @@ class Group:
         transfers: "Transfers",
         window: int | None = None,
         spare: Spare | None = None,
-        before: int = 0,
+        bound: int | None = None,
     ):
         self._transfers = weakref.ref(transfers)
-        self.window, self.spare = window, spare or Spare()
-        self.bound = None if window is None else max(window, before) + self.spare.out
+        self.window, self.spare, self.bound = window, spare or Spare(), bound
         self._outer: Group | None = None
         self.copies: list[Copy] = []
         self.closed = self.returning = False

@@ -34,14 +34,15 @@ import weakref
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import inf
 from typing import Any
 
 import torch
 
 from rewriter.memory.arena import Block, HostArena
+from rewriter.memory.coming import coming
 from rewriter.memory.groups import Group
 from rewriter.memory.layout import Layout, bytes_of
+from rewriter.memory.leaving import Leaving
 from rewriter.memory.spare import Spare
 from rewriter.memory.streams import streams_of
 from rewriter.memory.tickets import Copy, Ticket, identity, version_of
@@ -89,12 +90,8 @@ class Transfers:
         self.weights = WeightsAhead(self.device, self._streams, poison)
         self._groups: list[Group] = []
         self._completed: deque[Group] = deque()
-        # In the order of their copies; some given up already.
-        self._leaving: deque[Copy] = deque()
+        self._leaving = Leaving(self._give_up)
         self._group: Group | None = None
-        self._spares: deque[Spare] = deque()
-        # The window of the last group of those.
-        self._before = 0
         self._tickets: weakref.WeakValueDictionary[tuple, Ticket] = weakref.WeakValueDictionary()
         self._abandoned: deque[Copy] = deque()
         # Of what is not over, only what was offloaded since the last reset is good.
@@ -102,8 +99,7 @@ class Transfers:
 
     def expect(self, spares: Iterable[Spare]) -> None:
         """Say what is free beside their windows for the next groups that have one, in order."""
-        self._spares = deque(spares)
-        self._before = 0
+        self._leaving.expect(spares)
 
     def group(self, window: int | None = None) -> Group:
         """A new group: for ``with``, or for ``offload(tensor, group)`` and then ``group.close()``.
@@ -112,14 +108,7 @@ class Transfers:
             window: bytes on their way out that may be held when one of its tensors leaves, and that may be
                 back on the device before they are asked for. None: whole groups are.
         """
-        if window is None or not self._spares:
-            return Group(self, window)
-        spare, before = self._spares.popleft(), self._before
-        # There may have been more room for what is on its way out than there is now. What the layer before
-        # sent beyond its window has its place while this one runs.
-        self._hold_at_most((before or window) + spare.out)
-        self._before = window
-        return Group(self, window, spare, before)
+        return Group(self, window, *self._leaving.allowed(window))
 
     def offload(self, tensor: torch.Tensor, group: Group | None = None) -> Ticket:
         """Copy ``tensor`` (any shape and strides) to the arena.
@@ -202,7 +191,7 @@ class Transfers:
         """
         self._drain()
         while self._completed:
-            self._give_up(self._completed.popleft())
+            self._give_up_all(self._completed.popleft())
 
     def reset(self) -> None:
         """Wait for all copies, on the host, and give everything back; for use after an exception in mid-step.
@@ -219,7 +208,6 @@ class Transfers:
         self._groups.clear()
         self._completed.clear()
         self._leaving.clear()
-        self._spares.clear()
         self._abandoned.clear()
         self._tickets.clear()
         self._group = None
@@ -251,11 +239,7 @@ class Transfers:
         copy.left = out.record_event()
         self.stats.bytes_out += layout.nbytes
         ticket = self._tickets[identity(tensor)] = Ticket(copy, self._abandoned)
-        while self._leaving and self._leaving[0].source is None:
-            self._leaving.popleft()
-        self._leaving.append(copy)
-        if group.bound is not None:
-            self._hold_at_most(group.bound)
+        self._leaving.add(copy, group)
         return ticket
 
     def _enter(self, copy: Copy, group: Group) -> None:
@@ -268,25 +252,16 @@ class Transfers:
         self._drain()
         self._completed.append(group)
         while len(self._completed) > self.depth:
-            self._give_up(self._completed.popleft())
+            self._give_up_all(self._completed.popleft())
 
-    def _give_up(self, group: Group) -> None:
-        compute = self._streams.compute()
+    def _give_up_all(self, group: Group) -> None:
         for copy in group.copies:
-            if copy.source is None:
-                continue
-            compute.wait_event(copy.left)
-            self._let_go(copy)
-
-    def _hold_at_most(self, window: int) -> None:
-        """Give up the oldest of what is on its way out, until at most ``window`` bytes of it are held."""
-        held = sum(copy.layout.nbytes for copy in self._leaving if copy.source is not None)
-        while held > window:
-            copy = self._leaving.popleft()
             if copy.source is not None:
-                self._streams.compute().wait_event(copy.left)
-                self._let_go(copy)
-                held -= copy.layout.nbytes
+                self._give_up(copy)
+
+    def _give_up(self, copy: Copy) -> None:
+        self._streams.compute().wait_event(copy.left)
+        self._let_go(copy)
 
     def _let_go(self, copy: Copy) -> None:
         source = copy.take_source()
@@ -307,24 +282,7 @@ class Transfers:
             self._fill_window(group, wanted)
 
     def _fill_window(self, group: Group, wanted: Copy | None) -> None:
-        """Fetch what comes next, as far as there is room for it while each layer runs down to its own."""
-        ahead, allowed, within, above = 0, inf, inf, inf
-        due = []
-        for earlier in reversed(self._groups[: self._groups.index(group) + 1]):
-            if earlier.window is not None:
-                # While a layer runs, what is there for those below it is bounded by the window of the next.
-                within = min(within, above + earlier.window)
-                above = ahead + earlier.spare.back
-                allowed = min(within, above + earlier.window)
-            for copy in earlier.copies:
-                if copy is wanted or copy.given >= copy.uses:
-                    continue
-                ahead += copy.layout.nbytes
-                if ahead > max(allowed, copy.layout.nbytes):
-                    return self._try(due)
-                if copy.device is None:
-                    due.append(copy)
-        self._try(due)
+        self._try(coming(self._groups[: self._groups.index(group) + 1], wanted))
 
     def _try(self, copies: list[Copy]) -> None:
         try:

@@ -53,15 +53,14 @@ def test_nothing_is_spare_where_a_part_fills_the_budget():
 def test_a_group_holds_and_fetches_what_is_spare_beside_its_window():
     transfers = Transfers(HostArena(1 << 20), "cpu")
     transfers.expect([Spare(800, 800), Spare(0, 400)])
-    held = lambda: sum(c.layout.nbytes for c in transfers._leaving if c.source is not None)  # noqa: E731
     with transfers.group(window=400) as group:
         first = [transfers.offload(torch.randn(100)) for _ in range(4)]
-        assert held() == 1200
+        assert transfers._leaving.held == 1200
         group.will_need(first[::-1])
     with transfers.group(window=400) as group:
-        assert held() == 400
+        assert transfers._leaving.held == 400
         second = [transfers.offload(torch.randn(100)) for _ in range(4)]
-        assert held() == 400
+        assert transfers._leaving.held == 400
         group.will_need(second[::-1])
     transfers.settle()
     transfers.prefetch_latest()
@@ -103,13 +102,12 @@ def test_what_is_spare_for_one_layer_is_not_for_those_below_it():
 def test_what_a_layer_sent_beyond_the_window_has_its_place_while_the_next_one_runs():
     transfers = Transfers(HostArena(1 << 20), "cpu")
     transfers.expect([Spare(), Spare(), Spare()])
-    held = lambda: sum(c.layout.nbytes for c in transfers._leaving if c.source is not None)  # noqa: E731
     tickets = []
     for window, most in ((1600, 1600), (400, 1600), (400, 400)):
         with transfers.group(window=window):
             tickets += [transfers.offload(torch.randn(100)) for _ in range(2)]
-            assert held() <= most
+            assert transfers._leaving.held <= most
             tickets += [transfers.offload(torch.randn(100)) for _ in range(3)]
-            assert held() == most
+            assert transfers._leaving.held == most
     for ticket in tickets[::-1]:
         transfers.reload(ticket)
