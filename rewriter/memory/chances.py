@@ -123,9 +123,9 @@ class Chances:
         proven = np.full(len(some), -np.inf)
         for block in _BLOCKS:
             at = self._before[i][block, g] - budgets[block]
-            prices = [self._on_device[block, i], self._later[i + 1][block], self._prices.host[block]]
-            numbers = np.stack([some.first, some.need, some.hosted], axis=1)
-            bound = (numbers @ np.stack(prices) + at).max(axis=1, initial=-np.inf)
+            prices = [self._on_device[block, i], self._later[i + 1][block], self._prices.host[block], at]
+            numbers = np.stack([some.first, some.need, some.hosted, np.ones(len(some))])
+            bound = (np.stack(prices, axis=1) @ numbers).max(axis=0, initial=-np.inf)
             proven = np.maximum(proven, bound + some.time + self.tie * some.hosted)
             chances = proven <= limit.cost
             some, proven = some.rows(chances), proven[chances]

@@ -16,7 +16,7 @@ from math import inf
 
 from rewriter.memory.options import options_of, unit_of
 from rewriter.memory.plan import Infeasible, MemoryPlan, Moment, Problem
-from rewriter.memory.search import Found, Search
+from rewriter.memory.search import WORK, Found, Search
 
 
 def plan(problem: Problem) -> MemoryPlan:
@@ -40,10 +40,14 @@ def best(problems: Sequence[Problem]) -> MemoryPlan:
     # The one that promises most: its plan tells how much of the others is worth a look.
     asked.sort(key=lambda pair: pair[0].bound)
     found, units, place = None, None, 0
-    for search, i in asked:
+    left = WORK
+    for turn, (search, i) in enumerate(asked):
         problem = problems[i]
         # One that stands before the other is taken where it is as fast.
-        if choices := search.best(None if units is None else units + (i < place)):
+        below = None if units is None else units + (i < place)
+        choices = search.best(below, left / (len(asked) - turn))
+        left -= search.done
+        if choices:
             found, units, place = _as_plan(problem, choices), choices.time, i
         elif found is None and search.bound < inf:
             # The search may miss what just fits. The plan with the lowest peak does not.

@@ -100,7 +100,7 @@ def _tried(
 
 def _first_choices(parts: Sequence[Options]) -> list[set[int]]:
     """Of each part, those that some prices of bytes, from little to much, make the cheapest."""
-    made = {id(o): _cheapest(o) for o in parts}
+    made = {key: _cheapest(o) for key, o in {id(o): o for o in parts}.items()}
     return [set(made[id(o)]) for o in parts]
 
 

@@ -12,25 +12,33 @@ Numbers are whole (time in units), so that equal plans are equal, and ties go to
 to the lower peak.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import ceil, inf
 
 import numpy as np
 
+from rewriter.memory.bounds import Floats
 from rewriter.memory.chances import MARGIN, Chances, Limit, paid
 from rewriter.memory.frontier import frontier
-from rewriter.memory.options import Options
+from rewriter.memory.options import Options, Whole
 from rewriter.memory.relaxation import relaxed
 from rewriter.memory.suffixes import Found, Suffixes, followed
 
-# Suffixes kept for each overlap by the first search, and how many times as many by each further one, which
-# knows the plan of the one before.
+# Suffixes kept for each overlap by the first search, or fewer, so that it takes at most one of so many parts
+# of the work; and how many times as many by each further one, which knows the plan of the one before.
 _NARROW = 16
+_FIRST = 4
 _WIDER = 8
-# Suffixes that all searches may make: about a second's work. Beyond it, those with the lowest bounds are
-# kept, and the plan is the best found, within a known distance of the best.
-_WORK = 3_000_000
+# Suffixes that all searches may make, with what comparing them comes to: about a second's work. Beyond it,
+# those with the lowest bounds are kept, and the plan is the best found, within a known distance of the best.
+WORK = 5_000_000
+# Suffixes that are compared before more of them are, for each that is kept; and the work of comparing one,
+# and of narrowing any number of them, where that of making one is 1.
+_FEW = 4
+_COMPARED = 4
+_NARROWING = 500
 # After so many searches beside the first, only what is faster is searched for.
 _TIED = 1
 # Chances that differ by less units than this are as good.
@@ -43,6 +51,7 @@ class Search:
     Attributes:
         bound: units that no plan within the budgets takes less than, as far as it is known; infinite where it
             is proven that nothing fits. Bytes of the peak, where that is to be least.
+        done: work that its searches took, in suffixes made.
     """
 
     def __init__(self, parts: Sequence[Options], device: int | None, host: int):
@@ -51,23 +60,25 @@ class Search:
         if device is None:
             device = sum(int(o.saved.max() + o.flight.max() + o.peak.max()) for o in parts)
         found = relaxed(parts, device, host, by_peak=by_peak)
-        self._parts = parts
+        self._parts, self.done = parts, 0
         self._chances = Chances(parts, device, host, found.prices, by_peak=by_peak)
         slowest = sum(int(time.max()) for time in self._chances.times)
         lost = float((paid(found.prices, device, host) - found.prices.paid(device, host))[0])
         bound = ceil(found.bound - lost - MARGIN)
         self.bound = bound if by_peak or bound <= slowest else inf
 
-    def best(self, below: int | None = None) -> Found | None:
+    def best(self, below: int | None = None, work: float = WORK) -> Found | None:
         """The plan that takes the least time, then the fewest host bytes, then the lowest peak.
 
         Where very many plans take equally long, not all of them are looked at. None where nothing fits, or
-        not in less than ``below`` units; ``bound`` says whether that is proven.
+        not in less than ``below`` units; ``bound`` says whether that is proven. ``work`` is the most that is
+        done, ``done`` what was.
         """
         if self.bound == inf or (below is not None and self.bound >= below):
             return None
         found, limit = None, Limit() if below is None else Limit.below(below)
-        for turn, width in enumerate(self._widths()):
+        climbed = inf
+        for turn, width in enumerate(self._widths(work)):
             if found is not None:
                 strict = turn > _TIED
                 limit = Limit.below(found.time) if strict else Limit.as_good_as(found, self._chances.tie)
@@ -78,8 +89,10 @@ class Search:
             if not self._cut:
                 self.bound = max(self.bound, least)
                 break
-            if least < inf:
-                self.bound = max(self.bound, self._chances.climb(least))
+            if least < climbed:
+                proven = self._chances.climb(least)
+                # Where that proves no more than the prices do, it will not for a somewhat faster plan.
+                climbed, self.bound = least if proven > self.bound else 0, max(self.bound, proven)
             if turn and self.bound >= least:
                 break
         return found
@@ -87,7 +100,7 @@ class Search:
     def lowest(self) -> Found | None:
         """The plan of the lowest peak within the host budget, then the fewest host bytes; where one fits."""
         found = None
-        for turn, width in enumerate(self._widths()):
+        for turn, width in enumerate(self._widths(WORK)):
             # What fits has to need less than what was found; first, as much with fewer host bytes.
             strict = turn > _TIED
             if found is not None:
@@ -99,17 +112,25 @@ class Search:
                 break
         return found
 
-    def _widths(self) -> Iterator[int]:
+    def _widths(self, work: float) -> Iterator[int]:
         """Of one search after the other: as wide as the work allows that is left."""
-        self._made, self._improved, width = 0, False, _NARROW
-        while width >= _NARROW:
-            before = self._made
+        each = sum(len(t) * len(o) for t, o in zip(self._chances.times, self._parts, strict=True))
+        first = width = max(1, min(_NARROW, int(work / _FIRST / each)))
+        self._improved = False
+        for turn in itertools.count():
+            before = self.done
             yield width
+            share = (work - self.done) / max(1, self.done - before)
             # Half of what is left, since one that finds a better plan makes the next an easy one.
-            share = (_WORK - self._made) / max(1, self._made - before) / 2
+            share = share / 2 if share >= 2 else share
             if share < 1 and not self._improved:
                 return
             width = int(width * min(share, _WIDER))
+            if width < first:
+                if turn:
+                    return
+                # No more work than the first time, and mostly far less, since a plan is known.
+                width = first
 
     def _run(self, limit: Limit, kept: int) -> Found | None:
         """Search among plans within ``limit``, with at most ``kept`` suffixes for each overlap."""
@@ -149,19 +170,31 @@ class Search:
         """Those that may lead to the best plan, sorted by time; the ``kept`` most promising of them."""
         before = self._parts[i - 1] if i else None
         flights = np.zeros(1, np.int64) if before is None else before.flight[before.group == g]
-        self._made += len(all_)
+        self.done += len(all_) + _NARROWING
         # A first moment that needs less than all later ones, whatever is in flight, might as well need more.
         first = np.maximum(all_.first, all_.need - flights.max())
         some = replace(all_, first=first, need=np.maximum(all_.need, first + flights.min()))
         some, proven = self._chances.among(some, i, g, limit)
-        order = np.lexsort((some.first, some.need, some.hosted, some.time))
-        some, proven = some.rows(order), proven[order]
-        best = frontier(some.hosted, some.need, some.first, some.first <= some.need - flights.max())
+        promising = self._promising(some, proven)
+        rank = np.empty(len(some), np.int64)
+        rank[promising] = np.arange(len(some))
+        best, seen = promising[:0], 0
+        # What beats another promises no less: where the most promising are enough, no more are compared.
+        while seen < len(some) and len(best) <= kept:
+            count = max(_FEW * kept, seen)
+            rows = np.concatenate([best, promising[seen : seen + count]])
+            rows = rows[np.lexsort((some.first[rows], some.need[rows], some.hosted[rows], some.time[rows]))]
+            few = some.rows(rows)
+            best = rows[frontier(few.hosted, few.need, few.first, few.first <= few.need - flights.max())]
+            self.done += _COMPARED * len(rows)
+            seen += count
         if len(best) > kept:
             self._cut = True
-            # Of nearly equal chances those that leave most of the scarcer memory.
-            device, host = max(1, self._chances.device), max(1, self._chances.host)
-            taken = np.maximum(some.need / device, some.hosted / host)
-            chance = np.floor(proven / _ALIKE)
-            best = best[np.sort(np.lexsort((taken[best], chance[best]))[:kept])]
+            best = best[np.sort(np.argsort(rank[best])[:kept])]
         return some.rows(best)
+
+    def _promising(self, some: Suffixes, proven: Floats) -> Whole:
+        """Rows by their chances; of nearly equal ones those first that leave most of the scarcer memory."""
+        device, host = max(1, self._chances.device), max(1, self._chances.host)
+        taken = np.maximum(some.need / device, some.hosted / host)
+        return np.lexsort((taken, np.floor(proven / _ALIKE)))

@@ -7,6 +7,7 @@ which lets choices be taken in part: most of all where choices differ in which m
 how much, so that there are many that no price tells apart, and few times between them.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,8 +16,9 @@ import numpy as np
 from rewriter.memory.bounds import Floats
 from rewriter.memory.options import Options, Whole
 
-# Points of a staircase at most. Of more, neighbours are taken together, each number from the better one.
-_POINTS = 20_000
+# Steps that are added to steps at most, over all parts. Where there are more, neighbours of a staircase are
+# taken together, each number from the better one.
+_COMBINED = 6_000_000
 
 
 @dataclass(frozen=True)
@@ -49,34 +51,53 @@ def staircases(
         after: from ``cheapest_suffixes``.
         most: prefixes whose time and price are over this with what follows are left out.
     """
+    steps = _steps(parts, times, priced)
+    left = _COMBINED
     found = [[Staircase(np.zeros(1), np.zeros(1, np.int64))]]
     for i, options in enumerate(parts):
+        # What earlier parts did not need is for later ones.
+        combined = sum(len(found[-1][g].price) * len(price) for (g, _), (price, _) in steps[i].items())
+        before = [_coarse(stairs, -(-combined * (len(parts) - i) // left)) for stairs in found[-1]]
         groups = []
         for group in range(len(options.overlaps)):
             prices, units = [], []
-            own = np.flatnonzero(options.group == group)
-            for g, stairs in enumerate(found[-1]):
-                price, time = _lowest(priced[i][0][own], times[i][g][own])
+            for g, stairs in enumerate(before):
+                price, time = steps[i][g, group]
                 prices.append((stairs.price[:, None] + price).ravel())
                 units.append((stairs.time[:, None] + time).ravel())
             price, time = np.concatenate(prices), np.concatenate(units)
+            left = max(1, left - len(price))
             chances = price + time + after[i + 1][0, group] <= most
-            groups.append(Staircase(*_coarse(*_lowest(price[chances], time[chances]))))
+            groups.append(Staircase(*_lowest(price[chances], time[chances])))
         found.append(groups)
     return found
 
 
+def _steps(
+    parts: Sequence[Options], times: Sequence[Whole], priced: Sequence[Floats]
+) -> list[dict[tuple[int, int], tuple[Floats, Whole]]]:
+    """Of each part alone: price and time after each overlap, for each of its own."""
+    found = []
+    for options, time, price in zip(parts, times, priced, strict=True):
+        own = [np.flatnonzero(options.group == group) for group in range(len(options.overlaps))]
+        pairs = itertools.product(range(len(time)), range(len(own)))
+        found.append({(g, group): _lowest(price[0][own[group]], time[g][own[group]]) for g, group in pairs})
+    return found
+
+
 def _lowest(price: Floats, time: Whole) -> tuple[Floats, Whole]:
-    order = np.lexsort((time, price))
+    order = np.argsort(price)
     price, time = price[order], time[order]
     falls = np.ones(len(time), bool)
     falls[1:] = time[1:] < np.minimum.accumulate(time)[:-1]
-    return price[falls], time[falls]
+    price, time = price[falls], time[falls]
+    # Of the same price the last, which is the lowest.
+    last = np.append(price[1:] > price[:-1], True) if len(price) else falls
+    return price[last], time[last]
 
 
-def _coarse(price: Floats, time: Whole) -> tuple[Floats, Whole]:
-    if len(price) <= _POINTS:
-        return price, time
-    step = -(-len(price) // _POINTS)
-    last = np.minimum(np.arange(step - 1, len(time) + step - 1, step), len(time) - 1)
-    return price[::step], time[last]
+def _coarse(stairs: Staircase, step: int) -> Staircase:
+    """One of ``step`` neighbours, no higher than any of them."""
+    count = len(stairs.time)
+    last = np.minimum(np.arange(step - 1, count + step - 1, step), count - 1)
+    return Staircase(stairs.price[::step], stairs.time[last])

@@ -9,6 +9,7 @@ import time
 import pytest
 import scipy.optimize
 
+from rewriter.memory import planner, search, staircase
 from rewriter.memory.plan import Choice, Infeasible, MemoryPlan, Part, Problem, moments, seconds
 from rewriter.memory.planner import best, fits, largest, least, plan
 
@@ -60,6 +61,21 @@ def test_plans_are_those_of_brute_force(seeds):
         assert (found.seconds, found.hosted, found.peak) == pytest.approx(expected), seed
         assert found.slack == 0.0
         assert least(problem).peak == lowest, seed
+
+
+def test_searches_that_keep_and_combine_little_are_as_exact_in_what_they_prove(monkeypatch):
+    monkeypatch.setattr(search, "_NARROW", 1)
+    monkeypatch.setattr(search, "_FEW", 1)
+    monkeypatch.setattr(staircase, "_COMBINED", 20)
+    for seed in range(40):
+        expected, _ = by_brute_force(problem := random_problem(seed))
+        if expected is not None:
+            monkeypatch.setattr(planner, "WORK", 30 + 1000 * (seed % 5))
+            found = plan(problem)
+            assert found.seconds - found.slack <= expected[0] + 1e-9 <= found.seconds + 2e-9, seed
+            monkeypatch.setattr(planner, "WORK", search.WORK)
+            found = plan(problem)
+            assert (found.seconds, found.hosted, found.peak) == pytest.approx(expected), seed
 
 
 def layers(tokens: int, count: int) -> Problem:
