@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from rewriter.kernels.launching import Gpu, Shape, compile_launches
+from rewriter.kernels.launching import Gpu, Ptxas, Shape, compile_launches
 from rewriter.kernels.registration import launchers
 
 log = logging.getLogger(__name__)
@@ -63,15 +63,15 @@ class KernelsAhead:
             log.warning("kernels are compiled when they are launched, the pool takes no jobs: %s", error)
 
 
-def _target(device: torch.device) -> tuple[Gpu, dict[str, str]]:
-    """The GPU, and the environment that says where the result is looked for."""
+def _target(device: torch.device) -> tuple[Gpu, Ptxas, dict[str, str]]:
+    """The GPU, what assembles for it here, and the environment that says where the result is looked for."""
     from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 
     properties = torch.cuda.get_device_properties(device)
     gpu = Gpu(*(getattr(properties, name) for name in Gpu._fields))
-    # Where Inductor lets Triton's cache be, as soon as it has a kernel itself.
-    folder = os.environ.get("TRITON_CACHE_DIR") or triton_cache_dir(device.index)
-    return gpu, {"TRITON_CACHE_DIR": folder}
+    # Where Inductor lets Triton's cache be; here, too, but only once it compiles in this process itself.
+    folder = os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(device.index))
+    return gpu, Ptxas.of_this_process(gpu), {"TRITON_CACHE_DIR": folder}
 
 
 def _warn_of(kernel: Callable) -> Callable[[Future], None]:

@@ -1,5 +1,6 @@
 """Kernels compiled before they are launched: the jobs that a graph gives, and what one leaves behind."""
 
+import json
 import os
 import pickle
 import subprocess
@@ -14,11 +15,12 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import Graph
 
 from rewriter.kernels import gated_activation, rms_norm  # noqa: F401
-from rewriter.kernels.launching import Gpu, Shape
+from rewriter.kernels.launching import Gpu, Ptxas, Shape
 from rewriter.kernels.registration import launchers
 from rewriter.kernels_ahead import KernelsAhead, start_processes
 
 H200 = Gpu(9, 0, 32, 132, 232448)
+PTXAS = Ptxas("/bin/ptxas", "release 13.0")
 FAKES = FakeTensorMode()
 _ops = torch.ops.rewriter
 
@@ -43,6 +45,9 @@ def pool(monkeypatch) -> Pool:
     monkeypatch.setattr(async_compile.AsyncCompile, "process_pool", staticmethod(lambda: found))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H200)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(Ptxas, "of_this_process", lambda gpu: PTXAS)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    monkeypatch.delenv("TRITON_CACHE_DIR")
     return found
 
 
@@ -66,8 +71,10 @@ def test_a_call_is_one_job_however_often_it_is_met(pool):
         norm(graph, 8, hidden)
     ahead.compile(graph)
     ahead.compile(graph)
-    ((_, kernel, calls, gpu, environment),) = pool.jobs
-    assert kernel is launchers[_ops.rms_norm.default] and gpu == H200 and "TRITON_CACHE_DIR" in environment
+    ((_, kernel, calls, *target),) = pool.jobs
+    assert kernel is launchers[_ops.rms_norm.default]
+    # The launches of this process look there, too.
+    assert target == [H200, PTXAS, {"TRITON_CACHE_DIR": os.environ["TRITON_CACHE_DIR"]}]
     shapes = [Shape((8, n), (n, 1), torch.bfloat16) for n in (64, 128)]
     assert [call[0] for call in calls] == shapes
     assert calls[0][1:] == (Shape((64,), (1,), torch.bfloat16), 1e-5, 0.0, True, None)
@@ -125,23 +132,31 @@ def test_processes_start_where_a_gpu_is_in_use(monkeypatch, initialised):
 
 
 JOB = """
-import sys, torch
-from rewriter.kernels.launching import Gpu, Shape, compile_launches
+import json, sys, torch
+from rewriter.kernels.launching import Gpu, Ptxas, Shape, compile_launches
 from rewriter.kernels.rms_norm import _backward_kernel, _forward_kernel
 
 x, weight = Shape((4, 64), (64, 1), torch.bfloat16), Shape((64,), (1,), torch.bfloat16)
 row = Shape((4,), (1,), torch.float32)
-gpu, cache = Gpu(9, 0, 32, 132, 232448), {"TRITON_CACHE_DIR": sys.argv[1]}
-compile_launches(_forward_kernel, [(x, weight, 1e-5, 0.0, True, None)] * 2, gpu, cache)
-compile_launches(_backward_kernel, [(x, None, x, weight, row, 0.0, True, False)], gpu, cache)
+Ptxas.of_this_process(gpu := Gpu(9, 0, 32, 132, 232448))  # as if a kernel of Inductor's had been compiled
+cache = {"TRITON_CACHE_DIR": sys.argv[1]}
+ptxas = Ptxas(*json.loads(sys.argv[2])) if sys.argv[2:] else Ptxas.of_this_process(gpu)
+compile_launches(_forward_kernel, [(x, weight, 1e-5, 0.0, True, None)] * 2, gpu, ptxas, cache)
+compile_launches(_backward_kernel, [(x, None, x, weight, row, 0.0, True, False)], gpu, ptxas, cache)
 """
 
 
-def test_a_job_compiles_for_a_gpu_that_it_does_not_have(tmp_path):
+def test_a_job_compiles_for_another_process_and_a_gpu_that_it_does_not_have(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    root = str(Path(__file__).parent.parent)
-    given = {**environment, "PYTHONPATH": root}
-    subprocess.run([sys.executable, "-c", JOB, str(tmp_path)], check=True, env=given)
+    given = {**environment, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    # PyTorch has Inductor's processes take its own assembler, which the process that launches does not.
+    other = tmp_path / "ptxas"
+    other.write_text("#!/bin/sh\n[ $1 = --version ] && echo Cuda compilation tools, release 13.9, V13.9.9\n")
+    other.chmod(0o755)
+    pool = {**given, "TRITON_PTXAS_PATH": str(other), "TRITON_PTXAS_BLACKWELL_PATH": str(other)}
+    job = [sys.executable, "-c", JOB, str(tmp_path)]
+    subprocess.run([*job, json.dumps(Ptxas.of_this_process(H200))], check=True, env=pool)
+    subprocess.run(job, check=True, env=given)
     assert sorted(path.name for path in tmp_path.glob("*/*.cubin")) == [
         "norm_backward_kernel.cubin",
         "norm_forward_kernel.cubin",

@@ -36,18 +36,37 @@ class Gpu(NamedTuple):
     multi_processor_count: int
     shared_memory_per_block_optin: int
 
+    @property
+    def architecture(self) -> int:
+        return 10 * self.major + self.minor
+
+
+class Ptxas(NamedTuple):
+    """NVIDIA's assembler: the program, and what it says of itself, a part of the keys of Triton's cache."""
+
+    path: str
+    version: str
+
+    @classmethod
+    def of_this_process(cls, gpu: Gpu) -> "Ptxas":
+        """The one that a launch in this process would use; asked once, as by the launch."""
+        from triton.backends.nvidia import compiler
+
+        return cls(compiler.get_ptxas(gpu.architecture).path, compiler.get_ptxas_version(gpu.architecture))
+
 
 def compile_launches(
-    kernel: Callable, calls: Sequence[tuple], gpu: Gpu, environment: Mapping[str, str]
+    kernel: Callable, calls: Sequence[tuple], gpu: Gpu, ptxas: Ptxas, environment: Mapping[str, str]
 ) -> None:
     """Compile what ``kernel``, which an op was defined with, launches in each of ``calls``.
 
     Args:
         calls: arguments, with a ``Shape`` for each tensor.
+        ptxas: of the process that launches. Inductor's processes have another where PyTorch brings its own.
         environment: where Triton's cache is, for this process from now on.
     """
     os.environ.update(environment)
-    with _compiling_for(gpu), _AsOnGpu():
+    with _compiling_for(gpu, ptxas), _AsOnGpu():
         for arguments in calls:
             kernel(*tree_map_only(Shape, _tensor, arguments, is_leaf=lambda x: isinstance(x, Shape)))
 
@@ -57,14 +76,17 @@ def _tensor(shape: Shape) -> Tensor:
 
 
 @contextmanager
-def _compiling_for(gpu: Gpu) -> Iterator[None]:
+def _compiling_for(gpu: Gpu, ptxas: Ptxas) -> Iterator[None]:
     import triton
     from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia import compiler
     from triton.backends.nvidia import driver as nvidia
+    from triton.knobs import NvidiaTool
     from triton.runtime.jit import JITFunction, MockTensor
 
     run: Any = JITFunction.run
-    target = GPUTarget("cuda", 10 * gpu.major + gpu.minor, gpu.warp_size)
+    target = GPUTarget("cuda", gpu.architecture, gpu.warp_size)
+    tool = NvidiaTool.from_path(ptxas.path)
     driver: Any = triton.runtime.driver
 
     def compiled(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -80,6 +102,8 @@ def _compiling_for(gpu: Gpu) -> Iterator[None]:
     )
     with (
         patch.object(JITFunction, "run", compiled),
+        patch.object(compiler, "get_ptxas", lambda arch: tool),
+        patch.object(compiler, "get_ptxas_version", lambda arch: ptxas.version),
         patch.object(torch.cuda, "get_device_properties", lambda device=None: gpu),
         patch.object(torch.cuda, "is_current_stream_capturing", lambda: True),
     ):
