@@ -153,16 +153,25 @@ class Reading:
 def smallest(needs: Needs, pool_of: Callable[[int], int]) -> int:
     """Of the sizes of a block that ``ROOMS`` are, the one that the smallest pool came of.
 
-    Larger ones are tried while more than one block was made beside it: the last seldom goes.
+    Larger ones are tried while more than one block was made beside it: the last seldom goes. And while the
+    device has memory for them: one that was made can be made again.
 
     Args:
         pool_of: records with a block of a size, and tells how large the pool became: that size, or more.
+
+    Raises:
+        torch.OutOfMemoryError: there is no room for the first.
     """
     found: dict[int, int] = {}
-    for size in map(needs.size, ROOMS):
+    for size in dict.fromkeys(map(needs.size, ROOMS)):
         if found and min(found.values()) - size < max(_WORTH, int(1.2 * needs.transient)):
             break
-        found[size] = pool_of(size)
+        try:
+            found[size] = pool_of(size)
+        except torch.OutOfMemoryError:
+            if not found:
+                raise
+            break
     return min(found, key=found.__getitem__)
 
 

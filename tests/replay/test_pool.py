@@ -72,6 +72,33 @@ def test_a_block_is_enlarged_while_more_than_one_is_made_beside_it(beside, tried
     assert len(seen) == tried
 
 
+def test_sizes_that_are_one_are_tried_once():
+    needs, seen = Needs(kept=0, large=1000 * MIB, transient=0), []
+
+    def pool_of(size):
+        seen.append(size)
+        return size + 200 * MIB
+
+    assert smallest(needs, pool_of) == 1000 * MIB
+    assert len(seen) == 1
+
+
+def test_a_device_without_memory_for_a_larger_block_keeps_the_smaller_one():
+    needs, seen = Needs(kept=0, large=1000 * MIB, transient=100 * MIB), []
+
+    def pool_of(size):
+        seen.append(size)
+        if len(seen) == full:
+            raise torch.OutOfMemoryError("full")
+        return size + 200 * MIB
+
+    full = 2
+    assert smallest(needs, pool_of) == needs.size(ROOMS[0])
+    full = 3
+    with pytest.raises(torch.OutOfMemoryError):
+        smallest(needs, pool_of)
+
+
 def test_of_tensors_that_share_memory_one_may_be_borrowed():
     tensor, other = torch.zeros(10), torch.zeros(3)
     assert apart({0: tensor, 1: tensor, 2: other, 3: tensor[5:]}) == {0, 2}
