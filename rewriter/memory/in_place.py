@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
 from rewriter.kernels.add_product import add_product_
@@ -63,7 +64,10 @@ def add_in_place_again(module: GraphModule) -> None:
         alpha = float(node.kwargs.get("alpha", 1.0))
         if node.kwargs.get("beta", 1) != 1 or total.meta["val"].shape != node.meta["val"].shape:
             continue
-        if _is_owned(total) and list(total.users) == [node]:
+        if total in (left, right):
+            # It would be read while it is written.
+            continue
+        if _is_owned(total) and list(total.users) == [node] and _lie_alike(total, node):
             with graph.inserting_before(node):
                 graph.call_function(add_product_, (total, left, right, alpha))
             node.replace_all_uses_with(total)
@@ -83,6 +87,12 @@ def _is_owned(node: Any) -> bool:
     """Whether a node's operation has made its result, and nothing else lies in its memory yet."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and all(r.alias_info is None for r in schema.returns)
+
+
+def _lie_alike(a: Node, b: Node) -> bool:
+    """Whether two results have the same strides: readers may take views that other strides have not."""
+    strides = (n.meta["val"].stride() for n in (a, b))
+    return all(statically_known_true(x == y) for x, y in zip(*strides, strict=True))
 
 
 def _folds(node: Node) -> Node | None:

@@ -330,7 +330,15 @@ def test_what_somebody_else_reads_is_not_added_to_in_place():
     def broadcast(total, left, right):
         return (torch.addmm((total @ total).sum(0), left, right),)
 
-    for function in (read_twice, given, scaled, broadcast):
+    def itself(total, left, right):
+        made = total @ total
+        return (torch.addmm(made, made, total),)
+
+    def viewed(total, left, right):
+        # In its memory order the view would be none.
+        return (torch.addmm(total.t() * 2, left, right).view(-1),)
+
+    for function in (read_twice, given, scaled, broadcast, itself, viewed):
         _, graph = Case(function, [_randn(5, 5), _randn(5, 3), _randn(3, 5)]).traced(forward_graph)
         add_in_place_again(graph)
         assert _adds_in_place(graph) == 0
