@@ -133,10 +133,15 @@ class PlannedProgram:
 
     def _spares(self) -> list[Spare]:
         """Of the calls whose copies are bounded by a window, in order, what is free beside it."""
-        staged = [self.staged.get(call.region) for call in self.program.calls]
-        bounds = [region is not None and region.way.window is not None for region in staged]
+        bounds = [_bounds(call.region, self.staged.get(call.region)) for call in self.program.calls]
         found = spare_of(self.plan, bounds)
         return [spare for spare, bound in zip(found, bounds, strict=True) if bound]
+
+
+def _bounds(region: Region, staged: StagedRegion | None) -> bool:
+    """Whether a call of ``region`` bounds its copies by a window; one without gradients has none to send."""
+    trained = any(isinstance(x, torch.Tensor) and x.requires_grad for x in region.inputs)
+    return trained and staged is not None and staged.way.window is not None
 
 
 def planned(program: Program, given: Budgets, machine: Link, device: torch.device) -> PlannedProgram:

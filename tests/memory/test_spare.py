@@ -1,13 +1,19 @@
 """What a plan leaves free beside its window, part by part."""
 
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import torch
+from torch.fx import Graph, GraphModule
 
 from rewriter.memory.arena import HostArena
 from rewriter.memory.plan import Choice, MemoryPlan, Part, Problem
+from rewriter.memory.planned import PlannedProgram
 from rewriter.memory.spare import Spare, spare_of
 from rewriter.memory.transfer import Transfers
+from rewriter.regions.program import Region
 
 
 def _plan(forward: list[int], backward: list[int], hosted: Sequence[int] = ()) -> MemoryPlan:
@@ -43,6 +49,17 @@ def test_copies_out_leave_room_for_parts_that_do_not_bound_them():
 def test_what_is_still_on_its_way_out_when_the_backward_begins_leaves_room_for_the_backward():
     plan = _plan([20, 20, 20], [10, 10, 85])
     assert [s.out for s in spare_of(plan, [True, True, False])] == [70, 5, 0]
+
+
+def test_layers_without_gradients_announce_nothing_since_they_send_nothing():
+    inputs = [(torch.ones(1, requires_grad=trained),) for trained in (False, True, True)]
+    regions = [Region(f"layer_{i}", GraphModule({}, Graph()), given) for i, given in enumerate(inputs)]
+    program: Any = SimpleNamespace(calls=[SimpleNamespace(region=region) for region in regions])
+    windows: list[Any] = [SimpleNamespace(way=SimpleNamespace(window=w)) for w in (10, 10, None)]
+    plan = _plan([20, 50, 80], [0, 0, 0])
+    staged = dict(zip(regions, windows, strict=True))
+    found = PlannedProgram(program, staged, plan, (), lambda: pytest.fail("not asked for"))._spares()
+    assert [spare.out for spare in found] == [10]
 
 
 def test_nothing_is_spare_where_a_part_fills_the_budget():
