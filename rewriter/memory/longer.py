@@ -32,6 +32,7 @@ class Longer:
         reach: how many times those what is compiled serves.
         budgets: to plan within, as they are when it is called.
         chosen: the plan within budgets.
+        at_worst: the same for a batch that is there, whatever it takes where no budget was asked for.
     """
 
     tokens: Callable[[Sequence[Any]], int]
@@ -40,6 +41,7 @@ class Longer:
     reach: float
     budgets: Callable[[], Budgets]
     chosen: Callable[[Budgets], PlannedProgram]
+    at_worst: Callable[[Budgets], PlannedProgram]
 
     def planned_for(self, tokens: int, before: float) -> tuple[float, PlannedProgram]:
         """A plan for ``tokens`` or more, and for how many; the one before held for so many.
@@ -52,7 +54,7 @@ class Longer:
         try:
             return most, self.chosen(replace(given, growth=most / self.here))
         except Infeasible:
-            return tokens, self.chosen(replace(given, growth=tokens / self.here))
+            return tokens, self.at_worst(replace(given, growth=tokens / self.here))
 
 
 class PlannedByLength:
@@ -73,7 +75,7 @@ class PlannedByLength:
     ):
         self._longer, self._linked, self._tell = longer, linked, tell
         # Tokens that each plan holds for, and its code, the shortest first.
-        self._plans: list[tuple[float, Callable]] = [(longer.here * longer.growth, run)]
+        self._plans: list[tuple[float, Callable]] = [(round(longer.here * longer.growth, 3), run)]
 
     def __call__(self, *inputs: Any) -> Any:
         """Raises Infeasible, before any work, where no plan for so many tokens stays within the budgets."""

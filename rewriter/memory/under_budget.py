@@ -1,5 +1,6 @@
 """A program, its budgets and the machine to a plan: what the backend calls, once a graph."""
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -71,9 +72,10 @@ def under_budget(
             return replace(budgets(program, memory_budget, host_budget, device), host=given.host)
 
         def chosen(given: Budgets) -> PlannedProgram:
-            return within(lambda given: replace(choosing, given=given).chosen(), given)
+            return replace(choosing, given=given).chosen()
 
-        longer = Longer(count, tokens_at_hand(program), given.growth, given.reach, now, chosen)
+        at_worst = functools.partial(within, chosen)
+        longer = Longer(count, tokens_at_hand(program), given.growth, given.reach, now, chosen, at_worst)
     hold_to(whole, given.growth if longer is None else given.reach)
     return replace(found, notes=(*notes, *found.notes), longer=longer)
 

@@ -1,5 +1,7 @@
 """Batches that vary: one plan serves those up to its length, longer ones are planned anew, in place."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +10,7 @@ import rewriter
 from rewriter import lower
 from rewriter.lower_planned import _Lowering
 from rewriter.memory.budgets import Budgets
-from rewriter.memory.longer import Longer
+from rewriter.memory.longer import Longer, PlannedByLength
 from rewriter.memory.plan import Infeasible
 
 WIDTH = 16
@@ -125,20 +127,32 @@ def test_a_batch_that_is_too_long_is_told_before_any_work_and_shorter_ones_go_on
         (110, 100, 1000, [112.5]),
         (150, 100, 1000, [150]),
         (110, 100, 111, [112.5, 110]),
+        (110, 100, 109, [112.5, 110]),
         (390, 380, 1000, [400]),
     ],
 )
 def test_a_plan_holds_for_an_eighth_more_where_that_fits_and_is_within_reach(tokens, before, fits, asked):
     plans = []
 
-    def chosen(given):
+    def at_worst(given):
         plans.append(given.growth * 100)
+
+    def chosen(given):
+        at_worst(given)
         if plans[-1] > fits:
             raise Infeasible("too long", 1, 0)
 
-    longer = Longer(len, 100, 1.0, 4.0, lambda: Budgets(0, 0, 0), chosen)
+    longer = Longer(len, 100, 1.0, 4.0, lambda: Budgets(0, 0, 0), chosen, at_worst)
     assert longer.planned_for(tokens, before)[0] == asked[-1]
     assert plans == pytest.approx(asked)
+
+
+def test_the_most_that_is_said_is_within_the_first_plan():
+    # 322 times (4096 / 322) is a little less than 4096.
+    unasked: Any = pytest.fail
+    longer = Longer(len, 322, 4096 / 322, 100.0, unasked, unasked, unasked)
+    run = PlannedByLength(longer, lambda *inputs: len(inputs), unasked, unasked)
+    assert run(*range(4096)) == 4096
 
 
 def test_one_plan_serves_all_lengths_up_to_the_most_that_is_said():
