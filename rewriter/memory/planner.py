@@ -18,6 +18,9 @@ from rewriter.memory.options import options_of, unit_of
 from rewriter.memory.plan import Infeasible, MemoryPlan, Moment, Problem
 from rewriter.memory.search import WORK, Found, Search
 
+# How many times as long a step may take that leaves the allocator some of the budget.
+_WORTH = 1.1
+
 
 def plan(problem: Problem) -> MemoryPlan:
     """The choices that take the least time, with every moment and all offloads within their budgets.
@@ -61,7 +64,9 @@ def best(problems: Sequence[Problem]) -> MemoryPlan:
 
 
 def roomy(problems: Sequence[Problem]) -> MemoryPlan:
-    """The fastest plan that leaves the allocator some of the budget; ``best`` where there is none.
+    """The fastest plan that leaves the allocator some of the budget; ``best`` where that is much faster.
+
+    Just above the least budget that leaves some, such a plan is the slowest of all.
 
     Raises:
         Infeasible: where nothing fits; speaks of the first.
@@ -72,7 +77,11 @@ def roomy(problems: Sequence[Problem]) -> MemoryPlan:
     except Infeasible:
         return best(problems)
     asked = problems[next(i for i, problem in enumerate(smaller) if problem is found.problem)]
-    return replace(found, problem=asked)
+    found = replace(found, problem=asked)
+    if found.seconds <= _WORTH * min(map(_computing, problems)):
+        return found
+    filling = best(problems)
+    return found if found.seconds <= _WORTH * filling.seconds else filling
 
 
 def least(problem: Problem) -> MemoryPlan:
@@ -138,6 +147,11 @@ def _pieces(problem: Problem, worst: Moment) -> list[tuple[int, str]]:
         (worst.flight, "copies under way"),
         (worst.own, f"the {worst.name} itself"),
     ]
+
+
+def _computing(problem: Problem) -> float:
+    """Seconds that no plan takes less than: those of the fastest choices, whatever they need."""
+    return sum(min(c.forward_seconds + c.backward_seconds for c in part.choices) for part in problem.parts)
 
 
 def _room(problem: Problem) -> int:

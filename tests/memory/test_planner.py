@@ -5,13 +5,14 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import scipy.optimize
 
 from rewriter.memory import planner, search, staircase
 from rewriter.memory.plan import Choice, Infeasible, MemoryPlan, Part, Problem, moments, seconds
-from rewriter.memory.planner import best, fits, largest, least, plan
+from rewriter.memory.planner import best, fits, largest, least, plan, roomy
 
 GIB = 2**30
 
@@ -228,16 +229,30 @@ def test_where_bytes_wait_is_proven_not_to_matter_where_copies_hide():
 
 def test_of_two_problems_with_equally_fast_plans_the_first_is_answered():
     first = layers(16384, 8)
-    roomy = within(first, 100 * GIB, 128 * GIB)
+    plain = within(first, 100 * GIB, 128 * GIB)
     windowed = Problem(first.parts, first.static, 100 * GIB, 128 * GIB, window=GIB)
-    assert best([roomy, windowed]).problem is roomy
-    assert best([windowed, roomy]).problem is windowed
+    assert best([plain, windowed]).problem is plain
+    assert best([windowed, plain]).problem is windowed
 
 
 def test_the_fastest_of_two_problems_is_answered():
-    tight, roomy = within(layers(65536, 16), 30 * GIB, 0), within(layers(65536, 16), 60 * GIB, 64 * GIB)
-    found = best([tight, roomy])
-    assert found.problem is roomy and found.seconds == plan(roomy).seconds
+    tight, ample = within(layers(65536, 16), 30 * GIB, 0), within(layers(65536, 16), 60 * GIB, 64 * GIB)
+    found = best([tight, ample])
+    assert found.problem is ample and found.seconds == plan(ample).seconds
+
+
+@pytest.mark.parametrize(("seconds_again", "taken"), [(2.1, "again"), (4.0, "keep")])
+def test_some_of_the_budget_is_left_to_the_allocator_unless_that_takes_much_longer(seconds_again, taken):
+    again, keep = (
+        Choice("again", 0, 0, 90, 90, 1.0, seconds_again - 1),
+        Choice("keep", 0, 0, 99, 99, 1.0, 1.0),
+    )
+    problem = Problem((Part("layer", "layer", (again, keep)),), 0, 100, 0)
+    found = roomy([problem])
+    assert [c.name for c in found.choices] == [taken] and found.problem is problem
+    # With more to leave, or nothing, there is nothing to weigh.
+    assert roomy([replace(problem, device_budget=110)]).choices == (keep,)
+    assert roomy([replace(problem, device_budget=93)]).choices == (again,)
 
 
 def test_an_infeasible_budget_names_the_least_that_would_do_and_its_largest_part():
