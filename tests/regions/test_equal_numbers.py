@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 import rewriter
+from rewriter import backend
 
 
 class Layer(nn.Module):
@@ -49,3 +51,25 @@ def test_layers_are_of_one_kind_where_their_numbers_are_equal(scales):
     for chain in (ours, theirs):
         vars(chain.layers[2])["scale"] = 0.125
     torch.testing.assert_close(step(ours, 3), step(theirs, 3))
+
+
+def test_numbers_that_were_seen_to_change_stay_symbols():
+    torch._dynamo.reset()
+    counters.clear()
+    ours, theirs = Chain(0.5, 0.5), Chain(0.5, 0.5)
+    ours.compile(backend="rewriter", options={"lowering": "eager"})
+    for scale in (0.5, 0.25, 0.3, 0.7):
+        for layer in (*ours.layers, *theirs.layers):
+            vars(layer)["scale"] = scale
+        torch.testing.assert_close(step(ours, 3), step(theirs, 3))
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_layers_of_equal_numbers_are_traced_anew_once(monkeypatch):
+    torch._dynamo.reset()
+    calls, compile = [], backend._compile
+    monkeypatch.setattr(backend, "_compile", lambda *given: calls.append(None) or compile(*given))
+    chain = Chain(*(0.5,) * 4)
+    chain.compile(backend="rewriter", dynamic=True, options={"lowering": "eager"})
+    step(chain, 3)
+    assert len(calls) == 2
