@@ -59,8 +59,7 @@ class _Lowering:
 
     def first(self, planned: "PlannedProgram", say: Say) -> "tuple[Callable, PlannedProgram]":
         """The code, and the plan that it follows."""
-        while (failed := self._compile_stages(planned, say)) is not None:
-            planned = planned.without(*failed)
+        planned = self._with_stages(planned, say)
         number, count = len(planned.layers), planned.compilations
         for region in planned.program.regions:
             if region not in planned.staged and region.module not in self._regions:
@@ -71,17 +70,11 @@ class _Lowering:
             planned.choosing.ways.compiled = frozenset(self._regions)
         return self._linked(planned), planned
 
-    def again(self, planned: "PlannedProgram") -> Callable:
-        """The code of a plan made later.
-
-        Raises:
-            Exception: a stage that only this plan runs cannot be compiled.
-        """
+    def again(self, planned: "PlannedProgram") -> "tuple[Callable, PlannedProgram]":
+        """The same of a plan made later."""
         with progress_line() as line, self._in_context():
-            failed = self._compile_stages(planned, line.now)
-        if failed is not None:
-            raise failed[1]
-        return self._linked(planned)
+            planned = self._with_stages(planned, line.now)
+        return self._linked(planned), planned
 
     def _linked(self, planned: "PlannedProgram") -> Callable:
         compiled: dict[Region, Callable] = {}
@@ -94,6 +87,12 @@ class _Lowering:
             )
         planned.reserve_host_memory()
         return planned.announced(link(planned.program, compiled))
+
+    def _with_stages(self, planned: "PlannedProgram", say: Say) -> "PlannedProgram":
+        """Compile the stages of a plan; another one where some cannot be compiled."""
+        while (failed := self._compile_stages(planned, say)) is not None:
+            planned = planned.without(*failed)
+        return planned
 
     def _compile_stages(self, planned: "PlannedProgram", say: Say) -> "tuple[LayerGraphs, Exception] | None":
         """Compile what the plan runs and is not compiled yet; the first that fails, and why."""

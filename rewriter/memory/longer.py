@@ -62,7 +62,7 @@ class PlannedByLength:
 
     Args:
         run: of the first plan.
-        linked: a plan's code.
+        linked: a plan's code, and the plan that it follows.
         tell: told each plan.
     """
 
@@ -70,7 +70,7 @@ class PlannedByLength:
         self,
         longer: Longer,
         run: Callable,
-        linked: Callable[[PlannedProgram], Callable],
+        linked: Callable[[PlannedProgram], tuple[Callable, PlannedProgram]],
         tell: Callable[[PlannedProgram], None],
     ):
         self._longer, self._linked, self._tell = longer, linked, tell
@@ -85,7 +85,7 @@ class PlannedByLength:
 
     def _planned_for(self, tokens: int) -> Callable:
         most, planned = self._longer.planned_for(tokens, self._plans[-1][0])
-        run = self._linked(planned)
+        run, planned = self._linked(planned)
         self._plans.append((most, run))
         note = f"{PLANNED_ANEW} for batches of up to {int(most):,} tokens"
         self._tell(replace(planned, notes=(*planned.notes, note)))

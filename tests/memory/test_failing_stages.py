@@ -1,10 +1,14 @@
 """Stages that cannot be compiled: their layers run in other ways, and the report says so."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 import rewriter
 from rewriter import lower
+from rewriter.lower_planned import _Lowering
 from tests.memory.test_lengths import assert_as_eager, trained
 
 LENGTHS = [20, 20]
@@ -48,3 +52,21 @@ def test_where_some_can_be_compiled_the_plan_is_made_of_those(fails):
     assert any("runs in other ways" in note for note in notes)
     assert not any("may run out" in note for note in notes)
     torch._dynamo.reset()
+
+
+class Failing:
+    def compiled(self, compile_graph):
+        raise RuntimeError("no kernel today")
+
+
+def test_a_later_plan_whose_stages_cannot_be_compiled_gives_way_to_another(monkeypatch):
+    monkeypatch.setattr(_Lowering, "_linked", lambda self, planned: planned.run)
+    without = []
+    other: Any = SimpleNamespace(layers={}, compilations=0, run="other's code")
+    layer = Failing()
+    later: Any = SimpleNamespace(compilations=1)
+    later.layers, later.without = {layer: "layer_a"}, lambda *failed: without.append(failed) or other
+    options: Any = None
+    assert _Lowering(options).again(later) == ("other's code", other)
+    ((refused, error),) = without
+    assert refused is layer and str(error) == "no kernel today"
