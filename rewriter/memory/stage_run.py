@@ -9,6 +9,7 @@ come back so (``Tiles``): then it is never there as a whole.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -70,7 +71,8 @@ class StageRun:
             sinks: by the place of a result, who takes its tiles; None is returned in its place.
         """
         values, sinks = self._laid_out(inputs), sinks or {}
-        tokens, tile = _tokens(values, self._rows_in), self._at_most(tile)
+        tokens = _tokens(values, self._rows_in)
+        tile = self._at_most(tile, _widths(values, self._rows_in), self._widths_in)
         if tokens is None or tokens <= tile:
             results = self._packed(self.forward(*values))
             for i, sink in sinks.items():
@@ -132,7 +134,7 @@ class StageRun:
         values = self._read(read)
         rows = [r for r, has in zip(self._rows_out, self.graphs.signature.differentiable, strict=True) if has]
         tokens = _tokens([*values, *tangents], [*self.graphs.read_rows, *rows])
-        tile = self._at_most(tile)
+        tile = self._at_most(tile, _widths(tangents, rows), self._widths_out)
         if tokens is None or tokens <= tile:
             values = [x.next() if isinstance(x, Tiles) else x for x in values]
             return _add(self.backward(*values, *tangents), tangents, into)
@@ -177,10 +179,25 @@ class StageRun:
             del gradients, gradient
         return totals
 
-    def _at_most(self, tile: int | None) -> int:
-        """No tile is longer than what the kernels were compiled to index."""
+    def _at_most(self, tile: int | None, widths: Sequence[float], planned: Sequence[float]) -> int:
+        """No tile is longer than what the kernels were compiled to index, nor larger than it was planned.
+
+        Of more sequences than were planned for, tiles of the same size are shorter.
+        """
         longest = int_hint(self.graphs.fakes.tokens)
-        return longest if tile is None else min(tile, longest)
+        most = longest if tile is None else min(tile, longest)
+        wider = max((now / then for now, then in zip(widths, planned, strict=True) if then), default=1.0)
+        return max(int(most / wider), 1) if wider > 1 else most
+
+    @cached_property
+    def _widths_in(self) -> list[float]:
+        return _widths(self.graphs.signature.inputs, self._rows_in)
+
+    @cached_property
+    def _widths_out(self) -> list[float]:
+        signature = self.graphs.signature
+        has = zip(self._rows_out, signature.differentiable, strict=True)
+        return _widths(signature.tangents, [rows for rows, given in has if given])
 
     def _laid_out(self, inputs: Sequence[Any]) -> list[Any]:
         rows = self.graphs.stage.rows_in
@@ -223,6 +240,12 @@ class StageRun:
 def _tokens(values: Sequence[Any], rows: Sequence[Rows | None]) -> int | None:
     whole = zip(values, rows, strict=True)
     return next((r.tokens(x) for x, r in whole if r is not None and not isinstance(x, Tiles)), None)
+
+
+def _widths(values: Sequence[Any], rows: Sequence[Rows | None]) -> list[float]:
+    """Elements for each token of the values that have tokens; of fake ones, those that tracing expected."""
+    whole = [(x, r) for x, r in zip(values, rows, strict=True) if r is not None and isinstance(x, Tensor)]
+    return [int_hint(x.numel()) / max(int_hint(x.shape[r.dim]), 1) for x, r in whole]
 
 
 def _sliced(values: Sequence[Any], rows: Sequence[Rows | None], start: int, length: int) -> list[Any]:

@@ -108,6 +108,29 @@ def test_sequences_that_run_otherwise_when_they_are_long_are_compiled_anew(monke
     assert len(plans) == 2
 
 
+def test_more_and_shorter_sequences_run_in_tiles_that_are_no_larger(monkeypatch):
+    sizes, whole = [], lower.lower_stage
+
+    def told(*given):
+        run = whole(*given)
+        return lambda *values: (
+            sizes.append(max(x.shape[:2].numel() for x in values if x.dim() == 3)) or run(*values)
+        )
+
+    monkeypatch.setattr(lower, "lower_stage", told)
+    monkeypatch.setattr("rewriter.memory.choices._TILES", (8,))
+    torch._dynamo.reset()
+    chain, eager = _chain(), _chain()
+    options = {"memory_budget": "280KB", "lowering": "eager"}
+    chain.compile(backend="rewriter", dynamic=True, options=options)
+    for rows, length in ((2, 40), (10, 8), (16, 5)):
+        x = torch.randn(rows, length, 8)
+        for model in (chain, eager):
+            model(x).square().mean().backward()
+    assert len(sizes) > 100 and max(sizes) == 16
+    torch.testing.assert_close([p.grad for p in chain.parameters()], [p.grad for p in eager.parameters()])
+
+
 def test_a_batch_that_is_too_long_is_told_before_any_work_and_shorter_ones_go_on():
     torch._dynamo.reset()
     chain = _chain()
