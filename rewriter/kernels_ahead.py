@@ -31,7 +31,11 @@ def start_processes() -> None:
     if torch.cuda.is_initialized():
         from torch._inductor.async_compile import maybe_warm_pool
 
-        maybe_warm_pool()
+        try:
+            maybe_warm_pool()
+        except Exception as error:
+            # Inductor starts them again, and says so, when it needs them.
+            log.warning("Inductor's processes do not start ahead: %s", error)
 
 
 class KernelsAhead:
@@ -45,6 +49,13 @@ class KernelsAhead:
         calls = [call for node in graph.nodes if (call := _call(node)) is not None]
         if not calls or not torch.version.cuda:
             return
+        try:
+            self._submit(calls)
+        except Exception as error:
+            # A graph is none the worse for it.
+            log.warning("kernels are compiled when they are launched, the pool takes no jobs: %s", error)
+
+    def _submit(self, calls: list[tuple[Callable, torch.device, tuple]]) -> None:
         from torch._inductor.async_compile import AsyncCompile
 
         if not AsyncCompile.use_process_pool():
@@ -54,13 +65,9 @@ class KernelsAhead:
             if (kernel, device, arguments) not in self._seen:
                 self._seen.add((kernel, device, arguments))
                 jobs.setdefault((kernel, device), []).append(arguments)
-        try:
-            for (kernel, device), given in jobs.items():
-                job = AsyncCompile.process_pool().submit(compile_launches, kernel, given, *_target(device))
-                job.add_done_callback(_warn_of(kernel))
-        except Exception as error:
-            # A graph is none the worse for it.
-            log.warning("kernels are compiled when they are launched, the pool takes no jobs: %s", error)
+        for (kernel, device), given in jobs.items():
+            job = AsyncCompile.process_pool().submit(compile_launches, kernel, given, *_target(device))
+            job.add_done_callback(_warn_of(kernel))
 
 
 def _target(device: torch.device) -> tuple[Gpu, Ptxas, dict[str, str]]:
