@@ -1,9 +1,9 @@
 """A traced graph to jobs for Inductor's processes, which compile our Triton kernels before they are launched.
 
 Triton compiles a kernel when it is first launched, so that a first step would wait for ours one after the
-other: thirteen of a model with 4-bit weights and adapters, 8 s on two cores. What a graph will launch is
-known when it is traced, and Inductor still works on it for a while. A kernel that is launched before its job
-has ended is compiled as ever, and so are those that no job foresaw: nothing is ever waited for.
+other, thirteen of a model with 4-bit weights and adapters. What a graph will launch is known when it is
+traced, and Inductor still works on it for a while. A kernel that is launched before its job has ended is
+compiled as ever, and so are those that no job foresaw: nothing is ever waited for.
 
 Left out: calls with sizes that nobody knows yet, and Triton for other devices than CUDA's.
 """

@@ -12,12 +12,11 @@ the device memory that was allocated and reserved, what the plan predicted, and 
 
 import argparse
 import json
-import time
 from pathlib import Path
 
 import peers
 import torch
-from end_to_end import machine, synchronise, training_step, versions
+from end_to_end import machine, timed, training_step, versions
 from models import Case
 
 RESULTS = Path(__file__).parent / "results"
@@ -69,14 +68,6 @@ def measure(arguments: argparse.Namespace) -> dict:
         "losses": [losses.item(), *(loss.item() for _, loss in runs)],
         "plan": plan,
     }
-
-
-def timed(step, index: int, device: str) -> tuple[float, torch.Tensor]:
-    synchronise(device)
-    start = time.perf_counter()
-    loss = step(index)
-    synchronise(device)
-    return time.perf_counter() - start, loss
 
 
 def memory(what: str) -> float | None:

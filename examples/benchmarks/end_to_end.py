@@ -38,16 +38,26 @@ Step = Callable[[int], torch.Tensor]
 
 def training_step(model: torch.nn.Module, case: Case, device: str, steps: int) -> Step:
     """The function of a step's number that trains once and returns the loss."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = model.config.vocab_size  # pyright: ignore[reportAttributeAccessIssue]
     count = WARM if len(set(case.tokens)) == 1 else WARM + steps
     sizes = [(case.rows, length) for length in case.lengths(count)]
-    batches = [torch.randint(vocabulary, size, generator=generator).to(device) for size in sizes]
+    batches = random_tokens(model, sizes, device)
+    return step_on(model, lambda index: batches[index % len(batches)], device)
 
-    def step(index: int) -> torch.Tensor:
-        ids = batches[index % len(batches)]
+
+def random_tokens(model: torch.nn.Module, sizes: list[tuple[int, int]], device: str) -> list[torch.Tensor]:
+    """Of the model's vocabulary, the same in every process; one tensor a size, (rows, length)."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.vocab_size  # pyright: ignore[reportAttributeAccessIssue]
+    return [torch.randint(vocabulary, size, generator=generator).to(device) for size in sizes]
+
+
+def step_on(model: torch.nn.Module, batch: Callable[[int], torch.Tensor], device: str) -> Step:
+    """The function of what ``batch`` knows a batch by that trains on it and returns the loss."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+
+    def step(which: int) -> torch.Tensor:
+        ids = batch(which)
         with torch.autocast(device, torch.bfloat16):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()

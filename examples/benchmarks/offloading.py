@@ -19,10 +19,7 @@ from pathlib import Path
 import torch
 from context import GIB
 from end_to_end import machine, timed, versions
-from models import Case, model_of
-from replanned import Replanned, training_step
-
-import rewriter
+from replanned import Replanned, compiled_once
 
 RESULTS = Path(__file__).parent / "results"
 SHARE, TURNS, STEPS = 0.4, 2, 3
@@ -92,14 +89,7 @@ def main() -> None:
     start = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lengths = [64, 128] if arguments.tiny else sorted(map(int, arguments.tokens.split(",")))
-    longest = lengths[-1]
-    model = model_of(Case(arguments.layers, 1, (longest, longest)), device, arguments.tiny)
-    rewriter.prepare(model)
-    step = training_step(model, 1, lengths, device)
-    compiled = Replanned(model, "eager" if arguments.tiny else "inductor")
-    with compiled.compiling():
-        first, _ = timed(step, longest, device)
-    print(f"compiled in {first:.1f} s", flush=True)
+    compiled, step = compiled_once(arguments.layers, lengths, device, arguments.tiny)
     with torch._dynamo.config.patch(error_on_recompile=True):
         rows = compare(compiled, step, lengths, arguments.share, device, arguments.turns, arguments.steps)
     write(arguments.results, device, arguments.layers, rows)

@@ -24,10 +24,8 @@ import offloading
 import torch
 from context import CONTEXT_GIB, GIB, memory
 from end_to_end import machine, synchronise, timed, versions
-from models import Case, model_of
-from replanned import Replanned, training_step
+from replanned import Replanned, compiled_once
 
-import rewriter
 from rewriter.memory.budgets import card_bytes
 
 RESULTS = Path(__file__).parent / "results"
@@ -157,14 +155,8 @@ def main() -> None:
     start = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lengths = [64, 96, 128] if arguments.tiny else sorted(map(int, arguments.tokens.split(",")))
-    longest = lengths[-1]
-    model = model_of(Case(arguments.layers, 1, (longest, longest)), device, arguments.tiny)
-    rewriter.prepare(model)
-    step = training_step(model, 1, lengths, device)
-    compiled = Replanned(model, "eager" if arguments.tiny else "inductor")
-    with compiled.compiling():
-        first, _ = timed(step, longest, device)
-    print(f"compiled in {first:.1f} s\n{HEADER}", flush=True)
+    compiled, step = compiled_once(arguments.layers, lengths, device, arguments.tiny)
+    print(HEADER, flush=True)
     points: list[Point] = []
     arguments.results.mkdir(parents=True, exist_ok=True)
     with torch._dynamo.config.patch(error_on_recompile=True):

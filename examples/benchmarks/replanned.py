@@ -8,15 +8,18 @@ every length, if it does at the longest.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from math import inf
 from unittest.mock import patch
 
 import torch
+from end_to_end import Step, random_tokens, step_on, timed
+from models import Case, model_of
 from torch import Tensor, nn
 
+import rewriter
 from rewriter import lower
 from rewriter.lower_planned import _Lowering
 from rewriter.memory import longer, planned
@@ -85,8 +88,9 @@ class Replanned:
         given = replace(self._given(tokens), device=usable)
         with kept_instead() if resident else nullcontext():
             found = replace(self._choosing, given=given).chosen()
-        self._code._plans[:] = [(inf, self._lowering.again(found))]
-        return found.plan
+        run, followed = self._lowering.again(found)
+        self._code._plans[:] = [(inf, run)]
+        return followed.plan
 
     def _given(self, tokens: int) -> Budgets:
         how = self._code._longer
@@ -130,20 +134,16 @@ def twin(ways: list[StagedChoice], name: str):
     raise LookupError(f"no way keeps what {name!r} offloads")
 
 
-def training_step(model: nn.Module, rows: int, lengths: list[int], device: str) -> Callable[[int], Tensor]:
-    """The function of a length that trains once on random tokens and returns the loss."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    generator = torch.Generator().manual_seed(0)
-    vocabulary: int = model.config.vocab_size  # pyright: ignore
-    batches = {n: torch.randint(vocabulary, (rows, n), generator=generator).to(device) for n in lengths}
-
-    def step(length: int) -> Tensor:
-        ids = of_any_length(batches[length])
-        with torch.autocast(device, torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    return step
+def compiled_once(layers: int, lengths: list[int], device: str, tiny: bool) -> tuple[Replanned, Step]:
+    """A model compiled at the longest of ``lengths``, and the step that trains it on as many tokens."""
+    longest = max(lengths)
+    model = model_of(Case(layers, 1, (longest, longest)), device, tiny)
+    rewriter.prepare(model)
+    tokens = random_tokens(model, [(1, length) for length in lengths], device)
+    batches = dict(zip(lengths, tokens, strict=True))
+    step = step_on(model, lambda length: of_any_length(batches[length]), device)
+    compiled = Replanned(model, "eager" if tiny else "inductor")
+    with compiled.compiling():
+        first, _ = timed(step, longest, device)
+    print(f"compiled in {first:.1f} s", flush=True)
+    return compiled, step

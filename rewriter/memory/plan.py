@@ -32,8 +32,8 @@ from itertools import accumulate
 from math import isfinite
 
 # Of the device budget, what a plan fills where it can. PyTorch's allocator meets a request that fits in none
-# of its gaps by unmapping them, for which it waits until the device is idle: some milliseconds each time. On
-# an H200, 8 layers of 8B at 32,768 tokens, a GiB less costs a step 3 ms by the plan.
+# of its gaps by unmapping them, for which it waits until the device is idle. By ``rewriter.plan`` for budgets
+# from 11 to 15 GiB, 8 layers of 8B at 32,768 tokens take less than 1% longer for a GiB less.
 _ROOMY = 0.94
 
 

@@ -43,7 +43,6 @@ class StagedRegion:
 
     def scheduled(self, stages: LayerStages, transfers: Callable[[], Transfers]) -> ScheduledLayer:
         """What stands for the region, once its stages are compiled."""
-        assert self.way.schedule is not None
         way = self.way
         assert way.schedule is not None
         return ScheduledLayer(

@@ -2,7 +2,7 @@
 
 A plan sets one window aside for the whole step, and few of its moments fill the budget. With the window
 alone, a layer whose MLP makes two GiB in some milliseconds waits for the bus, which then idles while the next
-layer's attention runs: on an H200, 8 layers of 8B at 32,768 tokens waited for a tenth of the step.
+layer's attention runs.
 
 What a part leaves free must be free as long as a copy stays: one on its way out until the next part that
 bounds what is held, one on its way back while each part down to its own layer runs (``Transfers`` counts what

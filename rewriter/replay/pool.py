@@ -10,10 +10,9 @@ none. ``Segments.lacking`` says what to add before a capture. Large tensors that
 block to the end, had it no transients. The largest of these, a layer's weight or a loss' logits, needs its
 place in one piece when all else is there, the backward's as well, and the allocator's best fit leaves about
 as much in pieces. Where a transient finds no place it makes a block of its own. How much room saves how many
-of them depends on every tensor's size: 32 layers of 8B, simulated at 448 to 512 tokens, make two blocks where
-there is little room, and one, 0.1 GiB less in all, from 1 to 1.45 transients on. So the first recording is
-made with more and more room (``ROOMS``), each time in a pool of its own, and the smallest stays. A device
-computes nothing while it is recorded.
+of them depends on every tensor's size, by no rule. So the first recording is made with more and more room
+(``ROOMS``), each time in a pool of its own, and the smallest stays. A device computes nothing while it is
+recorded.
 """
 
 from collections.abc import Callable, Mapping, Sequence
