@@ -1,7 +1,7 @@
 """What regions are for and what they cost: seconds to the first step by depth, and microseconds a call.
 
     python examples/benchmarks/regions.py                        # all of it: some minutes on a GPU
-    python examples/benchmarks/regions.py --depths 16 32 64 --systems rewriter inductor
+    python examples/benchmarks/regions.py --depths 16 32 64 --systems rewriter inductor:32
 
 Each first step is a process of its own, with empty caches, then again with those that the first one filled.
 The overhead of a call is the host's time for a step of a tiny model, outlined and flat, divided by the calls:
@@ -91,7 +91,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--depths", type=int, nargs="*", default=[16, 32, 64])
-    parser.add_argument("--systems", nargs="*", default=["rewriter"])
+    parser.add_argument(
+        "--systems", nargs="*", default=["rewriter"], metavar="SYSTEM[:DEPTH]", help="at that depth alone"
+    )
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument(
         "--calls", type=int, default=32, help="layers of the model that overhead is measured on"
@@ -101,8 +103,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     result: dict = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
-    for system in arguments.systems:
-        for depth in arguments.depths:
+    for named in arguments.systems:
+        system, _, only = named.partition(":")
+        for depth in [int(only)] if only else arguments.depths:
             with tempfile.TemporaryDirectory() as caches:
                 for state in ("cold", "warm"):
                     found = first_step(system, depth, arguments.tokens, caches, arguments.tiny)
