@@ -87,8 +87,8 @@ def regions(result: dict) -> str:
         if title.startswith("rewriter"):
             lines.append(row((title.removeprefix("rewriter, "), *(f"{run[part]:.1f}" for part in parts))))
     cost = result["overhead"]
-    lines += ["", f"A call of a region costs the host {cost['forward_us']:.0f} µs, "]
-    lines[-1] += f"{cost['forward_backward_us']:.0f} µs with its backward. Measured on {setup(result)}."
+    lines += ["", f"A call of a region costs the host {cost['forward_us']:.0f} µs in the forward and "]
+    lines[-1] += f"{cost['backward_us']:.0f} µs in the backward. Measured on {setup(result)}."
     return "\n".join(lines)
 
 
