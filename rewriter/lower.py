@@ -5,7 +5,7 @@ PyTorch's private modules that lowering needs are touched here alone.
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx import Graph, GraphModule
 from torch.utils.checkpoint import CheckpointPolicy
 
+from rewriter.cast_again import cast_again, weights_of
 from rewriter.gate_gradients import join_gate_gradients
 from rewriter.kernels.gated_activation import gated_activation, gated_activation_packed
 from rewriter.kernels.registration import operators
@@ -48,7 +49,8 @@ def lower(module: GraphModule, example_inputs: Sequence[Any], options: Options) 
     from torch._inductor.compile_fx import compile_fx
 
     _register_operators()
-    patches = {**_mode_settings(options.mode), **_cache_key(module), **_graph_passes()}
+    patches = {**_mode_settings(options.mode), **_cache_key(module)}
+    patches |= _graph_passes(tuple(example_inputs), weights_of(module))
     compiled = compile_fx(module, list(example_inputs), config_patches=patches)
     return cast(Callable, compiled)
 
@@ -117,34 +119,54 @@ def _register_operators() -> None:
             make_fallback(op, layout_constraint=tag_to_layout_constraint(tag))
 
 
-def _graph_passes() -> dict[str, Any]:
-    """What of ours looks at the graphs that Inductor compiles, but where the user has a pass of theirs."""
+def _graph_passes(inputs: tuple[Any, ...], weights: tuple[int, ...]) -> dict[str, Any]:
+    """What of ours looks at the graphs that Inductor compiles, but where the user has a pass of theirs.
+
+    Args:
+        inputs: of the graph that is compiled, ``weights`` the places of those that are there all the time.
+    """
     from torch._inductor import config
 
-    return {name: found for name, found in _own_passes().items() if not getattr(config, name)}
+    def joint(graph: Graph) -> None:
+        cast_again(graph, inputs, weights)
+        _kernels_ahead().compile(graph)
+
+    def final(graph: Graph) -> None:
+        join_gate_gradients(graph, functional=True)
+        _kernels_ahead().compile(graph)
+
+    own = _own_pass()
+    passes = {
+        "joint_custom_pre_pass": own(joint, str(weights)),
+        "post_grad_custom_pre_pass": own(final, ""),
+    }
+    return {name: found for name, found in passes.items() if not getattr(config, name)}
 
 
 @functools.cache
-def _own_passes() -> Mapping[str, Any]:
+def _kernels_ahead() -> KernelsAhead:
+    return KernelsAhead()
+
+
+@functools.cache
+def _own_pass() -> type:
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
     class OwnPass(CustomGraphPass):
-        def __init__(self, run: Callable[[Graph], None]):
-            self.run = run
+        def __init__(self, run: Callable[[Graph], None], case: str):
+            self.run, self.case = run, case
 
         def __call__(self, graph: Graph) -> None:
             self.run(graph)
 
+        def __deepcopy__(self, memo: Any) -> "OwnPass":
+            return self
+
         def uuid(self) -> str:
             # Caches hold what it made under this key.
-            return source_hash()
+            return source_hash() + self.case
 
-    def joined(graph: Graph) -> None:
-        join_gate_gradients(graph, functional=True)
-        ahead.compile(graph)
-
-    ahead = KernelsAhead()
-    return {"joint_custom_pre_pass": OwnPass(ahead.compile), "post_grad_custom_pre_pass": OwnPass(joined)}
+    return OwnPass
 
 
 def _cache_key(module: GraphModule) -> dict[str, Any]:

@@ -84,8 +84,9 @@ def regions(result: dict) -> str:
     )
     lines = [row(names), row("---" for _ in names)]
     for title, run in result.items():
-        if title.startswith("rewriter"):
-            lines.append(row((title.removeprefix("rewriter, "), *(f"{run[part]:.1f}" for part in parts))))
+        if isinstance(run, dict) and "first_step_s" in run:
+            name = title.removeprefix("rewriter, ").replace("inductor", "plain torch.compile")
+            lines.append(row((name, *(f"{run[part]:.1f}" for part in parts))))
     cost = result["overhead"]
     lines += ["", f"A call of a region costs the host {cost['forward_us']:.0f} µs in the forward and "]
     lines[-1] += f"{cost['backward_us']:.0f} µs in the backward. Measured on {setup(result)}."

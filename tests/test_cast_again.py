@@ -1,0 +1,52 @@
+"""Casts of weights: which are taken again in the backward, and that they are then not kept."""
+
+import pytest
+import torch
+from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch._functorch.aot_autograd import aot_function
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+from rewriter.cast_again import cast_again
+
+BF16 = torch.bfloat16
+
+
+def adapter(x, a, b, c):
+    stacked = torch.cat([a.to(BF16), b.to(BF16)])
+    return (x @ stacked.t()) @ c.to(BF16).t()
+
+
+def boxed(gm, example_inputs):
+    return make_boxed_func(gm)
+
+
+@pytest.mark.parametrize(("weights", "kept"), [((), {(4, 8), (6, 4)}), ((1, 2, 3), set())])
+def test_casts_of_weights_are_not_kept(weights, kept):
+    x = torch.randn(64, 8, dtype=BF16, requires_grad=True)
+    adapters = [torch.randn(size, requires_grad=True) for size in ((2, 8), (2, 8), (6, 4))]
+    inputs, read = (x, *adapters), []
+
+    def partition(joint, given, **kwargs):
+        cast_again(joint.graph, inputs, weights)
+        forward, backward = min_cut_rematerialization_partition(joint, given, **kwargs)
+        read.extend(n.meta["val"] for n in backward.graph.find_nodes(op="placeholder"))
+        return forward, backward
+
+    call = aot_function(adapter, fw_compiler=boxed, partition_fn=partition)
+    found = torch.autograd.grad(call(*inputs).sum(), inputs)
+    true = torch.autograd.grad(adapter(*inputs).sum(), inputs)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, true, strict=True))
+    casts = {(4, 8), (8, 4), (6, 4), (4, 6), (2, 8)}
+    assert {tuple(v.shape) for v in read if v.dtype == BF16 and tuple(v.shape) in casts} == kept
+
+
+def test_a_graph_of_other_inputs_is_left_alone():
+    graph = torch.fx.Graph()
+    graph.placeholder("primals_1").meta["val"] = torch.zeros(3)
+    cast = graph.call_function(torch.ops.aten._to_copy.default, (next(iter(graph.nodes)),))
+    cast.meta["val"] = torch.zeros(3, dtype=BF16)
+    cast_again(graph, (torch.zeros(4),), (0,))
+    cast_again(graph, (torch.zeros(3), torch.zeros(3)), (0, 1))
+    assert "recompute" not in cast.meta
+    cast_again(graph, (torch.zeros(3),), (0,))
+    assert "recompute" in cast.meta
