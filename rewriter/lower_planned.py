@@ -89,7 +89,11 @@ class _Lowering:
         return planned.announced(link(planned.program, compiled))
 
     def _with_stages(self, planned: "PlannedProgram", say: Say) -> "PlannedProgram":
-        """Compile the stages of a plan; another one where some cannot be compiled."""
+        """Compile the stages of a plan; another one where some cannot be compiled.
+
+        Host memory is locked meanwhile.
+        """
+        planned.reserve_host_memory()
         while (failed := self._compile_stages(planned, say)) is not None:
             planned = planned.without(*failed)
         return planned

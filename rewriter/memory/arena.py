@@ -1,8 +1,9 @@
 """One page-locked slab of host memory, sub-allocated: where offloaded activations wait for the backward.
 
-Locking host memory takes about as long as writing it once, so it is done once, for the plan's bytes, and
-blocks are handed out of it in microseconds. Blocks are 512-byte aligned and not rounded to powers of two.
-Where more is needed than was reserved, the arena grows by another slab, up to its limit.
+Locking host memory takes longer than writing it once, so it is done once, for the plan's bytes, while the
+plan's stages are compiled: the first block waits for it, and the others are handed out in microseconds. They
+are 512-byte aligned and not rounded to powers of two. Where more is needed than was reserved, the arena grows
+by another slab, up to its limit.
 
 The arena orders nothing: whoever frees a block whose copy is under way must see to it that the next user's
 copy comes later (``transfer.py`` does). Not for several threads at once. Refuses, naming the way out: more
@@ -59,11 +60,14 @@ class HostArena:
 
     @property
     def pinned(self) -> bool:
-        """Whether every slab is page-locked."""
+        """Whether every slab is page-locked, once that is known."""
         return all(slab.memory.pinned for slab in self._slabs)
 
     def reserve(self, nbytes: int) -> None:
-        """Have at least ``nbytes``, in use and free together; raises HostMemoryError past the limit."""
+        """Have at least ``nbytes``, in use and free together; raises HostMemoryError past the limit.
+
+        Returns at once: the first to allocate waits until the memory is locked.
+        """
         needed = aligned(nbytes)
         if needed <= self.capacity:
             return
@@ -136,11 +140,12 @@ class HostArena:
         self._add(max(needed, min(self.growth, self.limit - self.capacity)))
 
     def _add(self, nbytes: int) -> None:
-        slab = _Slab(nbytes, pin=self.pin)
-        self.pin = slab.memory.pinned  # where locking failed once, it is not tried, nor warned of, again
-        self._slabs.append(slab)
+        # Where locking failed once, it is not tried, nor warned of, again.
+        self.pin = self.pin and self.pinned
+        self._slabs.append(_Slab(nbytes, pin=self.pin))
 
     def _drop_idle(self) -> None:
+        self.pin = self.pin and self.pinned
         idle = [slab for slab in self._slabs if not slab.blocks]
         self._slabs = [slab for slab in self._slabs if slab.blocks]
         for slab in idle:

@@ -3,14 +3,17 @@ without the CPU.
 
 PyTorch's pinned allocator rounds sizes up to powers of two and never gives them back, so memory is mapped and
 registered with CUDA here. Registering is slow where the kernel must first find and clear the pages, one by
-one: huge pages are asked for, and PyTorch's threads touch the pages before CUDA locks them.
+one: huge pages are asked for, and PyTorch's threads touch the pages before CUDA locks them. A hundred GiB
+still take long, so that a thread of its own does it: who reads or writes the memory waits, and nobody else.
 
 Refuses nothing: where memory cannot be locked, it is ordinary memory, and a warning says what that costs.
 """
 
 import mmap
+import threading
 import warnings
 import weakref
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
 
@@ -20,10 +23,12 @@ import torch
 # address that kernels can read.
 _PORTABLE, _MAPPED = 1, 2
 _PAGE = 4096
+# Bytes after which a thread that touches pages looks whether the process is ending.
+_PIECE = 4 << 30
 
 
 class HostSlab:
-    """``nbytes`` of host memory as a tensor of bytes; ``pinned`` says whether it is page-locked."""
+    """``nbytes`` of host memory, which a thread locks while the caller goes on."""
 
     def __init__(self, nbytes: int, *, pin: bool):
         memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -31,34 +36,71 @@ class HostSlab:
             # A kernel that knows neither works as well, slower.
             with suppress(AttributeError, OSError):
                 memory.madvise(getattr(mmap, advice))
-        self.bytes = torch.frombuffer(memory, dtype=torch.uint8)
-        self.pinned = pin and _lock(self.bytes)
-        if self.pinned:
-            # The mapping is an argument so that it outlives its registration.
-            self._unlocking = weakref.finalize(self, _unlock, self.bytes.data_ptr(), memory)
-            self._unlocking.atexit = False  # CUDA may be gone by then, and the process's end frees everything
+        self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
+        self._error: Future[int] | None = None
+        self._pinned: bool | None = None if pin else False
+        if pin:
+            self._error = Future()
+            # Locking makes the context of a thread's device, which begins as the first one.
+            device = torch.cuda.current_device()
+            threading.Thread(target=self._lock, args=(memory, device, self._error)).start()
+
+    @property
+    def bytes(self) -> torch.Tensor:
+        """The memory, once it is locked: touching its pages writes to them."""
+        _ = self.pinned
+        return self._bytes
+
+    @property
+    def pinned(self) -> bool:
+        """Whether it is page-locked, once that is known."""
+        if self._pinned is None:
+            assert self._error is not None
+            error = self._error.result()
+            self._pinned = not error
+            if error:
+                _warn(self._bytes.numel(), error)
+        return self._pinned
 
     def close(self) -> None:
         """Unlock the memory; its pages go back with the last tensor over it."""
         if self.pinned:
-            self.pinned = False
+            self._pinned = False
             self._unlocking()
 
+    def _lock(self, memory: mmap.mmap, device: int, told: "Future[int]") -> None:
+        try:
+            with torch.cuda.device(device):
+                error = _lock(self._bytes)
+            if not error:
+                # The mapping is an argument so that it outlives its registration.
+                self._unlocking = weakref.finalize(self, _unlock, self._bytes.data_ptr(), device, memory)
+                # CUDA may be gone by then, and the process's end frees everything.
+                self._unlocking.atexit = False
+            told.set_result(error)
+        except BaseException as failed:
+            told.set_exception(failed)
 
-def _lock(memory: torch.Tensor) -> bool:
-    torch.cuda.init()
-    memory[::_PAGE].zero_()
+
+def _lock(memory: torch.Tensor) -> int:
+    """An error's number, 0 for none."""
+    for piece in memory.split(_PIECE):
+        if not threading.main_thread().is_alive():
+            return -1
+        piece[::_PAGE].zero_()
     error = register(memory.data_ptr(), memory.numel(), _PORTABLE | _MAPPED)
-    if not error:
-        return True
-    _forget_error()
+    if error:
+        _forget_error()
+    return error
+
+
+def _warn(nbytes: int, error: int) -> None:
     warnings.warn(
-        f"{memory.numel() / 2**30:.2f} GiB of host memory could not be page-locked (CUDA error {error}): it "
+        f"{nbytes / 2**30:.2f} GiB of host memory could not be page-locked (CUDA error {error}): it "
         "is used unlocked, so copies run at about half the rate and nothing runs beside them. Raise the "
         "limit of locked memory (ulimit -l, or the container's), or give a smaller host_budget.",
-        stacklevel=2,
+        stacklevel=3,
     )
-    return False
 
 
 def register(address: int, nbytes: int, flags: int) -> int:
@@ -66,8 +108,8 @@ def register(address: int, nbytes: int, flags: int) -> int:
     return int(_runtime().cudaHostRegister(address, nbytes, flags))
 
 
-def _unlock(address: int, _memory: mmap.mmap) -> None:
-    torch.cuda.synchronize()  # a copy may be under way
+def _unlock(address: int, device: int, _memory: mmap.mmap) -> None:
+    torch.cuda.synchronize(device)  # a copy may be under way
     _runtime().cudaHostUnregister(address)
 
 

@@ -102,7 +102,10 @@ class PlannedProgram:
         return replace(found, notes=(*self.notes, why, *found.notes), longer=self.longer)
 
     def reserve_host_memory(self) -> None:
-        """Have what the plan offloads in one piece: grown bit by bit, it would leave a rest in each."""
+        """Have what the plan offloads in one piece: grown bit by bit, it would leave a rest in each.
+
+        It is locked while the caller compiles.
+        """
         if self.plan.hosted:
             self.transfers().arena.reserve(self.plan.hosted + _SPARE)
 

@@ -267,6 +267,7 @@ def test_memory_that_cannot_be_locked_is_used_unlocked_with_one_warning(monkeypa
     transfers = _transfers(poison=True)
     with pytest.warns(UserWarning, match="could not be page-locked .* half the rate"):
         transfers.arena.reserve(128 * MiB)
+        assert not transfers.arena.pinned
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert all(torch.equal(again, out) for again, out in _step(transfers, groups=6))

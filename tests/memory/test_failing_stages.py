@@ -64,7 +64,7 @@ def test_a_later_plan_whose_stages_cannot_be_compiled_gives_way_to_another(monke
     without = []
     other: Any = SimpleNamespace(layers={}, compilations=0, run="other's code")
     layer = Failing()
-    later: Any = SimpleNamespace(compilations=1)
+    later: Any = SimpleNamespace(compilations=1, reserve_host_memory=lambda: None)
     later.layers, later.without = {layer: "layer_a"}, lambda *failed: without.append(failed) or other
     options: Any = None
     assert _Lowering(options).again(later) == ("other's code", other)
