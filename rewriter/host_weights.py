@@ -21,6 +21,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -127,7 +128,9 @@ def checked(kinds: Iterable[str]) -> tuple[str, ...]:
                 f"step's worst moments: it stays on the device. {_POSSIBLE}"
             )
         if kind not in KINDS:
-            raise ValueError(f"host is {kind!r}. {_POSSIBLE}")
+            near = get_close_matches(str(kind), KINDS, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise ValueError(f"host is {kind!r}{hint} {_POSSIBLE}")
     return kinds
 
 

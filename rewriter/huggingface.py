@@ -151,8 +151,11 @@ def restore(model: nn.Module) -> None:
     """Undo ``prepare(model)``: settings and hooks are as they were, in their old order.
 
     Raises:
+        TypeError: ``model`` is no ``nn.Module``.
         ValueError: the model is not prepared.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"restore: expected a torch.nn.Module, got {type(model).__name__}.")
     preparation = vars(model).get(_STATE)
     if preparation is None:
         raise ValueError("restore: this model is not prepared; nothing to undo.")

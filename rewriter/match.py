@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from rewriter.canonical import number, value_of
 from rewriter.effects import Effects
-from rewriter.pattern import Rewrite, Unmet, source_line
+from rewriter.pattern import PatternError, Rewrite, Unmet, source_line
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +110,12 @@ def _unmet(rewrite: Rewrite, found: Match) -> str | None:
     if rewrite.where is None:
         return None
     try:
-        rewrite.where(found)
+        answer = rewrite.where(found)
     except Unmet as unmet:
         return str(unmet)
+    if answer is not None:
+        raise PatternError(
+            f"{rewrite.name}: its guard returned {answer!r}, which nothing reads; state the condition by "
+            "rewriter.require(condition, reason)."
+        )
     return None

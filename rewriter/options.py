@@ -174,7 +174,10 @@ def _parse_passes(value: Any, known: Sequence[str]) -> tuple[str, ...] | None:
         or not isinstance(value, Sequence)
         or not all(isinstance(v, str) for v in value)
     ):
-        raise OptionError(f"rewriter: option 'passes' is a list of pass names, got {value!r}.")
+        raise OptionError(
+            f"rewriter: option 'passes' is {value!r}; give a list of names, as [\"norm\"] to run it alone or "
+            '["-norm"] to leave it out.'
+        )
     for name in value:
         if name.removeprefix("-") not in known:
             raise OptionError(f"rewriter: unknown pass {name!r}{_nearest(name.removeprefix('-'), known)}")

@@ -111,6 +111,7 @@ def declare(
             f"rewrite: a pattern is a plain function, got {type(function).__name__} {function!r}."
         )
     name = name or function.__name__
+    _check_functions(name, to, where)
     holes = _holes(name, function)
     _check_arguments(name, to, holes, constants)
     graph, outputs = _trace(name, function)
@@ -128,8 +129,6 @@ def rewrite(
     *, to: Callable, where: Callable | None = None, name: str | None = None, **constants: Any
 ) -> Callable[[Callable], Rewrite]:
     """Decorator form of ``declare``, for the package's own passes."""
-    if not callable(to):
-        raise PatternError(f"rewrite: `to` must be a function, got {to!r}.")
 
     def decorate(function: Callable) -> Rewrite:
         return declare(function, to=to, where=where, name=name, **constants)
@@ -166,6 +165,16 @@ def _holes(name: str, function: Callable) -> tuple[str, ...]:
                 f"{name}: parameter `{p}` must be a plain positional one: every parameter is a hole."
             )
     return tuple(p.name for p in parameters)
+
+
+def _check_functions(name: str, to: Any, where: Any) -> None:
+    if not callable(to):
+        raise PatternError(f"{name}: `to` is {to!r}; give the function that replaces the pattern.")
+    if where is not None and not callable(where):
+        raise PatternError(
+            f"{name}: `where` is {where!r}; give a function of the match that states conditions by "
+            "rewriter.require(condition, reason), or leave it out."
+        )
 
 
 def _check_arguments(name: str, to: Callable, holes: tuple[str, ...], constants: dict[str, Any]) -> None:

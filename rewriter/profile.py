@@ -63,6 +63,7 @@ class Profile:
         wall_ms: one step, unprofiled, in a row of several.
         busy_ms: how long of it the device was at work; of the host's calls, all of it.
         launches: kernels and copies that a step puts on the device.
+        recorded: those of them that CUDA graphs launch, of which no shapes are known.
         waits: op and milliseconds a step that the device stood still before it, as profiled, longest first.
         bandwidth, rate: bytes and operations a second that bounds are made of; None on the host.
     """
@@ -76,6 +77,7 @@ class Profile:
     waits: tuple[tuple[str, float], ...] = ()
     bandwidth: float | None = None
     rate: float | None = None
+    recorded: float = 0
 
     @property
     def idle(self) -> float:
@@ -86,22 +88,38 @@ class Profile:
     def verdict(self) -> str:
         """What the step waits for, in words."""
         if not self.on_gpu:
-            return "No GPU was used: these are the host's own calls."
+            total = sum(row.ms for row in self.rows)
+            return f"No GPU was used: these are the host's own calls, {total:.2f} ms of them when profiled."
+        return f"{self._waiting()} {self._unknown()}".rstrip()
+
+    def _waiting(self) -> str:
         if self.idle > _IDLE:
-            each = f"{1e3 * self.wall_ms / self.launches:.0f} µs" if self.launches else "none"
-            text = f"The GPU stands still for {self.idle:.0%} of a step: it waits for the host, which needs "
-            text += f"{each} for each of {self.launches:.0f} launches."
+            text = f"The GPU stands still for {self.idle:.0%} of a step: it waits for the host"
+            if own := self.launches - self.recorded:
+                text += f", which needs {1e3 * self.wall_ms / own:.0f} µs for each of {own:.0f} launches"
             if self.waits:
-                text += f" Longest before {self.waits[0][0]}."
-            return text + " Larger batches, or fewer launches."
+                text += f". Longest before {self.waits[0][0]}"
+            return text + ". Larger batches, or fewer launches."
+        still = (
+            f"The GPU stands still for {self.idle:.0%} of a step"
+            if self.idle >= 0.005
+            else "The GPU is never idle"
+        )
+        text = f"{still}: a step takes what its kernels take."
         lost = [row for row in self.rows if row.bound_ms is not None]
         if not lost:
-            return "The GPU is never idle: a step takes what its kernels take."
+            return text
         worst = max(lost, key=lambda row: row.ms - (row.bound_ms or 0.0))
         over = worst.ms - (worst.bound_ms or 0.0)
+        return f"{text} Farthest from its bound is {worst.name}, {over:.2f} ms above it."
+
+    def _unknown(self) -> str:
+        """What has no bounds, and how to have them."""
+        if not self.recorded:
+            return ""
         return (
-            "The GPU is never idle: a step takes what its kernels take. "
-            f"Farthest from its bound is {worst.name}, {over:.2f} ms above it."
+            f"{self.recorded:.0f} launches are those of CUDA graphs, which tell no shapes: for bounds, "
+            'compile with options={"cuda_graphs": False}.'
         )
 
     def by_kind(self) -> dict[str, float]:
@@ -192,6 +210,7 @@ def profile(step: Callable[[], object], *, steps: int = 3, warmup: int = 2) -> P
         warmup: how many run first, for compilation and caches.
 
     Raises:
+        TypeError: ``step`` is no function.
         ValueError: ``steps`` is not positive.
     """
     import torch
@@ -199,6 +218,11 @@ def profile(step: Callable[[], object], *, steps: int = 3, warmup: int = 2) -> P
     from rewriter.memory.machine import machine_for
     from rewriter.profiling.trace import read
 
+    if not callable(step):
+        raise TypeError(
+            f"profile: step is of type {type(step).__name__}; give the function that takes a step, not its "
+            "result: profile(lambda: train(batch))."
+        )
     if steps < 1:
         raise ValueError(f"profile: steps is {steps}; at least one step must be profiled")
     for _ in range(warmup):
@@ -253,4 +277,5 @@ def summarise(
         tuple(sorted(waits.items(), key=lambda item: -item[1])[:5]),
         machine and machine.bandwidth,
         machine and machine.matrix_flops,
+        sum(kernel.recorded for kernel in trace.kernels) / steps,
     )

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from rewriter.pattern import PatternError, Rewrite, declare
+from rewriter.pattern import Rewrite, declare
 
 # In the order of their declaration; a pattern declared again under its name replaces the older one, so that
 # a notebook's cell can be run twice.
@@ -22,7 +22,8 @@ def rewrite(
     Args:
         to: the function that replaces it; the pattern's parameters are its arguments, by name. It must be
             traceable by ``torch.compile`` or call a custom op.
-        where: a guard ``f(match)``, which states conditions by ``rewriter.require(condition, reason)``.
+        where: a guard ``f(match)``, which states conditions by ``rewriter.require(condition, reason)`` and
+            returns nothing.
         name: the pattern's name in reports; the function's by default.
         constants: further arguments of ``to``.
 
@@ -32,8 +33,6 @@ def rewrite(
     Raises:
         PatternError: for a pattern that is no function, cannot be traced, or whose names do not fit ``to``.
     """
-    if not callable(to):
-        raise PatternError(f"rewrite: `to` must be a function, got {to!r}.")
 
     def decorate(function: Callable) -> Rewrite:
         declared = declare(function, to=to, where=where, name=name, **constants)

@@ -89,6 +89,16 @@ def test_a_guard_that_refuses_the_examples_is_said():
         rewriter.check(declared(squared_relu, squared_relu, where=narrow), torch.randn(4, 8))
 
 
+def test_a_guard_that_answers_instead_of_requiring_is_said():
+    def narrow(match):
+        return False
+
+    with pytest.raises(
+        PatternError, match=r"its guard returned False, .* rewriter.require\(condition, reason\)"
+    ):
+        rewriter.check(declared(squared_relu, lambda x: F.relu(x) ** 2, where=narrow), torch.randn(4, 8))
+
+
 def test_a_pattern_that_cannot_match_itself_is_said_with_the_nearest_miss():
     def mixed(x, y):
         return torch.where(y > 0, x, y) * (x if isinstance(x, torch.fx.Proxy) else x + 1)

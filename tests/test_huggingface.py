@@ -99,6 +99,11 @@ def test_restore_gives_everything_back(build):
     assert settings(model) == before
 
 
+def test_restore_of_what_is_no_module_is_refused():
+    with pytest.raises(TypeError, match="restore: expected a torch.nn.Module, got NoneType"):
+        restore(None)  # pyright: ignore[reportArgumentType]
+
+
 def test_restore_keeps_the_order_of_hooks_and_those_added_since():
     model = tiny_llama()
     embedding = model.get_input_embeddings()

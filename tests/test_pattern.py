@@ -92,8 +92,15 @@ def test_further_results_must_be_on_the_way_to_the_first():
 
 
 def test_a_replacement_that_is_no_function_is_refused():
-    with pytest.raises(PatternError, match="`to` must be a function, got 3"):
-        rewriter.rewrite(to=3)
+    with pytest.raises(PatternError, match="plus: `to` is 3; give the function that replaces the pattern"):
+        rewriter.rewrite(to=3, name="plus")(lambda x: x + 1)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_guard_that_is_no_function_is_refused():
+    with pytest.raises(
+        PatternError, match=r"plus: `where` is 'wide'; .* rewriter.require\(condition, reason\)"
+    ):
+        declare(lambda x: x + 1, to=lambda x: x, where="wide", name="plus")  # pyright: ignore[reportArgumentType]
 
 
 def test_a_replacement_whose_parameters_are_unknown_is_refused():

@@ -39,9 +39,9 @@ def call(name, start, length, *tensors, cat="cpu_op", values=None):
     }  # fmt: skip
 
 
-def launch(correlation, start):
+def launch(correlation, start, name="cudaLaunchKernel"):
     args = {"correlation": correlation}
-    return {"ph": "X", "cat": "cuda_runtime", "name": "cudaLaunchKernel", "pid": 1, "tid": 1,
+    return {"ph": "X", "cat": "cuda_runtime", "name": name, "pid": 1, "tid": 1,
             "ts": start, "dur": 1, "args": args}  # fmt: skip
 
 
@@ -142,6 +142,31 @@ def test_a_busy_step_names_what_is_farthest_from_its_bound():
     assert "Farthest from its bound is scaled_dot_product_cudnn_attention" in profile.verdict
 
 
+def test_what_a_cuda_graph_launches_goes_by_its_own_names_and_has_no_bounds():
+    events = [
+        call("_ReplayBackward", 0, 9),
+        launch(1, 2, "cudaGraphLaunch"),
+        kernel("nvjet_tst_128x256", 1, 100, 200),
+        kernel("_forward", 1, 300, 50),
+        call("aten::mm", 20, 9, (4096, 4096), (4096, 4096)),
+        launch(2, 21),
+        kernel("nvjet_tst_128x256", 2, 350, 200),
+    ]
+    shown = summarise(read({"traceEvents": events}), device="H200", seconds=1e-3, steps=1, machine=CARD)
+    assert {(r.kind, r.name, r.bound_ms is None) for r in shown.rows} == {
+        ("product", "nvjet_tst_128x256", True),
+        ("other", "_forward", True),
+        ("product", "4096×4096 · 4096×4096", False),
+    }
+    assert (shown.launches, shown.recorded) == (3, 2)
+    assert "for each of 1 launches" in shown.verdict
+    assert "2 launches are those of CUDA graphs" in shown.verdict and '"cuda_graphs": False' in shown.verdict
+
+
+def test_a_step_that_is_idle_for_a_moment_is_not_called_never_idle():
+    assert "stands still for 3% of a step: a step takes what" in profiled(seconds=0.000763).verdict
+
+
 def test_figures_are_for_one_step():
     one = profiled()
     two = summarise(read(step_on_a_gpu()), device="H200", seconds=0.001, steps=2, machine=CARD)
@@ -199,6 +224,11 @@ def test_without_a_gpu_the_hosts_own_calls_are_the_table():
     assert all(r.calls == 1 and r.operations == 2 * 8 * 64 * 64 for r in products)
     assert row(profile, "optimizer").name == "AdamW.step"
     assert profile.wall_ms > 0 and "host's own calls" in str(profile)
+
+
+def test_the_result_of_a_step_instead_of_the_step_is_an_error_that_shows_how():
+    with pytest.raises(TypeError, match=r"step is of type Tensor.*profile\(lambda: train\(batch\)\)"):
+        rewriter.profile(torch.zeros(()))  # pyright: ignore[reportArgumentType]
 
 
 def test_no_steps_is_an_error():

@@ -124,7 +124,9 @@ def _row_loss_and_gradient(
         return
 
     KEPT: tl.constexpr = "" if GRADIENT else "evict_first"
-    raw_label = tl.load(logits + label)
+    # A label that no column has: NaN, where eager asserts; nothing beside the row is read or written.
+    known = (label >= 0) & (label < vocab)
+    raw_label = tl.load(logits + label, mask=known, other=float("nan"))
     reference = tl.full((THREADS,), _LOWEST, tl.float32)
     power_sum = tl.zeros((THREADS,), tl.float32)
     plain_sum = tl.zeros((THREADS,), tl.float32)
@@ -156,7 +158,7 @@ def _row_loss_and_gradient(
     if GRADIENT:
         # Every thread has read the label's logit before any overwrites it.
         tl.debug_barrier()
-        upstream = tl.load(gradient_scale) * SCALE
+        upstream = tl.where(known, tl.load(gradient_scale) * SCALE, float("nan"))
         # Not one power relative to the log-sum-exp: that sum, rounded, loses the digits that it needs.
         factor = upstream / row_sum
         even = upstream * (SMOOTHING / vocab)
@@ -179,7 +181,7 @@ def _row_loss_and_gradient(
         gradient = (_power(label_z, row_reference) / row_sum - (1.0 - SMOOTHING)) * upstream - even
         if SOFTCAP != 0.0:
             gradient *= label_slope
-        tl.store(logits + label, gradient.to(logits.dtype.element_ty))
+        tl.store(logits + label, gradient.to(logits.dtype.element_ty), mask=known)
 
 
 def chunk_loss(
@@ -198,7 +200,8 @@ def chunk_loss(
 
     Args:
         logits: ``(rows, vocab)``, dense in the last dimension, fp32, bf16 or fp16; all arithmetic is fp32.
-        target: ``(rows,)`` int64, contiguous.
+        target: ``(rows,)`` int64, contiguous. Of a label that is neither a column nor ``ignore_index`` the
+            loss and the row's gradient are NaN.
         gradient_scale: fp32 scalar on the device, multiplied into the gradient before it is rounded.
         losses: ``(rows,)`` fp32, contiguous.
     """

@@ -11,6 +11,7 @@ from typing import Any
 
 _CALLS = {"cpu_op", "user_annotation"}
 _LAUNCHES = {"cuda_runtime", "cuda_driver"}
+_GRAPHS = {"cudaGraphLaunch", "cuGraphLaunch"}
 _KERNELS = {"kernel": "kernel", "gpu_memcpy": "copy", "gpu_memset": "copy"}
 
 
@@ -50,7 +51,12 @@ class Call:
 
 @dataclass(frozen=True)
 class Kernel:
-    """Something that the device did, in microseconds; ``call`` launched it, where that is known."""
+    """Something that the device did, in microseconds.
+
+    Attributes:
+        call: what launched it, where that is known; None of what a CUDA graph launched, which is ``recorded``
+            and no one call's.
+    """
 
     name: str
     start: float
@@ -58,6 +64,7 @@ class Kernel:
     copied: bool = False
     bytes: int | None = None
     call: Call | None = None
+    recorded: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,8 @@ def read(trace: dict) -> Trace:
     """What a trace holds, kernels in order of time."""
     events = [e for e in trace["traceEvents"] if e.get("ph") == "X"]
     calls, launched = _nested(e for e in events if e.get("cat") in _CALLS | _LAUNCHES)
-    kernels = [_kernel(e, launched) for e in events if e.get("cat") in _KERNELS]
+    graphs = {e["args"].get("correlation") for e in events if e["name"] in _GRAPHS}
+    kernels = [_kernel(e, launched, graphs) for e in events if e.get("cat") in _KERNELS]
     return Trace(calls, sorted(kernels, key=lambda k: k.start))
 
 
@@ -113,15 +121,17 @@ def _call(event: dict, parent: Call | None) -> Call:
     )
 
 
-def _kernel(event: dict, launched: dict[int, Call]) -> Kernel:
+def _kernel(event: dict, launched: dict[int, Call], graphs: set[int]) -> Kernel:
     found = event.get("args", {})
+    recorded = found.get("correlation") in graphs
     return Kernel(
         event["name"],
         event["ts"],
         event["ts"] + event["dur"],
         _KERNELS[event["cat"]] == "copy",
         found.get("bytes"),
-        launched.get(found.get("correlation")),
+        None if recorded else launched.get(found.get("correlation")),
+        recorded,
     )
 
 

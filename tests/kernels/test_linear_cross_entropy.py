@@ -244,6 +244,24 @@ def test_the_triton_kernel_takes_rows_of_any_length_and_alignment(vocab, offset)
     torch.testing.assert_close(logits.double(), leaf.grad, rtol=1e-2, atol=1e-6)
 
 
+@pytest.mark.parametrize("label", [-1, 513, 2**40])
+def test_a_label_that_no_column_has_is_nan_in_its_row_and_touches_no_other(label):
+    from rewriter.kernels.linear_cross_entropy_triton import chunk_loss
+
+    logits = torch.randn(3, 513, device=device).bfloat16()
+    options = {"scale": 1.0, "softcap": 0.0, "ignore_index": -100, "label_smoothing": 0.0, "gradient": True}
+    factor = torch.ones((), device=device)
+
+    def run_with(label):
+        made, losses = logits.clone(), torch.empty(3, device=device)
+        chunk_loss(made, torch.tensor([4, label, 7], device=device), factor, losses, **options)
+        return made, losses
+
+    (made, losses), (expected, expected_losses) = run_with(label), run_with(5)
+    assert made[1].isnan().all() and losses[1].isnan()
+    assert torch.equal(made[::2], expected[::2]) and torch.equal(losses[::2], expected_losses[::2])
+
+
 @pytest.mark.parametrize("needs", [(True, False, False), (True, True, True), (False, False, False)], ids=str)
 def test_opcheck(needs):
     x, weight, bias, target = make(dtype=torch.bfloat16)
