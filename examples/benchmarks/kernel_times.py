@@ -2,6 +2,7 @@
 
     python examples/benchmarks/kernel_times.py     # all of them; it says about how long that takes
     python examples/benchmarks/kernel_times.py --kernel rms_norm rotary
+    python examples/benchmarks/kernel_times.py --kernel lora_linear --profile  # and where the time goes
     python examples/benchmarks/kernel_times.py --tiny  # on the CPU, without Triton: a dry run
 
 The bound is the fewest bytes at the bandwidth of a clone, or the operations at the rate of a large product,
@@ -11,6 +12,7 @@ buffers that the L2 does not hold. Writes ``kernels.json`` to the results' folde
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import platform
 from collections.abc import Callable
@@ -22,6 +24,8 @@ import kernel_peers
 import torch
 from cases import GROUPS, Case
 from timing import Call, Machine, copies, measure_machine, median_seconds
+
+import rewriter
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = "{:<52}{:>10}{:>10}{:>9}{:>9}{:>11}{:>10}  {}"
@@ -104,6 +108,12 @@ def run(case: Case, machine: Machine, beside: list[str]) -> dict:
     return row
 
 
+def profiled(case: Case, device: torch.device) -> str:
+    """Where the time of our calls goes, by product and kernel, each with its own bound."""
+    turn = itertools.cycle(calls(case, case.ours, copies(case.make, device)))
+    return str(rewriter.profile(lambda: next(turn)(), steps=10))
+
+
 def bound_seconds(case: Case, machine: Machine, others: dict[str, float]) -> float:
     if not case.work:
         return others[case.other_name]
@@ -153,6 +163,7 @@ def main() -> None:
                         choices=["inductor", *kernel_peers.PEERS], help="whose kernels run, too")  # fmt: skip
     parser.add_argument("--ahead", type=int, default=ahead.room(),
                         help="processes that compile before anything is timed; 0 for none")  # fmt: skip
+    parser.add_argument("--profile", action="store_true", help="print also where each one's time goes")
     parser.add_argument("--share", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--tiny", action="store_true", help="small sizes on the CPU, references alone")
     options = parser.parse_args()
@@ -176,6 +187,8 @@ def main() -> None:
     for case in cases:
         rows.append(run(case, machine, options.beside))
         print(line(rows[-1]), flush=True)
+        if options.profile:
+            print(profiled(case, device), flush=True)
     write(options.results, name, machine, rows)
     for peer in kernel_peers.PEERS:
         if peer in options.beside and not options.tiny:
