@@ -15,7 +15,7 @@ copied nor kept alive; graphs hold their addresses.
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch.autograd.grad_mode import set_multithreading_enabled
 
 from rewriter.replay.lending import Lender, Lent
 from rewriter.replay.pool import ROOMS, Needs, Reading, Segments, apart, borrowed, smallest
+from rewriter.replay.side_streams import listen
 
 
 class Unrecordable(Exception):
@@ -126,6 +127,19 @@ def _warm_up(
     return tuple(seeded), needs
 
 
+@contextmanager
+def _ended(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+    """End the recording of ``graph`` after what is run within."""
+    try:
+        yield
+    except BaseException:
+        # What failed may have made the recording invalid: ending it then fails too, and does not say why.
+        with suppress(RuntimeError):
+            graph.capture_end()
+        raise
+    graph.capture_end()
+
+
 def _refuse_aliases(results: Sequence[Any], inputs: Sequence[Any]) -> None:
     held = {t.untyped_storage().data_ptr() for t in inputs if isinstance(t, Tensor)}
     if any(isinstance(r, Tensor) and r.untyped_storage().data_ptr() in held for r in results):
@@ -142,6 +156,7 @@ class CudaRecorder:
     def __init__(self, device: torch.device):
         self.device = device
         self.lender = Lender()
+        listen(self.lender)
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
         self._pool_bytes = 0
@@ -211,9 +226,17 @@ class CudaRecorder:
     def reclaim(self, parameters: Iterable[Tensor]) -> bool:
         """Whether a recording may write its gradients, since nobody holds those that the last one gave.
 
-        Gradients of ``parameters`` that stand in the way are replaced by copies.
+        Gradients of ``parameters`` that stand in the way are replaced by copies. What follows on the device
+        waits for the streams that were said to use gradients.
         """
-        return self.lender.reclaim(parameters)
+        if not self.lender.reclaim(parameters):
+            return False
+        for used in self.lender.take_streams():
+            stream = torch.cuda.Stream(
+                stream_id=used.stream_id, device_index=used.device_index, device_type=used.device_type
+            )
+            self._home.wait_stream(stream)
+        return True
 
     def bytes(self) -> int:
         """Device memory that the recordings hold."""
@@ -258,12 +281,10 @@ class CudaRecorder:
         try:
             with torch.cuda.stream(self._stream):
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
+                with _ended(graph):
                     _ = [torch.empty(n, dtype=torch.uint8, device=self.device) for n in lacking]
                     del _
                     yield
-                finally:
-                    graph.capture_end()
         finally:
             if collects:
                 gc.enable()

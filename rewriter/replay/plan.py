@@ -30,7 +30,9 @@ from rewriter.canonical import value_of
 from rewriter.nested import count_operations, graphs_of
 from rewriter.replay.capture import CudaRecorder
 from rewriter.replay.padding import Reading, read, separate_labels
-from rewriter.replay.program import Limits, Replayed, is_batch
+from rewriter.replay.program import Replayed
+from rewriter.replay.room import Limits
+from rewriter.replay.sizes import is_batch
 from rewriter.replay.step import Recorder
 
 log = logging.getLogger(__name__)

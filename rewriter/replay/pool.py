@@ -13,6 +13,9 @@ as much in pieces. Where a transient finds no place it makes a block of its own.
 of them depends on every tensor's size, by no rule. So the first recording is made with more and more room
 (``ROOMS``), each time in a pool of its own, and the smallest stays. A device computes nothing while it is
 recorded.
+
+All of this is for PyTorch's own allocator. Of another (``backend:cudaMallocAsync``) no block is known: none
+is made, nothing is borrowed, and gradients are copied.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -123,7 +126,7 @@ class Reading:
 
     Attributes:
         allocated: bytes of all tensors.
-        large: bytes of those of more than 1 MiB.
+        large: bytes of those of more than 1 MiB; 0 where the allocator is not PyTorch's own.
         free: of each segment, by address, the largest block that is free.
     """
 
@@ -135,7 +138,8 @@ class Reading:
     def now(cls, device: torch.device) -> "Reading":
         allocated = torch.cuda.memory_allocated(device)
         if torch.cuda.get_allocator_backend() != "native":
-            return cls(allocated, allocated, {})
+            # Of its blocks nothing is known: none is made for the large ones beforehand.
+            return cls(allocated, 0, {})
         large = torch.cuda.memory_stats(device)["allocated_bytes.large_pool.current"]
         found = torch.cuda.memory_snapshot(include_traces=False)
         return cls(allocated, large, {s["address"]: max(_free(s), default=0) for s in found})

@@ -68,6 +68,7 @@ class StandInRecorder:
         self.is_ready = True
         self.lender = Lender()
         self.gradients: list[Tensor] = []
+        self.waited: set[torch.Stream] = set()
         self._size, self._held = size, 0
 
     def record(
@@ -86,7 +87,10 @@ class StandInRecorder:
         return self.is_ready
 
     def reclaim(self, parameters: Iterable[Tensor]) -> bool:
-        return self.lender.reclaim(parameters)
+        if not self.lender.reclaim(parameters):
+            return False
+        self.waited |= self.lender.take_streams()
+        return True
 
     def bytes(self) -> int:
         return self._held

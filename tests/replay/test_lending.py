@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.dlpack import to_dlpack
 
 from rewriter.replay.lending import Lender, Lent
 
@@ -50,6 +51,51 @@ def test_gradients_of_parameters_become_copies_and_all_from_then_on(places):
     for copy, place in zip(copies, places, strict=True):
         assert copy.data_ptr() != place.data_ptr() and copy.dtype == place.dtype
         assert torch.equal(copy, place) and copy.shape == place.shape
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda gradient: gradient,
+        lambda gradient: gradient.detach(),
+        lambda gradient: gradient.view(-1)[2:],
+        lambda gradient: gradient.untyped_storage(),
+        lambda gradient: gradient.numpy(),
+        to_dlpack,
+    ],
+    ids=["itself", "detached", "view", "storage", "array", "capsule"],
+)
+def test_a_parameters_gradient_that_somebody_else_has_too_stays_where_it_is(places, hold):
+    lender, lent = Lender(), Lent(places)
+    first, *others = parameters(*lender.give(lent))
+    held = hold(first.grad)
+    assert not lender.reclaim([first, *others])
+    for parameter, place in zip((first, *others), places, strict=True):
+        assert parameter.grad is not None and parameter.grad.data_ptr() == place.data_ptr()
+    del held
+    assert lender.reclaim([first, *others])
+    assert first.grad is not None and first.grad.data_ptr() != places[0].data_ptr()
+
+
+def test_a_gradient_that_is_no_parameters_any_more_is_counted(places):
+    lender, lent = Lender(), Lent(places)
+    owners = parameters(*lender.give(lent))
+    held, owners[0].grad = owners[0].grad, None
+    assert not lender.reclaim(owners)
+    assert owners[1].grad is not None and owners[1].grad.data_ptr() == places[1].data_ptr()
+    del held
+    assert lender.reclaim(owners)
+
+
+def test_streams_that_used_what_was_lent_are_told_once_it_is_back(places):
+    lender, lent, stream = Lender(), Lent(places), torch.Stream("cpu")
+    lender.used_on(places[0], stream)
+    given = lender.give(lent)
+    lender.used_on(torch.ones(3), stream)
+    assert not lender.take_streams(), "of other tensors, or before"
+    lender.used_on(given[0][1:], stream)
+    assert lender.take_streams() == {stream}
+    assert not lender.take_streams()
 
 
 def test_two_recordings_gradients_are_counted_apart(places):

@@ -42,6 +42,17 @@ def test_an_empty_pool_lacks_all():
     assert Segments(()).lacking(0) == []
 
 
+def test_of_another_allocator_nothing_is_made_beforehand(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
+    allocated = iter((7, 107))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(allocated))
+    device = torch.device("cuda", 0)
+    before, after = Reading.now(device), Reading.now(device)
+    needs = after.needs_since(before)
+    assert needs.kept == 100
+    assert Segments.of((0, 1), device).lacking(needs.size(ROOMS[0])) == []
+
+
 def test_what_a_forward_needs_is_what_it_keeps_and_room_for_its_largest_transient():
     before = Reading(allocated=7, large=5, free={0: 900, 50: 400})
     after = Reading(allocated=107, large=85, free={0: 800, 50: 1000, 60: 20, 70: 10})

@@ -1,5 +1,6 @@
 """When a recording serves, and that the results are the program's wherever it does not."""
 
+import threading
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from rewriter.replay.capture import Unrecordable
 from rewriter.replay.padding import CutOutput, PaddedInput, Padding, Reading
-from rewriter.replay.program import Limits, Replayed
+from rewriter.replay.program import Replayed
+from rewriter.replay.room import Limits
 from tests.replay.standin import StandInRecorder
 
 WORDS, HIDDEN = 11, 4
@@ -243,10 +245,45 @@ def test_another_tensor_that_is_no_weight_is_copied_from_then_on(bench):
     assert len(bench.recorder.recorded) == 2
 
 
+def test_a_moved_tensor_that_is_copied_is_no_batch_of_tokens():
+    def run(length, ids, labels, weight, scale):
+        return program(length, ids, labels, weight, scale[0])
+
+    bench = Bench(tokens=256, run=run)
+    for _ in range(4):
+        bench.scale = torch.ones(64, HIDDEN)
+        bench.weight.grad = None
+        bench(12)[0].backward()
+    assert len(bench.recorder.recorded) == 2 and bench.recorder.forwards == 3
+
+
 def test_elsewhere_than_where_it_is_ready_the_program_runs(bench):
     bench.recorder.is_ready = False
     bench.train(12, 12)
     assert bench.recorder.forwards == 1
+
+
+def test_of_two_threads_that_call_at_once_one_has_the_recordings(bench, monkeypatch):
+    reclaim, inside, other_is_done = bench.recorder.reclaim, threading.Event(), threading.Event()
+    found = []
+
+    def pause(parameters):
+        inside.set()
+        assert other_is_done.wait(10)
+        return reclaim(parameters)
+
+    monkeypatch.setattr(bench.recorder, "reclaim", pause)
+    first = threading.Thread(target=lambda: found.append(bench(12, 1)[0]))
+    first.start()
+    assert inside.wait(10)
+    monkeypatch.setattr(bench.recorder, "reclaim", reclaim)
+    found.append(bench(12, 2)[0])
+    other_is_done.set()
+    first.join()
+    assert bench.recorder.forwards == 2
+    for loss, true in zip(found, (bench.plain(12, seed)[0] for seed in (2, 1)), strict=True):
+        torch.testing.assert_close(loss, true)
+        loss.backward()
 
 
 def test_many_tokens_are_not_recorded():
@@ -294,36 +331,3 @@ def test_without_padding_sizes_that_come_back_are_recorded():
     bench.train(12, 13, 12, 12, 12, 13, 12)
     assert [given[0] for given in bench.recorder.recorded] == [12]
     assert bench.recorder.forwards == 2
-
-
-def gradient(bench, seed):
-    """Of a step, which leaves it with the parameter."""
-    bench.weight.grad = None
-    bench(12, seed)[0].backward()
-    assert bench.weight.grad is not None
-    return bench.weight.grad
-
-
-def test_gradients_that_are_dropped_after_each_step_are_lent_not_copied(bench):
-    assert len({gradient(bench, seed).data_ptr() for seed in range(3)}) == 1
-    assert bench.recorder.forwards == 4
-
-
-def test_a_gradient_that_a_parameter_still_has_becomes_its_own(bench):
-    first = gradient(bench, 1).clone()
-    bench(12, 2)
-    torch.testing.assert_close(bench.weight.grad, first, rtol=0.0, atol=0.0)
-    assert bench.recorder.forwards == 3
-    gradient(bench, 3)
-    bench(12, 4)
-    assert bench.recorder.forwards == 5, "copied from then on"
-
-
-def test_while_a_gradient_is_held_elsewhere_the_program_runs(bench):
-    held = gradient(bench, 1)
-    before = held.clone()
-    bench.train(12)
-    assert torch.equal(held, before) and bench.recorder.forwards == 2
-    bench.weight.grad = held = None
-    bench.train(12)
-    assert bench.recorder.forwards == 3
