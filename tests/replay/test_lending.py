@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch import nn
-from torch.utils.dlpack import to_dlpack
 
 from rewriter.replay.lending import Lender, Lent
 
@@ -61,7 +60,7 @@ def test_gradients_of_parameters_become_copies_and_all_from_then_on(places):
         lambda gradient: gradient.view(-1)[2:],
         lambda gradient: gradient.untyped_storage(),
         lambda gradient: gradient.numpy(),
-        to_dlpack,
+        lambda gradient: gradient.__dlpack__(),
     ],
     ids=["itself", "detached", "view", "storage", "array", "capsule"],
 )
