@@ -191,9 +191,18 @@ class Report:
 
     def __rich_console__(self, console: Console, options: object) -> Iterator:
         if not self.graphs:
-            yield Text("rewriter: no graph has been compiled yet. Call the compiled model once.")
+            yield Text(_nothing(self))
         for graph in self.graphs:
             yield from _graph_lines(graph)
+
+
+def _nothing(empty: Report) -> str:
+    if empty is not report() and report().graphs:
+        return (
+            "rewriter: no graph was compiled in this block. Those that were compiled before are in "
+            "rewriter.report(); torch.compiler.reset() before the block has them compiled anew."
+        )
+    return "rewriter: no graph has been compiled yet. Call the compiled model once."
 
 
 def _graph_lines(graph: GraphRecord) -> Iterator:

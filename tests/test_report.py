@@ -38,6 +38,18 @@ def compile_twice():
     torch.compile(block, backend="rewriter", options=EAGER)(torch.randn(2, 8))
 
 
+def test_a_block_in_which_nothing_was_compiled_says_where_earlier_graphs_are():
+    forget()
+    with rewriter.inspect() as before:
+        pass
+    assert "Call the compiled model once" in str(before)
+    record_graph(graph())
+    with rewriter.inspect() as report:
+        pass
+    assert "Those that were compiled before are in rewriter.report()" in str(report)
+    forget()
+
+
 def test_counts_sum_the_rewrites_of_each_pass_over_the_graphs():
     assert Report([graph(), graph()]).counts() == {"norm": 6, "gated_mlp": 0}
 

@@ -115,7 +115,7 @@ def _from_config(config: Any, dtype: torch.dtype) -> nn.Module:
     if auto is None:
         raise TypeError(
             f"plan: {type(config).__name__} is neither a torch.nn.Module nor the config of a package with "
-            "AutoModelForCausalLM."
+            "AutoModelForCausalLM; of a model's name, AutoConfig.from_pretrained gives the config."
         )
     with torch.device("meta"):
         return auto.from_config(copy.deepcopy(config), dtype=dtype)

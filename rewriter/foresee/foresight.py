@@ -142,6 +142,7 @@ def plan(
         Untraceable: the model is not one graph, or no part of it repeats.
         ValueError: for arguments that are malformed or contradict each other.
     """
+    _check_numbers(rows=rows, tokens=tokens, lora_rank=lora_rank)
     card = _bytes("memory_budget", memory_budget, (chosen := _machine(machine)).device_bytes)
     offloads = _HOST if host_budget is None else _bytes("host_budget", host_budget, 0)
     ask = Question(config_or_model, lora_rank, quantise, dtype, autocast, rows, card, offloads, chosen, host)
@@ -173,12 +174,27 @@ def plan(
     )
 
 
+def _check_numbers(**given: Any) -> None:
+    for name, value in given.items():
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not (whole and value > 0 or value is None and name != "rows"):
+            or_none = "" if name == "rows" else ", or None"
+            raise ValueError(f"plan: {name} is {value!r}; give a whole number above 0{or_none}.")
+
+
 def _machine(given: Machine | str | Path | None) -> Machine:
     if isinstance(given, Machine):
         return given
     if given is None:
         return machine_for("cuda") if torch.cuda.is_available() else H200
-    return KNOWN[str(given)] if str(given) in KNOWN else Machine.load(given)
+    if str(given) in KNOWN:
+        return KNOWN[str(given)]
+    if not Path(given).exists():
+        known = ", ".join(KNOWN)
+        raise ValueError(
+            f"plan: machine is {str(given)!r}, neither a known card ({known}) nor a file; Machine.save writes one."
+        )
+    return Machine.load(given)
 
 
 def _bytes(name: str, value: Any, whole: int) -> int:

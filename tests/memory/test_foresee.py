@@ -225,7 +225,12 @@ def test_attention_is_traced_as_a_gpu_runs_it():
         ({"quantise": "nf4"}, "nothing is trained"),
         ({"host_budget": 0.5}, "a fraction of an unknown amount"),
         ({"memory_budget": "lots"}, "'memory_budget' is 'lots'"),
-        ({"machine": "/nowhere/machine.json"}, "machine file /nowhere/machine.json"),
+        ({"machine": "/nowhere/machine.json"}, "'/nowhere/machine.json', neither a known card"),
+        ({"machine": "H100"}, r"'H100', neither a known card \(H200, .*\) nor a file; Machine.save"),
+        ({"tokens": 0}, "tokens is 0; give a whole number above 0, or None"),
+        ({"tokens": "200k"}, "tokens is '200k'; give a whole number"),
+        ({"rows": None}, r"rows is None; give a whole number above 0\."),
+        ({"lora_rank": -3}, "lora_rank is -3; give a whole number"),
     ],
 )
 def test_malformed_questions_are_refused(arguments, reason):
