@@ -192,7 +192,8 @@ def _machine(given: Machine | str | Path | None) -> Machine:
     if not Path(given).exists():
         known = ", ".join(KNOWN)
         raise ValueError(
-            f"plan: machine is {str(given)!r}, neither a known card ({known}) nor a file; Machine.save writes one."
+            f"plan: machine is {str(given)!r}, neither a known card ({known}) nor a file; "
+            "Machine.save writes one."
         )
     return Machine.load(given)
 
