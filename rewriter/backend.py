@@ -212,12 +212,14 @@ def plan_memory(
 def record_plan(plan: "PlannedProgram", record: GraphRecord) -> None:
     """Write down what runs how; of a plan that is made later, in the place of the one before."""
     from rewriter.memory.longer import PLANNED_ANEW
+    from rewriter.memory.steps import steps_of
     from rewriter.memory.under_budget import memory_record
 
     notes = [note for note in record.notes if not note.startswith(PLANNED_ANEW)]
     record.notes[:] = dict.fromkeys((*notes, *plan.notes))
     record.memory = memory_record(plan.plan)
-    record.program = describe(plan.program)
+    steps = {region: steps_of(staged.way) for region, staged in plan.staged.items()}
+    record.program = describe(plan.program, steps)
 
 
 def plan_replay(

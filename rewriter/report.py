@@ -55,6 +55,8 @@ class RegionRecord:
     """A part of a program that was compiled once, and called ``times`` times.
 
     ``weights`` and ``weight_bytes`` count the model's tensors that one call reads, ``graph`` is its code.
+    ``steps`` says, of a layer under a memory plan, in which order its stages run, and what is offloaded and
+    reloaded between them, forward and backward.
     """
 
     name: str
@@ -63,6 +65,7 @@ class RegionRecord:
     weights: int
     weight_bytes: int
     graph: str
+    steps: str = ""
 
 
 @dataclass(frozen=True)
@@ -117,8 +120,8 @@ class MemoryRecord:
 
     def __str__(self) -> str:
         lines = [
-            f"memory: {_gib(self.peak)} of {_gib(self.device_budget)} on the device, at the {self.where}; "
-            f"{_gib(self.static)} of it all the time; {_gib(self.hosted)} in host memory"
+            f"memory: {_size(self.peak)} of {_size(self.device_budget)} on the device, at the {self.where}; "
+            f"{_size(self.static)} of it all the time; {_size(self.hosted)} in host memory"
         ]
         lines += [f"  {kind} × {count}: {way}" for kind, way, count in self.ways]
         if self.slack > _TOLD * self.seconds:
@@ -126,8 +129,8 @@ class MemoryRecord:
         return "\n".join(lines)
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
+def _size(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 or not size else f"{size / 2**20:.2f} MiB"
 
 
 @dataclass

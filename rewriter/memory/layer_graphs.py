@@ -86,6 +86,14 @@ class LayerGraphs:
             return f"what is before {whole[after[0]]}"
         return f"what is after {whole[max(whole)]}" if whole else "what is inside"
 
+    @property
+    def titles(self) -> tuple[str, ...]:
+        """A name for each stage, for people: a whole one's operation, others by where they are."""
+        return tuple(
+            f"stage_{i + 1}" if g.stage.row_wise else _operation(g.stage).replace(" ", "_")
+            for i, g in enumerate(self.graphs)
+        )
+
     def values(self) -> tuple[StageValues, ...]:
         """What each stage reads and gives, without what is shared."""
         found = []

@@ -1,13 +1,14 @@
 """A program for people: its code with short names, and what each region holds."""
 
 import re
+from collections.abc import Mapping
 
 from torch import Tensor
 from torch.fx import Node
 
 from rewriter.canonical import value_of
 from rewriter.nested import count_operations
-from rewriter.regions.program import Program, RegionCall
+from rewriter.regions.program import Program, Region, RegionCall
 from rewriter.report import ProgramRecord, RegionRecord
 
 # How Dynamo writes the path of a module's tensor.
@@ -15,8 +16,13 @@ _FILLER = re.compile(r"(?:^|(?<=_))(?:self|modules|parameters|buffers|fn|kwargs|
 _LAYER = re.compile(r"^(.*?_\d+)_")
 
 
-def describe(program: Program) -> ProgramRecord:
-    """Plain text and numbers, which keep no graph alive."""
+def describe(program: Program, steps: Mapping[Region, str] | None = None) -> ProgramRecord:
+    """Plain text and numbers, which keep no graph alive.
+
+    Args:
+        steps: of regions that run in stages, what runs when, as text.
+    """
+    steps = steps or {}
     first = {call.region: call for call in reversed(program.calls)}
     times = program.times()
     regions = []
@@ -31,6 +37,7 @@ def describe(program: Program) -> ProgramRecord:
                 len(weights),
                 size,
                 str(region.module.graph),
+                steps.get(region, ""),
             )
         )
     return ProgramRecord(_code(program), tuple(regions))

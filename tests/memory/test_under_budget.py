@@ -53,6 +53,9 @@ def test_one_that_is_too_small_names_the_least_that_would_do_and_training_is_the
     assert_near(ours, steps(MODELS[name](), batches), 1e-5)
     assert staged() >= 2
     assert last_plan().peak <= last_plan().device_budget <= error.least_device
+    assert "0.00 GiB" not in str(rewriter.report()) + str(error)
+    steps_of = [region.steps for region in rewriter.report().program.regions]
+    assert sum("def backward(gradients):" in text for text in steps_of) >= 1 and "" in steps_of
 
 
 def test_a_budget_between_mixes_ways_and_a_large_one_keeps_everything():
