@@ -15,13 +15,14 @@ copied nor kept alive; graphs hold their addresses.
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.grad_mode import set_multithreading_enabled
 
+from rewriter.replay.ending import ended
 from rewriter.replay.lending import Lender, Lent
 from rewriter.replay.pool import ROOMS, Needs, Reading, Segments, apart, borrowed, smallest
 from rewriter.replay.side_streams import listen
@@ -125,19 +126,6 @@ def _warm_up(
     ends = [results[i] for i in seeded]
     torch.autograd.grad(ends, leaves, [torch.ones_like(r) for r in ends], allow_unused=True)
     return tuple(seeded), needs
-
-
-@contextmanager
-def _ended(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
-    """End the recording of ``graph`` after what is run within."""
-    try:
-        yield
-    except BaseException:
-        # What failed may have made the recording invalid: ending it then fails too, and does not say why.
-        with suppress(RuntimeError):
-            graph.capture_end()
-        raise
-    graph.capture_end()
 
 
 def _refuse_aliases(results: Sequence[Any], inputs: Sequence[Any]) -> None:
@@ -281,7 +269,7 @@ class CudaRecorder:
         try:
             with torch.cuda.stream(self._stream):
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                with _ended(graph):
+                with ended(graph, self._pool, self.device):
                     _ = [torch.empty(n, dtype=torch.uint8, device=self.device) for n in lacking]
                     del _
                     yield

@@ -267,6 +267,36 @@ def test_memory_that_runs_out_while_recording_leaves_the_device_usable():
     torch.testing.assert_close(recording.backward(), [torch.ones_like(weight)])
 
 
+def test_a_program_that_waits_for_the_device_says_so_and_leaves_the_device_usable():
+    weight = torch.nn.Parameter(torch.randn(50, 8, device="cuda"))
+    ids = torch.arange(50, device="cuda")
+    runs = []
+
+    def program(ids, weight):
+        runs.append(None)
+        if len(runs) == 2:
+            torch.cuda.current_stream().synchronize()
+        return (weight[ids].sum(),)
+
+    recorder = CudaRecorder(weight.device)
+    with pytest.raises(RuntimeError, match="not permitted"):
+        recorder.record(program, [ids, weight], [1])
+    recorder.forget()
+    recording = recorder.record(program, [ids, weight], [1])
+    recording.forward()
+    recording.seeds[0].fill_(1.0)
+    torch.testing.assert_close(recording.backward(), [torch.ones_like(weight)])
+    assert F.dropout(weight, 0.5).shape == weight.shape, "random numbers can be drawn"
+    # Memory that a stream has used comes back: the allocator knows that nothing is being recorded.
+    torch.cuda.empty_cache()
+    used = torch.empty(2**24, device="cuda")
+    address = used.data_ptr()
+    used.record_stream(torch.cuda.Stream())
+    del used
+    torch.cuda.synchronize()
+    assert torch.empty(2**24, device="cuda").data_ptr() == address
+
+
 def test_a_longer_recording_lies_in_the_memory_of_a_shorter_one():
     weight = torch.nn.Parameter(torch.randn(1024, device="cuda"))
 
