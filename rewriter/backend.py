@@ -6,6 +6,7 @@ once a graph. What no pass matches goes to Inductor as it was.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch._guards import CompileContext
@@ -106,11 +107,12 @@ def _compile(
     with record.timed("lowering"):
         if program is None:
             line.now("compiling")
-            compiled = lower(recorded.module, recorded.example_inputs, options)
+            backward = partial(line.while_at, "compiling the backward")
+            compiled = lower(recorded.module, recorded.example_inputs, options, backward)
         elif plan is not None:
             compiled = lower_planned(plan, options, line.now, lambda made: record_plan(made, record))
         else:
-            compiled = lower_program(program, options, line.now)
+            compiled = lower_program(program, options, line)
         compiled = finish(recorded.replayed(compiled, record.notes))
         if options.verify and rewritten is not module:
             compiled = verified(compiled, lower_beside(module, example_inputs, options), stages, record)

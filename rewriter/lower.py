@@ -6,6 +6,7 @@ PyTorch's private modules that lowering needs are touched here alone.
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from rewriter.kernels.gated_activation import gated_activation, gated_activation
 from rewriter.kernels.registration import operators
 from rewriter.kernels_ahead import KernelsAhead
 from rewriter.options import Options
+from rewriter.progress import ProgressLine
 from rewriter.regions.program import Program, Region, link
 
 # Functions whose results a backward computes again. A gated activation is as wide as what it is made of,
@@ -38,20 +40,36 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
-def lower(module: GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable:
-    """Compile ``module``; the result takes and returns what the module does."""
+Around = Callable[[], AbstractContextManager]
+
+
+def lower(
+    module: GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    around_backward: Around = nullcontext,
+) -> Callable:
+    """Compile ``module``; the result takes and returns what the module does.
+
+    Args:
+        around_backward: entered while the backward is compiled, which is when it first runs.
+    """
     for node in module.graph.nodes:
         if node.target in RECOMPUTED:
             # Tracing copies it to the operations that the node becomes, and partitioners read it there.
             node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
     if options.lowering == "eager":
-        return _lower_eager(module, example_inputs)
-    from torch._inductor.compile_fx import compile_fx
+        return _lower_eager(module, example_inputs, around_backward)
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    def compile_half(*graph: Any, **settings: Any) -> Any:
+        with around_backward() if settings.get("is_backward") else nullcontext():
+            return compile_fx_inner(*graph, **settings)
 
     _register_operators()
     patches = {**_mode_settings(options.mode), **_cache_key(module)}
     patches |= _graph_passes(tuple(example_inputs), weights_of(module))
-    compiled = compile_fx(module, list(example_inputs), config_patches=patches)
+    compiled = compile_fx(module, list(example_inputs), compile_half, config_patches=patches)
     return cast(Callable, compiled)
 
 
@@ -71,29 +89,36 @@ def _mode_settings(mode: str | None) -> dict[str, Any]:
     return list_mode_options(mode) if mode else {}
 
 
-def lower_beside(module: GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable:
+def lower_beside(
+    module: GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    around_backward: Around = nullcontext,
+) -> Callable:
     """``lower``, for a second graph of the same inputs: in a context of its own, with the same guards."""
     context = TracingContext.try_get()
     if context is None:
-        return lower(module, example_inputs, options)
+        return lower(module, example_inputs, options, around_backward)
     own = TracingContext(context.fake_mode)
     own.tensor_to_context = context.tensor_to_context
     own.guards_context = context.guards_context
     with tracing(own):
-        return lower(module, example_inputs, options)
+        return lower(module, example_inputs, options, around_backward)
 
 
-def lower_program(program: Program, options: Options, say: Callable[[str], None]) -> Callable:
+def lower_program(program: Program, options: Options, line: ProgressLine) -> Callable:
     """Compile each region once; the result calls them as the program does.
 
     Args:
-        say: told which region is being compiled, and how many there are.
+        line: told which region is being compiled, and how many there are, of backwards when they first run.
     """
     compiled: dict[Region, Callable] = {}
     regions = program.regions
     for number, region in enumerate(regions, 1):
-        say(f"compiling {region.name}, {number} of {len(regions)}")
-        compiled[region] = lower_beside(region.module, region.inputs, options)
+        which = f"{region.name}, {number} of {len(regions)}"
+        line.now(f"compiling {which}")
+        backward = functools.partial(line.while_at, f"compiling the backward of {which}")
+        compiled[region] = lower_beside(region.module, region.inputs, options, backward)
     return link(program, compiled)
 
 
@@ -195,15 +220,16 @@ def _may_be_cached(function: Any) -> bool:
     return own or function in (_enter_autocast, _exit_autocast)
 
 
-def _lower_eager(module: GraphModule, example_inputs: Sequence[Any]) -> Callable:
+def _lower_eager(module: GraphModule, example_inputs: Sequence[Any], around_backward: Around) -> Callable:
     from torch._dynamo.backends.common import aot_autograd
     from torch._dynamo.backends.debugging import boxed_nop
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
     def backward_compiler(backward: GraphModule, inputs: list[Any]) -> Callable:
-        join_gate_gradients(backward.graph, functional=True)
-        backward.recompile()
-        return boxed_nop(backward, inputs)
+        with around_backward():
+            join_gate_gradients(backward.graph, functional=True)
+            backward.recompile()
+            return boxed_nop(backward, inputs)
 
     compiler = aot_autograd(
         fw_compiler=boxed_nop,

@@ -1,6 +1,8 @@
 """One line on a terminal that says what a compilation is at; silent where nobody watches.
 
 rewriter: traced 2310 operations in 18.2 s · 224 rewrites · compiling layer_a, 2 of 4 · 21.5 s
+
+Nothing is shown while Dynamo traces, which happens before it calls a backend.
 """
 
 import sys
@@ -32,6 +34,15 @@ class ProgressLine:
     def finished(self, text: str) -> None:
         """``text`` stays on the line."""
         self.done.append(text)
+
+    @contextmanager
+    def while_at(self, text: str) -> Iterator[None]:
+        """Show ``text`` while the block runs: of a backward, which is compiled when the rest is long done."""
+        self.now(text)
+        try:
+            yield
+        finally:
+            self.clear()
 
     def clear(self) -> None:
         if self.shown:

@@ -1,11 +1,17 @@
 """The line on a terminal that says what a compilation is at."""
 
+import io
+import os
+import pty
 import re
+import sys
 
 import pytest
+import torch
 
 from rewriter.progress import ProgressLine
 from tests.memory.test_lengths import trained
+from tests.regions.chains import Chain
 
 
 @pytest.fixture
@@ -25,3 +31,31 @@ def test_what_is_compiled_is_counted_with_a_plan_and_without(said, budget):
     assert [step.rpartition(", ")[2] for step in steps] == [
         f"{number} of {len(steps)}" for number in range(1, len(steps) + 1)
     ]
+
+
+def test_a_terminal_shows_one_line_that_is_gone_at_the_end_and_a_log_nothing(monkeypatch):
+    watched, terminal = pty.openpty()
+    chain = Chain((), ("attention", "residual"), 3, ("tuple",))
+    torch._dynamo.reset()
+    compiled = torch.compile(chain, backend="rewriter", options={"lowering": "eager"})
+    with open(watched, "rb") as screen, open(terminal, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        compiled(*chain.inputs())[0].backward()
+        monkeypatch.undo()
+        before, *lines = os.read(screen.fileno(), 1 << 16).decode().split("\r\x1b[2K")
+    assert before == "" and lines[-1] == ""
+    traced = r"rewriter: traced \d+ operations in \d+\.\d s"
+    matched = traced + r" · \d+ rewrites"
+    steps = [traced + " · matching", *(f"{matched} · {step}" for step in ("outlining", "planning"))]
+    regions = [f"{name}, {number} of 3" for number, name in enumerate(("beginning", "layer_a", "end"), 1)]
+    steps += [f"{matched} · compiling {region}" for region in regions]
+    steps += [f"{matched} · compiling the backward of {region}" for region in reversed(regions)]
+    shown = [line for line in lines if line]
+    assert len(shown) == len(steps)
+    assert all(re.fullmatch(step + r" · \d+\.\d s", line) for step, line in zip(steps, shown, strict=True)), (
+        shown
+    )
+
+    log = io.StringIO()
+    ProgressLine(log).now("matching")
+    assert log.getvalue() == ""
