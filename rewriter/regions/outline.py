@@ -12,6 +12,7 @@ after another region has made or read it; a result of unknown size that one regi
 needs.
 """
 
+import functools
 import operator
 import string
 from collections.abc import Iterable, Iterator, Sequence, Set
@@ -33,7 +34,7 @@ from rewriter.regions.equal_numbers import hold_equal_numbers
 from rewriter.regions.invariants import share_invariants, share_masks, varying
 from rewriter.regions.modes import ModeSwitches
 from rewriter.regions.program import Program, Region, RegionCall
-from rewriter.regions.signature import signature
+from rewriter.regions.signature import input_key, signature
 from rewriter.regions.waists import Units, is_operation, waists
 
 
@@ -120,13 +121,18 @@ def _refuse_writes_across(parts: Sequence[Block], effects: Effects) -> None:
 
 @dataclass
 class _Outliner:
-    """Builds the regions in order, knowing at each what its inputs will look like."""
+    """Builds the regions in order, knowing at each what its inputs will look like.
+
+    A fake tensor is costly, and a model has a thousand weights: those that look alike share one while calls
+    are told apart (``_like``), and only what is compiled has its own (``_fake``).
+    """
 
     source: GraphModule
     effects: Effects
     fake_mode: FakeTensorMode
     examples: dict[Node, Any]
     fakes: dict[Node, Any] = field(default_factory=dict)
+    alike: dict[str, Any] = field(default_factory=dict)
     regions: dict[str, tuple[Region, tuple[Any, ...]]] = field(default_factory=dict)
 
     def program(self, parts: Sequence[Block]) -> Program:
@@ -147,11 +153,18 @@ class _Outliner:
         module = self._build(nodes, inputs, outputs)
         key = signature(module)
         if key not in self.regions:
-            given = tuple(self.examples.get(n, self._fake(n)) for n in inputs)
-            self.regions[key] = Region("", module, given), self._predicted(module, map(self._fake, inputs))
+            self.regions[key] = self._region(module, inputs)
         for node, value in zip(outputs, self.regions[key][1], strict=True):
             self.fakes[node] = value
         return key, inputs, outputs
+
+    def _region(self, module: GraphModule, inputs: Sequence[Node]) -> tuple[Region, tuple[Any, ...]]:
+        """What is compiled, by the inputs of its first call, and what it will return."""
+        fakes = tuple(map(self._fake, inputs))
+        for placeholder, fake in zip(module.graph.find_nodes(op="placeholder"), fakes, strict=True):
+            placeholder.meta["example_value"] = fake
+        given = tuple(self.examples.get(n, fake) for n, fake in zip(inputs, fakes, strict=True))
+        return Region("", module, given), self._predicted(module, fakes)
 
     def _with_scalars(self, nodes: Sequence[Node]) -> list[Node]:
         """``nodes`` and, in front, the numbers and graphs that they read, which cannot cross a border."""
@@ -169,24 +182,40 @@ class _Outliner:
 
     def _inputs(self, nodes: Sequence[Node], inside: set[Node]) -> tuple[Node, ...]:
         found = dict.fromkeys(s for n in nodes for s in n.all_input_nodes if s not in inside)
-        sizes = {str(v.node.expr): n for n in self.examples if isinstance(v := self._fake(n), SymInt)}
-        for name in sorted({name for n in found for name in _symbols(self._fake(n))}):
-            if name not in sizes:
+        for name in sorted({name for n in found for name in _symbols(self._like(n))}):
+            if name not in self.sizes:
                 raise Unsplittable(f"the size {name} is known in one part of it only")
-            found[sizes[name]] = None
+            found[self.sizes[name]] = None
         # Sizes first, in an order that does not depend on who reads them.
-        numbers = [n for n in found if not isinstance(self._fake(n), Tensor)]
+        numbers = [n for n in found if not isinstance(self._like(n), Tensor)]
         return (
-            *sorted(numbers, key=lambda n: str(self._fake(n))),
-            *(n for n in found if isinstance(self._fake(n), Tensor)),
+            *sorted(numbers, key=lambda n: str(self._like(n))),
+            *(n for n in found if isinstance(self._like(n), Tensor)),
         )
+
+    @functools.cached_property
+    def sizes(self) -> dict[str, Node]:
+        """The inputs that are sizes, by what their size is called."""
+        return {str(v.node.expr): n for n in self.examples if isinstance(v := value_of(n), SymInt)}
+
+    def _like(self, node: Node) -> Any:
+        """What compilation knows of a value, but for which tensor it is: those that look alike share one."""
+        if node in self.fakes:
+            return self.fakes[node]
+        value = self._known(node)
+        key = input_key(value)
+        if key not in self.alike:
+            self.alike[key] = self._border(value)
+        return self.alike[key]
 
     def _fake(self, node: Node) -> Any:
         """What compilation knows of a value that is there before the region runs."""
         if node not in self.fakes:
-            value = getattr(self.source, str(node.target)) if node.op == "get_attr" else value_of(node)
-            self.fakes[node] = self._border(value)
+            self.fakes[node] = self._border(self._known(node))
         return self.fakes[node]
+
+    def _known(self, node: Node) -> Any:
+        return getattr(self.source, str(node.target)) if node.op == "get_attr" else value_of(node)
 
     def _build(self, nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequence[Node]) -> GraphModule:
         graph = Graph()
@@ -197,7 +226,7 @@ class _Outliner:
             env[node].meta = {
                 k: v for k, v in node.meta.items() if k == "tensor_dict" and node.op == "placeholder"
             }
-            env[node].meta["example_value"] = self._fake(node)
+            env[node].meta["example_value"] = self._like(node)
         switches = ModeSwitches(graph, self.effects.mode, torch.is_grad_enabled())
         for node in nodes:
             if node.op == "get_attr":

@@ -4,6 +4,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from rewriter.regions.outline import _Outliner
 from tests.regions.chains import Chain, chains, each_layer_writes, inputs_of_writers
 from tests.regions.dataflow import dataflow
 from tests.regions.inlined import inline
@@ -60,11 +61,15 @@ def test_layers_in_a_row_are_always_found(chain: Chain):
     assert len(case.program.regions) < len(case.program.calls)
 
 
-def test_32_layers_have_as_many_kinds_as_8():
+def test_32_layers_have_as_many_kinds_as_8_and_take_as_many_fake_tensors(monkeypatch):
+    border, made = _Outliner._border, []
+    monkeypatch.setattr(_Outliner, "_border", lambda self, value: made.append(value) or border(self, value))
     shallow, deep = (Chain((), ("attention", "tuple"), n, ("norm",)) for n in (8, 32))
-    few, many = (dict(outlined(c, *c.inputs()).times) for c in (shallow, deep))
+    few, fakes = dict(outlined(shallow, *shallow.inputs()).times), len(made)
+    many = dict(outlined(deep, *deep.inputs()).times)
     assert few.keys() == many.keys()
     assert all(many[name] - times == (24 if "layer" in name else 0) for name, times in few.items())
+    assert len(made) == 2 * fakes
 
 
 def test_two_streams_that_never_meet_stay_one_graph():
