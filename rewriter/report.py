@@ -213,8 +213,7 @@ def _graph_lines(graph: GraphRecord) -> Iterator:
         f"graph {graph.name}: {graph.nodes_before} operations, {graph.nodes_after} after rewriting", "bold"
     )
     if graph.program is not None:
-        parts = ", ".join(f"{r.name} × {r.times}" if r.times > 1 else r.name for r in graph.program.regions)
-        yield Text(f"  compiled once each: {parts}")
+        yield _regions(graph.program)
     if graph.memory is not None:
         yield Text("  " + str(graph.memory).replace("\n", "\n  "))
     for note in graph.notes:
@@ -239,6 +238,17 @@ def _graph_lines(graph: GraphRecord) -> Iterator:
         yield Text(
             f"    {record.name} at {place}{times}: {m.reason}  [{m.rewrite}, {_short(m.pattern_line)}]"
         )
+
+
+def _regions(program: ProgramRecord) -> Table:
+    table = Table(
+        "compiled once", "operations", "weights", "MiB", box=None, padding=(0, 2), header_style="dim"
+    )
+    for region in program.regions:
+        times = f" × {region.times}" if region.times > 1 else ""
+        size = f"{region.weight_bytes / 2**20:.1f}"
+        table.add_row(region.name + times, str(region.operations), str(region.weights), size)
+    return table
 
 
 def _short(place: str) -> str:

@@ -11,8 +11,11 @@ from rewriter.nested import count_operations
 from rewriter.regions.program import Program, Region, RegionCall
 from rewriter.report import ProgramRecord, RegionRecord
 
-# How Dynamo writes the path of a module's tensor.
-_FILLER = re.compile(r"(?:^|(?<=_))(?:self|modules|parameters|buffers|fn|kwargs|args|stack\d+)_")
+# How Dynamo writes the path of a module's tensor, which is not always a parameter there.
+_FILLER = re.compile(
+    r"^(?:(?:self|fn)_)+|(?:^|(?<=_))(?:dict_modules|modules|parameters|buffers|kwargs|args|stack\d+)_"
+)
+_OF_A_MODULE = re.compile(r"_(?:modules|parameters|buffers)_")
 _LAYER = re.compile(r"^(.*?_\d+)_")
 
 
@@ -78,8 +81,5 @@ def _short(node: Node) -> str:
 
 
 def _is_weight(node: Node) -> bool:
-    value = value_of(node)
-    name = str(node.target)
-    return (
-        node.op == "placeholder" and isinstance(value, Tensor) and ("parameters" in name or "buffers" in name)
-    )
+    named = node.op == "placeholder" and _OF_A_MODULE.search(str(node.target))
+    return bool(named) and isinstance(value_of(node), Tensor)

@@ -6,8 +6,11 @@ import pytest
 import torch
 
 import rewriter
+from rewriter.huggingface import prepare
+from rewriter.regions.describe import describe
 from tests.families import batch, build
 from tests.regions.chains import Chain, each_layer_writes, inputs_of_writers
+from tests.regions.outlined import outlined
 
 
 def _report(function, *args, lowering: str = "eager", **kwargs):
@@ -63,7 +66,24 @@ def test_a_report_with_a_program_is_json(llama):
     found = json.loads(json.dumps(llama.to_dict()))
     (graph,) = found["graphs"]
     assert [r["name"] for r in graph["program"]["regions"]] == ["beginning", "layer_a", "end"]
-    assert "layer_a × 3" in str(llama)
+
+
+def test_the_text_has_each_regions_operations_weights_and_their_size(llama):
+    layer = llama.program["layer_a"]
+    row = next(line for line in str(llama).splitlines() if "layer_a" in line)
+    assert row.split() == ["layer_a", "×", "3", str(layer.operations), "9", "0.1"]
+
+
+def test_weights_of_a_prepared_model_are_weights():
+    # Not all of them are parameters of the layers that Dynamo sees, and none stands in the code by itself.
+    model = build("llama", layers=3, lora=True)
+    prepare(model)
+    program = outlined(model, **batch()).program
+    assert program is not None
+    read = describe(program)
+    # Of seven linears the weight and two adapters; two norms.
+    assert [region.weights for region in read.regions[1:-1]] == [7 * 3 + 2] * 2
+    assert "layers_0_" not in read.code and "dict" not in read.code
 
 
 def test_a_refusal_is_noted_with_its_reason():
