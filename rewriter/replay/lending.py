@@ -26,6 +26,8 @@ class _Place:
     """A storage, and how many hold it when it is not lent: tensors, and Python, which can hold it itself."""
 
     def __init__(self, tensor: Tensor):
+        # Counted itself, it has to be there for as long as holders are asked for.
+        self._tensor = tensor
         self._storage = tensor.untyped_storage()
         self._at_rest = self._count()
 

@@ -6,7 +6,7 @@ recording lends (``lending``), that call says nothing to anyone: PyTorch passes 
 listeners too, from when there is one on; whoever writes the memory next waits for the streams.
 
 What calls the allocator itself instead of the operator is not heard: in PyTorch that is autograd, which has
-the caller's stream wait at the end of a backward, and collectives, which recordings do without.
+the caller's stream wait at the end of a backward, and collectives, for which their callers wait.
 """
 
 import functools

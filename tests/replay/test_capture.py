@@ -1,0 +1,30 @@
+"""What a recorder does before a recording runs, on streams that stand in for a GPU's."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rewriter.replay.capture import CudaRecorder
+from rewriter.replay.lending import Lender, Lent
+
+
+@pytest.fixture
+def waited(monkeypatch):
+    """The streams that the steps' own stream has waited for."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda **given: given)
+    return []
+
+
+def test_the_steps_stream_waits_once_for_each_that_used_what_is_back(waited):
+    recorder = CudaRecorder.__new__(CudaRecorder)
+    recorder.__dict__.update(lender=Lender(), _home=SimpleNamespace(wait_stream=waited.append))
+    stream = torch.Stream("cpu")
+    (given,) = recorder.lender.give(Lent([torch.ones(3)]))
+    for _ in range(2):
+        recorder.lender.used_on(given, stream)
+    assert not recorder.reclaim([]) and not waited, "it is held"
+    del given
+    for _ in range(2):
+        assert recorder.reclaim([])
+    assert waited == [dict(stream_id=stream.stream_id, device_index=stream.device_index, device_type=0)]
