@@ -5,6 +5,7 @@ import torch
 
 from rewriter.kernels import attention_by_length as module
 from rewriter.kernels.attention_by_length import attention_by_length
+from rewriter.kernels.attention_groups import by_groups
 from rewriter.kernels.attention_unmasked import causal_attention
 from tests.accuracy import assert_as_accurate
 
@@ -59,3 +60,37 @@ def test_one_graph_serves_lengths_on_both_sides_of_the_limit(monkeypatch):
             eager = results(lambda q, k, v: reference(q, k, v, True), inputs, upstream)
             for values in zip(ours, eager, truth, strict=True):
                 assert_as_accurate(*values)
+
+
+def test_past_two_to_the_31_bytes_the_last_rows_are_right():
+    """Of the longest contexts: cuDNN's offsets past 2^31, in its forward and in a group's backward."""
+    tokens, heads, groups, dim, last = 430_000, 32, 8, 128, 128
+    if torch.cuda.mem_get_info()[0] < 30 * 2**30:
+        pytest.skip("q, k, v, the result and its gradient take 13 GB")
+    aten, scale = torch.ops.aten, dim**-0.5
+    inputs, grad = operands(1, heads, groups, tokens, dim)
+    q, k, v = (x.detach() for x in inputs)
+    assert q.nbytes > 2**31
+    # Other rows' gradients are zero, so that those of keys and values come from the last ones alone.
+    grad[:, :, :-last] = 0
+    out, logsumexp, *_ = aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, True, False, scale=scale
+    )
+    share = heads // groups
+    own, shared = slice(heads - share, heads), slice(groups - 1, groups)
+    unused = torch.empty(2, dtype=torch.int64, device="cuda")
+    states = unused[0], unused[1], None, None, None
+    dq, dk, dv = by_groups[aten._scaled_dot_product_cudnn_attention_backward.default](
+        grad[:, own], q[:, own], k[:, shared], v[:, shared], out[:, own], logsumexp[:, own],
+        *states, tokens, tokens, 0.0, True, scale=scale,
+    )  # fmt: skip
+    exact = [x.float().requires_grad_() for x in (q[0, own, -last:], k[0, shared][0], v[0, shared][0])]
+    logits = exact[0] @ exact[1].t() * scale
+    seen = torch.arange(tokens, device="cuda") <= torch.arange(tokens - last, tokens, device="cuda")[:, None]
+    expected = logits.masked_fill(~seen, float("-inf")).softmax(-1) @ exact[2]
+    gradients = torch.autograd.grad(expected, exact, grad[0, own, -last:].float())
+    found = out[0, own, -last:], dq[0, :, -last:], dk[0, 0], dv[0, 0]
+    for name, ours, truth in zip(("out", "dq", "dk", "dv"), found, (expected, *gradients), strict=True):
+        for rows in (slice(None, 1000), slice(-1000, None)):
+            near, exactly = ours[..., rows, :].double(), truth.detach()[..., rows, :].double()
+            assert (near - exactly).norm() < 2e-2 * exactly.norm(), (name, rows)

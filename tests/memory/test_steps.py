@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+
 from rewriter.memory.choices import StagedChoice, staged_choices
 from rewriter.memory.steps import steps_of
 from tests.memory.decoder import decoder
