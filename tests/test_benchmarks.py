@@ -114,6 +114,14 @@ def test_tables_show_first_steps_where_they_were_measured(tmp_path):
     assert lines[3].endswith("| 80.0 | 1.00 | 8.00 | 1.00 | 9.0 | – |")
 
 
+def test_the_results_that_are_here_make_the_readmes_tables():
+    from results import FOLDER, load
+    from table import README, markdown, regions
+
+    for table in (markdown(load(FOLDER)), regions(json.loads((FOLDER / "regions.json").read_text()))):
+        assert table in README.read_text()
+
+
 def test_every_case_of_the_kernels_is_in_one_share_of_what_is_compiled_ahead():
     import ahead
 

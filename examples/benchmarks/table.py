@@ -87,10 +87,15 @@ def regions(result: dict) -> str:
         if isinstance(run, dict) and "first_step_s" in run:
             name = title.removeprefix("rewriter, ").replace("inductor", "plain torch.compile")
             lines.append(row((name, *(f"{run[part]:.1f}" for part in parts))))
-    cost = result["overhead"]
-    lines += ["", f"A call of a region costs the host {cost['forward_us']:.0f} µs in the forward and "]
-    lines[-1] += f"{cost['backward_us']:.0f} µs in the backward. Measured on {setup(result)}."
-    return "\n".join(lines)
+    return "\n".join([*lines, "", f"{overhead(result['overhead'])} Measured on {setup(result)}."])
+
+
+def overhead(cost: dict) -> str:
+    """What a call of a region costs; earlier results have its forward and backward as one figure."""
+    text = f"A call of a region costs the host {cost['forward_us']:.0f} µs"
+    if "backward_us" in cost:
+        return f"{text} in the forward and {cost['backward_us']:.0f} µs in the backward."
+    return f"{text}, {cost['forward_backward_us']:.0f} µs with its backward."
 
 
 def insert(document: str, name: str, table: str) -> str:
