@@ -18,6 +18,7 @@ from rewriter import lower
 from rewriter.options import Options
 from rewriter.progress import progress_line
 from rewriter.regions.program import Region, link
+from rewriter.regions.signature import compilation_key
 
 if TYPE_CHECKING:
     from rewriter.memory.layer import LayerStages
@@ -54,6 +55,7 @@ class _Lowering:
     def __init__(self, options: Options):
         self._options = options
         self._stages: dict[LayerGraphs, LayerStages] = {}
+        self._graphs: dict[str, Callable] = {}
         self._regions: dict[GraphModule, Callable] = {}
         self._context = CompileContext.try_get()
 
@@ -102,7 +104,11 @@ class _Lowering:
         """Compile what the plan runs and is not compiled yet; the first that fails, and why."""
 
         def compile_graph(module: GraphModule, inputs: Sequence[Any], fake_mode: Any) -> Callable:
-            return lower.lower_stage(module, inputs, fake_mode, self._options)
+            # The first layer has stages of the others, and every form of a layer the same attention.
+            key = compilation_key(module, inputs)
+            if key not in self._graphs:
+                self._graphs[key] = lower.lower_stage(module, inputs, fake_mode, self._options)
+            return self._graphs[key]
 
         for number, (layer, name) in enumerate(planned.layers.items(), 1):
             if layer in self._stages:

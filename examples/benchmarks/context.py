@@ -16,7 +16,7 @@ from pathlib import Path
 
 import peers
 import torch
-from end_to_end import machine, timed, training_step, versions
+from end_to_end import compile_seconds, machine, timed, training_step, versions
 from models import Case
 
 RESULTS = Path(__file__).parent / "results"
@@ -47,6 +47,7 @@ def measure(arguments: argparse.Namespace) -> dict:
         first, losses = timed(step, 0, device)
     finally:
         plan = planned(arguments.system)
+    compiling = compile_seconds()
     print(f"first step {first:.1f} s, loss {losses.item():.4f}", flush=True)
     if arguments.steps:
         forget_peak(device)
@@ -61,6 +62,7 @@ def measure(arguments: argparse.Namespace) -> dict:
         **machine(device),
         "versions": versions(),
         "first_step_s": first,
+        "compile_s": compiling,
         "seconds": [s for s, _ in runs],
         "tokens": tokens,
         "tokens_per_s": tokens / seconds,
@@ -86,12 +88,15 @@ def planned(system: str) -> dict | None:
         return None
     import rewriter
 
-    found = [graph.memory for graph in rewriter.report().graphs if graph.memory is not None]
-    print(rewriter.report())
+    report = rewriter.report()
+    print(report)
+    found = [(graph.memory, graph.seconds) for graph in report.graphs if graph.memory is not None]
     if not found:
         return None
-    plan = found[-1]
+    plan, took = found[-1]
+    print("first step, s: " + ", ".join(f"{what} {seconds:.1f}" for what, seconds in took.items()))
     return {
+        "first_step_s": took,
         "peak_gib": plan.peak / GIB,
         "where": plan.where,
         "static_gib": plan.static / GIB,

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 # Logits in chunks, attention's sums in fp32, and the like.
 _INSIDE_KERNELS = 1 << 30
+# Times what there is.
+_MUCH = 4
 # A packed 4-bit weight in 16 bit.
 _UNPACKED = 4
 
@@ -104,6 +106,17 @@ def _planners(program: Program, given: Budgets, device: torch.device) -> Need:
     from rewriter.memory.planned import kept_plan
 
     return Need.of(kept_plan(program, given, machine_for(device)))
+
+
+def cannot_keep_all(program: Program, example_inputs: Sequence[Any], given: Budgets) -> bool:
+    """Whether a step makes so many times what there is that the planner need not be asked about keeping all.
+
+    Backwards read more than a quarter of it. Where one would not, the planner is asked later, of layers that
+    begin with their own norms.
+    """
+    made = {region: made_bytes(region.module) for region in program.regions}
+    total = sum(made[call.region] for call in program.calls) * given.growth
+    return _is_trained(example_inputs) and total > _MUCH * max(given.device - given.static, 0)
 
 
 def most_bytes(program: Program) -> int:

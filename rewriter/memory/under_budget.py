@@ -18,7 +18,7 @@ from rewriter.memory.machine import ASSUMED, machine_for
 from rewriter.memory.movable import movable_bytes
 from rewriter.memory.plan import Infeasible, MemoryPlan
 from rewriter.memory.planned import PlannedProgram, everything_kept, planned
-from rewriter.memory.room import Need
+from rewriter.memory.room import Need, cannot_keep_all
 from rewriter.memory.stage_graphs import LONG
 from rewriter.memory.unwrapped import without_checkpoints
 from rewriter.regions.outline import outline
@@ -54,6 +54,7 @@ def under_budget(
         notes.append("gradient checkpointing: what is computed again is as the memory plan says")
     # Without a budget, that it does not fit as it is was seen before.
     asked = memory_budget is not None or program is not whole
+    asked = asked and not cannot_keep_all(program, example_inputs, given)
     if asked and (found := everything_kept(program, given, machine, device)):
         hold_to(whole, given.growth * Need.of(found.plan).growth)
         return replace(found, notes=(*notes, *found.notes))

@@ -29,6 +29,16 @@ def signature(module: GraphModule) -> str:
     return _digest(_lines(list(module.graph.nodes), input_key))
 
 
+def compilation_key(module: GraphModule, inputs: Sequence[Any]) -> str:
+    """The hash of a graph with its ``inputs``, and what symbols are expected to be: of equal ones, one may be
+    compiled for all. A graph with values of its own equals no other.
+    """
+    own = [f"{node.name} of {id(module)}" for node in module.graph.find_nodes(op="get_attr")]
+    sizes = [n for x in inputs for n in ((*x.shape, *x.stride()) if isinstance(x, Tensor) else (x,))]
+    hints = [str(n.node.hint) for n in sizes if isinstance(n, torch.SymInt)]
+    return _digest([signature(module), *map(input_key, inputs), *hints, *own])
+
+
 def _digest(lines: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

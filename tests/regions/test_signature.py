@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rewriter.regions.signature import signature
+from rewriter.regions.signature import compilation_key, signature
 from tests.golden import trace
 
 
@@ -144,3 +144,40 @@ def test_the_body_of_a_checkpoint_matters():
 def test_sizes_that_vary_are_told_from_fixed_ones():
     x = torch.randn(4, 4)
     assert hashed(_body, x, x + 1) != hashed(_body, x, x + 1, dynamic=True)
+
+
+def test_one_compiled_function_stands_for_graphs_that_are_equal_but_in_names_and_for_no_others():
+    def key(function, *sizes):
+        x = torch.randn(*sizes)
+        module, _ = trace(function, x)
+        return compilation_key(module, [x])
+
+    assert key(lambda x: x.sin() + 1, 2, 3) == key(lambda other: other.sin() + 1, 2, 3)
+    assert key(lambda x: x.sin() + 1, 2, 3) != key(lambda x: x.sin() + 1, 3, 2)
+    assert key(lambda x: x.sin() + 1, 2, 3) != key(lambda x: x.sin() + 2, 2, 3)
+
+
+def test_what_sizes_that_vary_are_expected_to_be_is_told_apart():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from rewriter.memory.fakes import StageFakes
+
+    def key(tokens):
+        fakes = StageFakes(tokens)
+        x = fakes.like(torch.randn(7, 3), rows=0)
+        return compilation_key(make_fx(torch.sin)(x), [x])
+
+    assert key(64) == key(64) != key(128)
+
+
+def test_a_graph_with_a_tensor_of_its_own_is_compiled_for_itself():
+    class Own(torch.nn.Module):
+        def forward(self, x):
+            return x + self.own
+
+    def key(value):
+        module = Own()
+        module.own = torch.full((3,), value)
+        return compilation_key(torch.fx.symbolic_trace(module), [torch.ones(3)])
+
+    assert key(1.0) != key(2.0)
