@@ -22,9 +22,8 @@ computing stream:
 - a host block is freed after the computing stream has been told to wait for the copy from it; the next
   offload into it waits for the computing stream.
 
-What has not been given up when it is reloaded needs no copy back: that is the last group of a forward. Per
-byte: one read and one write of the bus, which moves 55 GB/s a direction beside matrix products on an H200
-(PCIe 5).
+What has not been given up when it is reloaded needs no copy back: that is the last group of a forward. The
+copies themselves are made in ``copier.py``.
 
 The source must not be written between its offload and its reload. One ``Transfers`` serves one model, one
 thread at a time. Refuses tensors that are sparse or lazily conjugated or negated, and tickets used twice.
@@ -33,39 +32,19 @@ thread at a time. Refuses tensors that are sparse or lazily conjugated or negate
 import weakref
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from rewriter.memory.arena import Block, HostArena
+from rewriter.memory.arena import HostArena
 from rewriter.memory.coming import coming
+from rewriter.memory.copier import Copier, TransferStats
 from rewriter.memory.groups import Group
-from rewriter.memory.layout import Layout, bytes_of
+from rewriter.memory.layout import Layout
 from rewriter.memory.leaving import Leaving
 from rewriter.memory.spare import Spare
 from rewriter.memory.streams import streams_of
-from rewriter.memory.tickets import Copy, Ticket, identity, version_of
+from rewriter.memory.tickets import Copy, Ticket, identity
 from rewriter.memory.weights_ahead import WeightsAhead
-
-# All bits set are a NaN in float64, float32, float16, bfloat16 and the usual float8 formats.
-_POISON = 255
-
-
-@dataclass
-class TransferStats:
-    """What was moved since the beginning.
-
-    Attributes:
-        bytes_out, bytes_in: copied to the host, and back.
-        bytes_spared: reloaded without a copy, since the device still had them.
-        prefetches_skipped: copies back that found no device memory a group ahead, and began at their use.
-    """
-
-    bytes_out: int = 0
-    bytes_in: int = 0
-    bytes_spared: int = 0
-    prefetches_skipped: int = 0
 
 
 class Transfers:
@@ -83,19 +62,23 @@ class Transfers:
     """
 
     def __init__(self, arena: HostArena, device: torch.device | str, *, depth: int = 1, poison: bool = False):
-        self.arena, self.depth, self.poison = arena, depth, poison
+        self.arena, self.depth = arena, depth
         self.device = _with_index(torch.device(device))
-        self.stats = TransferStats()
-        self._streams = streams_of(self.device)
-        self.weights = WeightsAhead(self.device, self._streams, poison)
+        streams = streams_of(self.device)
+        self._copier = Copier(arena, self.device, streams, poison=poison)
+        self.weights = WeightsAhead(self.device, streams, poison)
         self._groups: list[Group] = []
         self._completed: deque[Group] = deque()
-        self._leaving = Leaving(self._give_up)
+        self._leaving = Leaving(self._copier.give_up)
         self._group: Group | None = None
         self._tickets: weakref.WeakValueDictionary[tuple, Ticket] = weakref.WeakValueDictionary()
         self._abandoned: deque[Copy] = deque()
         # Of what is not over, only what was offloaded since the last reset is good.
         self._epoch = 0
+
+    @property
+    def stats(self) -> TransferStats:
+        return self._copier.stats
 
     def expect(self, spares: Iterable[Spare]) -> None:
         """Say what is free beside their windows for the next groups that have one, in order."""
@@ -152,14 +135,14 @@ class Transfers:
             )
         if copy.given >= copy.uses:
             self._begin_again(copy.group)
-        self._fetch(copy)
+        self._copier.fetch(copy)
         self._look_ahead(copy)
         if copy.written:
             raise RuntimeError(
                 f"reload: the tensor of shape {copy.layout.shape} was written in place after its offload; "
                 "offload a clone, or write to one."
             )
-        self._streams.compute().wait_event(copy.arrived)
+        self._copier.streams.compute().wait_event(copy.arrived)
         tensor = copy.device
         assert tensor is not None
         if keep:
@@ -176,7 +159,7 @@ class Transfers:
         """Start the copy back now. What has begun, or was reloaded, is left as it is."""
         self._drain()
         if self._is_good(ticket._copy):
-            self._fetch(ticket._copy)
+            self._copier.fetch(ticket._copy)
 
     def prefetch_latest(self) -> None:
         """Start the copies back of what was offloaded last, within its window: a backward begins."""
@@ -198,7 +181,7 @@ class Transfers:
 
         All tickets are void. The next step begins as the first one did.
         """
-        self._streams.synchronize()
+        self._copier.streams.synchronize()
         self.weights.let_go()
         self._epoch += 1
         for group in self._groups:
@@ -227,17 +210,8 @@ class Transfers:
         return ticket
 
     def _send(self, tensor: torch.Tensor, layout: Layout, group: Group) -> Ticket:
-        source = tensor.detach()
-        block = self.arena.allocate(layout.nbytes, owner=self) if layout.nbytes else None
-        copy = Copy(source, layout, block, version_of(tensor), group, self._epoch)
+        copy = self._copier.send(tensor, layout, group, self._epoch, owner=self)
         self._enter(copy, group)
-        out = self._streams.out
-        out.wait_stream(self._streams.compute())
-        if block is not None:
-            with self._streams.on(out):
-                block.bytes.copy_(bytes_of(source), non_blocking=True)
-        copy.left = out.record_event()
-        self.stats.bytes_out += layout.nbytes
         ticket = self._tickets[identity(tensor)] = Ticket(copy, self._abandoned)
         self._leaving.add(copy, group)
         return ticket
@@ -257,16 +231,7 @@ class Transfers:
     def _give_up_all(self, group: Group) -> None:
         for copy in group.copies:
             if copy.source is not None:
-                self._give_up(copy)
-
-    def _give_up(self, copy: Copy) -> None:
-        self._streams.compute().wait_event(copy.left)
-        self._let_go(copy)
-
-    def _let_go(self, copy: Copy) -> None:
-        source = copy.take_source()
-        if self.poison and _held_by_nobody_else(source):
-            bytes_of(source).fill_(_POISON)
+                self._copier.give_up(copy)
 
     def _look_ahead(self, wanted: Copy) -> None:
         group = wanted.group
@@ -275,7 +240,7 @@ class Transfers:
                 return
             group.returning = True
             for copy in group.copies:
-                self._fetch(copy)
+                self._copier.fetch(copy)
             place = self._groups.index(group)
             self._try(self._groups[place - 1].copies if place else [])
         else:
@@ -287,30 +252,10 @@ class Transfers:
     def _try(self, copies: list[Copy]) -> None:
         try:
             for copy in copies:
-                self._fetch(copy)
+                self._copier.fetch(copy)
         except torch.OutOfMemoryError:
             # The step can still succeed: this copy then begins at its use.
             self.stats.prefetches_skipped += 1
-
-    def _fetch(self, copy: Copy) -> None:
-        if copy.device is not None:
-            return
-        if copy.source is not None:
-            copy.device, copy.arrived = copy.take_source(), copy.left
-            self.stats.bytes_spared += copy.layout.nbytes
-            return
-        compute, back = self._streams.compute(), self._streams.back
-        device = copy.layout.empty(self.device)
-        if self.poison:
-            bytes_of(device).fill_(_POISON)
-        # It has waited for the copy out, too, before the source was given up.
-        back.wait_stream(compute)
-        if copy.block is not None:
-            with self._streams.on(back):
-                bytes_of(device).copy_(copy.block.bytes, non_blocking=True)
-        copy.arrived = back.record_event()
-        copy.device = device
-        self.stats.bytes_in += copy.layout.nbytes
 
     def _begin_again(self, group: Group) -> None:
         group.returning = False
@@ -321,22 +266,7 @@ class Transfers:
         copy.uses = 0
         copy.group.copies.remove(copy)
         self._forget_empty(copy.group)
-        block, copy.block, copy.device = copy.block, None, None
-        if block is None:
-            return
-        if self.poison:
-            self._poison_block(block, copy.arrived)
-        self.arena.free(block)
-
-    def _poison_block(self, block: Block, after: Any) -> None:
-        back = self._streams.back
-        back.wait_event(after)
-        with self._streams.on(back):
-            poison = torch.full((block.bytes.numel(),), _POISON, dtype=torch.uint8, device=self.device)
-            block.bytes.copy_(poison, non_blocking=True)
-        # The block's next use is a copy out. The computing stream does not wait here: it would hide that it
-        # did not wait where it must.
-        self._streams.out.wait_event(back.record_event())
+        self._copier.end(copy)
 
     def _forget_empty(self, group: Group) -> None:
         if not group.copies:
@@ -348,16 +278,9 @@ class Transfers:
         """Give back what nobody holds a ticket of: a forward had no backward, or one that failed."""
         while self._abandoned:
             copy = self._abandoned.popleft()
-            if not self._is_good(copy):
-                continue
-            compute = self._streams.compute()
-            compute.wait_event(copy.left)
-            if copy.arrived is not None:
-                compute.wait_event(copy.arrived)
-            if copy.source is not None:
-                self._let_go(copy)
-            copy.arrived = copy.left if copy.arrived is None else copy.arrived
-            self._finish(copy)
+            if self._is_good(copy):
+                self._copier.abandon(copy)
+                self._finish(copy)
 
     def _is_good(self, copy: Copy) -> bool:
         return copy.uses > 0 and copy.epoch == self._epoch
@@ -367,9 +290,3 @@ def _with_index(device: torch.device) -> torch.device:
     if device.type != "cuda" or device.index is not None:
         return device
     return torch.device("cuda", torch.cuda.current_device())
-
-
-def _held_by_nobody_else(tensor: torch.Tensor) -> bool:
-    storage = tensor.untyped_storage()
-    # One for the tensor, one for the Python object that was just made to ask.
-    return torch._C._storage_Use_Count(storage._cdata) <= 2

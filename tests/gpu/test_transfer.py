@@ -28,7 +28,8 @@ def _transfers(**options) -> Transfers:
 def _hold_back(transfers: Transfers, stream: str) -> None:
     if stream == "none":
         return
-    held = transfers._streams.compute() if stream == "compute" else getattr(transfers._streams, stream)
+    streams = transfers._copier.streams
+    held = streams.compute() if stream == "compute" else getattr(streams, stream)
     with torch.cuda.stream(held):
         torch.cuda._sleep(HOLD)
 
@@ -80,7 +81,7 @@ def test_contents_survive_whichever_stream_is_late(held_back, depth):
 
 def test_the_poison_shows_a_wait_that_is_missing(monkeypatch):
     transfers = _transfers(depth=0, poison=True)
-    monkeypatch.setattr(transfers, "_streams", _Hasty(transfers._streams))
+    monkeypatch.setattr(transfers._copier, "streams", _Hasty(transfers._copier.streams))
     back = _step(transfers, groups=4, held_back="out")
     assert not all(torch.equal(again, out) for again, out in back)
     torch.cuda.synchronize()
