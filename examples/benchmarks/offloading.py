@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from context import GIB
 from end_to_end import machine, timed, versions
-from replanned import Replanned, compiled_once
+from replanned import TINY, Replanned, compiled_once
 
 RESULTS = Path(__file__).parent / "results"
 SHARE, TURNS, STEPS = 0.4, 2, 3
@@ -88,7 +88,9 @@ def main() -> None:
     arguments = parser.parse_args()
     start = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    lengths = [64, 128] if arguments.tiny else sorted(map(int, arguments.tokens.split(",")))
+    lengths = sorted(map(int, arguments.tokens.split(",")))
+    if arguments.tiny:
+        lengths, arguments.layers, arguments.turns, arguments.steps = [TINY.tokens[1]], TINY.layers, 1, 1
     compiled, step = compiled_once(arguments.layers, lengths, device, arguments.tiny)
     with torch._dynamo.config.patch(error_on_recompile=True):
         rows = compare(compiled, step, lengths, arguments.share, device, arguments.turns, arguments.steps)

@@ -24,7 +24,7 @@ import offloading
 import torch
 from context import CONTEXT_GIB, GIB, memory
 from end_to_end import machine, synchronise, timed, versions
-from replanned import Replanned, compiled_once
+from replanned import TINY, Replanned, compiled_once
 
 from rewriter.memory.budgets import card_bytes
 
@@ -154,7 +154,9 @@ def main() -> None:
     arguments = parser.parse_args()
     start = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    lengths = [64, 96, 128] if arguments.tiny else sorted(map(int, arguments.tokens.split(",")))
+    lengths = sorted(map(int, arguments.tokens.split(",")))
+    if arguments.tiny:
+        lengths, arguments.layers, arguments.budgets, arguments.steps = [TINY.tokens[1]], TINY.layers, 1, 1
     compiled, step = compiled_once(arguments.layers, lengths, device, arguments.tiny)
     print(HEADER, flush=True)
     points: list[Point] = []
@@ -177,10 +179,9 @@ def main() -> None:
                 }
                 (arguments.results / "predictions.json").write_text(json.dumps(told, indent=1) + "\n")
         if arguments.offloading:
-            ends = [lengths[0], lengths[-1]]
-            rows = offloading.compare(
-                compiled, step, ends, offloading.SHARE, device, offloading.TURNS, offloading.STEPS
-            )
+            ends = sorted({lengths[0], lengths[-1]})
+            often = (1, 1) if arguments.tiny else (offloading.TURNS, offloading.STEPS)
+            rows = offloading.compare(compiled, step, ends, offloading.SHARE, device, *often)
             offloading.write(arguments.results, device, arguments.layers, rows)
     print(json.dumps(verdict(points), indent=1))
     print(f"{time.perf_counter() - start:.0f} s in all")

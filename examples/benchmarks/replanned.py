@@ -31,6 +31,9 @@ from rewriter.memory.planned import Choosing
 from rewriter.memory.planner import least
 from rewriter.memory.ways import Aside
 
+# What a dry run trains: all of it, so that layers are alike and have few operations.
+TINY = Case(2, 1, (64, 64), weights="full")
+
 
 class Replanned:
     """``model`` compiled; called in ``compiling`` first, then under the last plan that was asked for."""
@@ -137,7 +140,8 @@ def twin(ways: list[StagedChoice], name: str):
 def compiled_once(layers: int, lengths: list[int], device: str, tiny: bool) -> tuple[Replanned, Step]:
     """A model compiled at the longest of ``lengths``, and the step that trains it on as many tokens."""
     longest = max(lengths)
-    model = model_of(Case(layers, 1, (longest, longest)), device, tiny)
+    weights = TINY.weights if tiny else "nf4"
+    model = model_of(Case(layers, 1, (longest, longest), weights=weights), device, tiny)
     rewriter.prepare(model)
     tokens = random_tokens(model, [(1, length) for length in lengths], device)
     batches = dict(zip(lengths, tokens, strict=True))
