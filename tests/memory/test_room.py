@@ -139,3 +139,13 @@ def test_the_number_from_sizes_is_not_less_than_the_planners(monkeypatch):
     program, _ = _program(build("olmo2", layers=3, dtype=torch.bfloat16))
     least = kept_plan(program, Budgets(0, 0, 0), Linked()).peak
     assert least <= room.most_bytes(program) < 6 * least
+
+
+def test_keeping_everything_is_not_worked_out_where_sizes_show_that_it_cannot_fit():
+    program, inputs = _program(build("llama", layers=3))
+    most = kept_plan(program, Budgets(GiB, GiB, 0), Linked()).peak
+    assert not room.cannot_keep_all(program, inputs, Budgets(most, 0, 0))
+    assert room.cannot_keep_all(program, inputs, Budgets(most // 20, 0, 0))
+    assert room.cannot_keep_all(program, inputs, Budgets(most, 0, 0, growth=20.0)), "of longer batches"
+    with torch.no_grad():
+        assert not room.cannot_keep_all(program, inputs, Budgets(1, 0, 0)), "nothing is kept"
