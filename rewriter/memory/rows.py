@@ -110,7 +110,9 @@ class Tokens:
 
     def _counts(self, node: Node, dim: int) -> bool:
         value = value_of(node)
-        return isinstance(value, Tensor) and same(value.shape[dim], self.length)
+        if not isinstance(value, Tensor) or not -value.dim() <= dim < value.dim():
+            return False
+        return same(value.shape[dim], self.length)
 
 
 def tokens_of(graph: Graph) -> Tokens:

@@ -113,7 +113,8 @@ def concatenated(node: Node, rows: Rows) -> Ruling:
     if target_name(node) == "stack":
         at = from_start(dim, rank(tensors[0]) + 1)
         return Ruling(place + (at <= place), dict.fromkeys(tensors, place))
-    if from_start(dim, rank(tensors[0])) == place:
+    # An empty cache may be of one dimension.
+    if from_start(dim, max(rank(x) for x in tensors)) == place:
         raise Mixes("it joins sequences")
     return Ruling(place, dict.fromkeys(tensors, place))
 

@@ -123,6 +123,14 @@ MIXING: dict[str, tuple[Callable, str]] = {
     "a product over tokens": (lambda x, w: F.linear(x.transpose(1, 2), w), "it sums over tokens"),
     "a product over tokens from the left": (lambda x, w: w @ x, "it sums over tokens"),
     "sequences joined": (lambda x, w: torch.cat((x, x), dim=1), "it joins sequences"),
+    "an empty tensor before a sequence": (
+        lambda x, w: torch.cat((torch.empty(0), x), dim=-2),
+        "it joins sequences",
+    ),
+    "an empty tensor of no length": (
+        lambda x, w: torch.cat((torch.empty(0), x), dim=-1),
+        "an operand has another length",
+    ),
     "a sequence repeated": (lambda x, w: x.repeat(1, 2, 1), "it repeats the sequence"),
     "tokens crosswise": (lambda x, w: x + x.transpose(1, 2), "tokens meet in it"),
     "tokens picked": (lambda x, w: x.gather(1, x.argsort(dim=-1)), "it picks tokens"),
