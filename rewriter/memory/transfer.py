@@ -115,6 +115,7 @@ class Transfers:
                 f"offload: the tensor is on {tensor.device}, the transfers are of {self.device}."
             )
         layout = Layout.of(tensor)
+        self._find_lost()
         ticket = self._share(tensor, target)
         return self._send(tensor, layout, target) if ticket is None else ticket
 
@@ -211,8 +212,10 @@ class Transfers:
 
     def _send(self, tensor: torch.Tensor, layout: Layout, group: Group) -> Ticket:
         copy = self._copier.send(tensor, layout, group, self._epoch, owner=self)
+        # Before anything holds the copy: an interrupt from here on abandons it, as dropping the ticket does.
+        ticket = Ticket(copy, self._abandoned)
         self._enter(copy, group)
-        ticket = self._tickets[identity(tensor)] = Ticket(copy, self._abandoned)
+        self._tickets[identity(tensor)] = ticket
         self._leaving.add(copy, group)
         return ticket
 
@@ -264,12 +267,14 @@ class Transfers:
 
     def _finish(self, copy: Copy) -> None:
         copy.uses = 0
-        copy.group.copies.remove(copy)
+        # An interrupt may have come before it was there.
+        if copy in copy.group.copies:
+            copy.group.copies.remove(copy)
         self._forget_empty(copy.group)
         self._copier.end(copy)
 
     def _forget_empty(self, group: Group) -> None:
-        if not group.copies:
+        if not group.copies and group in self._groups:
             self._groups.remove(group)
             if group in self._completed:
                 self._completed.remove(group)
@@ -281,6 +286,16 @@ class Transfers:
             if self._is_good(copy):
                 self._copier.abandon(copy)
                 self._finish(copy)
+
+    def _find_lost(self) -> None:
+        """Give back what an interrupt inside a call left with nobody, where nothing else is under way."""
+        if any(copy.uses for group in self._groups for copy in group.copies):
+            return
+        if self.arena.in_use:
+            self._copier.streams.synchronize()  # its copies may be
+        self._groups.clear()
+        self._completed.clear()
+        self.arena.free_owned(self)
 
     def _is_good(self, copy: Copy) -> bool:
         return copy.uses > 0 and copy.epoch == self._epoch

@@ -1,6 +1,7 @@
 """Offload and reload on a device without streams: layouts, groups, sharing, and what follows an exception."""
 
 import gc
+import itertools
 import sys
 from types import FrameType
 
@@ -278,6 +279,19 @@ def test_after_an_interrupt_at_any_line_a_reset_makes_the_next_step_work():
             _step(transfers)
     assert 300 < line < 9_999
     _step(transfers)
+
+
+@pytest.mark.parametrize("first", range(3))
+def test_after_an_interrupt_at_any_line_the_next_steps_lack_no_memory(first):
+    """Without a reset: who goes on after Ctrl-C knows of none."""
+    for line in itertools.count(first, 9):
+        transfers = _transfers()
+        if not _interrupted(transfers, line):
+            break
+        _step(transfers)
+        (slab,) = transfers.arena._slabs
+        assert slab.extents.free == [(0, transfers.arena.capacity)], line
+    assert line > 300
 
 
 def _interrupted(transfers: Transfers, line: int) -> bool:
