@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-from torch._dynamo.utils import get_metrics_context
-
 _ERASE = "\r\x1b[2K"
 
 
@@ -62,6 +60,9 @@ def progress_line() -> Iterator[ProgressLine]:
 
 def seconds_since_beginning() -> float:
     """How long ago Dynamo began with the graph that is being compiled; 0 where it did not."""
+    # Importing the package alone does not load Dynamo.
+    from torch._dynamo.utils import get_metrics_context
+
     # Dynamo's own record of the compilation in progress: the backend is only called when tracing has ended.
     context = get_metrics_context()
     return (time.time_ns() - context._start_time_ns) / 1e9 if context.in_progress() else 0.0
