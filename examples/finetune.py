@@ -28,7 +28,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=_positive, default=20, help="optimiser steps")
     parser.add_argument("--compare", type=int, default=4, help="first steps to run in eager PyTorch too")
     parser.add_argument(
-        "--beside", help="a backend to run these first steps too, in a process of its own, as 'inductor'"
+        "--beside",
+        help="a backend to run these first steps too, in a process of its own, as 'inductor'; "
+        "'flat' is the rewriter without regions",
     )
     parser.add_argument("--batch-size", type=_positive, default=4)
     parser.add_argument("--gradient-accumulation", type=_positive, default=1)

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
             for name, value in start.items():
                 model.get_parameter(name).copy_(value)
     if args.backend != "none":
-        model.compile(backend=args.backend)
+        compile_by(model, args.backend)
     bar = StepBar(args.backend, args.steps, console, first="compiling")
     trainer = trainer_for(model, train, held_out, collator, args, bar)
     losses = [trainer.evaluate()["eval_loss"]]
@@ -83,10 +83,18 @@ def prepared(args: argparse.Namespace) -> tuple[Any, Any, Dataset, Dataset]:
     return model, tokenizer, train, held_out
 
 
+def compile_by(model: Any, backend: str) -> None:
+    """By a backend of torch.compile; ``flat`` is the rewriter without regions, one graph of all layers."""
+    if backend == "flat":
+        model.compile(backend="rewriter", options={"regions": False})
+    else:
+        model.compile(backend=backend)
+
+
 def first_steps(args: argparse.Namespace, backend: str) -> Curve:
     """The first steps of the run by another backend, from the same weights, batches and schedule."""
     model, tokenizer, train, held_out = prepared(args)
-    model.compile(backend=backend)
+    compile_by(model, backend)
     bar = StepBar(backend, args.steps, console, first=f"compiling by {backend}", stop_after=args.compare)
     collator = Collator(tokenizer.pad_token_id, args.pad_to)
     trainer_for(model, train, held_out, collator, args, bar).train()

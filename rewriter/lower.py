@@ -21,6 +21,7 @@ from rewriter.gate_gradients import join_gate_gradients
 from rewriter.kernels.gated_activation import gated_activation, gated_activation_packed
 from rewriter.kernels.registration import operators
 from rewriter.kernels_ahead import KernelsAhead
+from rewriter.made_again import make_again
 from rewriter.options import Options
 from rewriter.progress import ProgressLine
 from rewriter.regions.program import Program, Region, link
@@ -154,6 +155,7 @@ def _graph_passes(inputs: tuple[Any, ...], weights: tuple[int, ...]) -> dict[str
 
     def joint(graph: Graph) -> None:
         cast_again(graph, inputs, weights)
+        make_again(graph)
         _kernels_ahead().compile(graph)
 
     def final(graph: Graph) -> None:
@@ -231,9 +233,13 @@ def _lower_eager(module: GraphModule, example_inputs: Sequence[Any], around_back
             backward.recompile()
             return boxed_nop(backward, inputs)
 
+    def partition(joint: GraphModule, *given: Any, **settings: Any) -> Any:
+        make_again(joint.graph)
+        return min_cut_rematerialization_partition(joint, *given, **settings)
+
     compiler = aot_autograd(
         fw_compiler=boxed_nop,
         bw_compiler=backward_compiler,
-        partition_fn=min_cut_rematerialization_partition,
+        partition_fn=partition,
     )
     return compiler(module, list(example_inputs))

@@ -105,6 +105,15 @@ def test_a_boolean_mask_of_all_layers_is_turned_into_numbers_once():
     assert_equal(numbers(run_program(case), case.values), numbers(case.body, case.values))
 
 
+def test_no_layer_keeps_a_mask_of_its_own():
+    case = outlined(build("mistral", layers=3), **batch(length=12), lowered=True)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        run_program(case)(*case.values)
+    assert kept and all(tensor.shape[-2:] != (12, 12) for tensor in kept)
+    assert_runs_as_the_graph_does(case, "beginning a a a end")
+
+
 def test_one_weight_of_all_layers_is_one_input():
     chain = Chain((), ("residual",), 4, (), tied=True)
     case = outlined(chain, *chain.inputs(), lowered=True)
