@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,6 +72,12 @@ def test_it_trains_compares_and_saves(folder, tmp_path, capsys, monkeypatch, opt
     name = "model.safetensors" if "--full" in options else "adapter_model.safetensors"
     with safe_open(tmp_path / name, "pt") as saved:
         assert len(saved.keys()) > 0
+
+
+def test_flat_is_the_rewriter_without_regions():
+    asked: dict = {}
+    training.compile_by(SimpleNamespace(compile=lambda **settings: asked.update(settings)), "flat")
+    assert asked == {"backend": "rewriter", "options": {"regions": False}}
 
 
 def test_a_saved_model_can_be_trained_on(folder, tmp_path, capsys):
