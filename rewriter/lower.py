@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch._guards import TracingContext, tracing
@@ -23,8 +23,10 @@ from rewriter.kernels.registration import operators
 from rewriter.kernels_ahead import KernelsAhead
 from rewriter.made_again import make_again
 from rewriter.options import Options
-from rewriter.progress import ProgressLine
 from rewriter.regions.program import Program, Region, link
+
+if TYPE_CHECKING:
+    from rewriter.progress import ProgressLine
 
 # Functions whose results a backward computes again. A gated activation is as wide as what it is made of,
 # which is saved for its own backward, and costs one more write in that one's launch; a partitioner would save
@@ -107,7 +109,7 @@ def lower_beside(
         return lower(module, example_inputs, options, around_backward)
 
 
-def lower_program(program: Program, options: Options, line: ProgressLine) -> Callable:
+def lower_program(program: Program, options: Options, line: "ProgressLine") -> Callable:
     """Compile each region once; the result calls them as the program does.
 
     Args:
