@@ -44,8 +44,14 @@ ADAPTERS = {
     "llama": ADAPTED,
     "gemma2": ADAPTED_ALTERNATING,
 }
-# Of one family, by its own words: the structure alone.
+# The structure alone.
 VARIANTS = {
+    "exaone4": (4, "beginning a b a end"),
+    "lfm2": ALTERNATING,
+    "gptj": ONE_KIND,
+    "apertus": ONE_KIND,
+    "nemotron": ONE_KIND,
+    "granitemoe": ONE_KIND,
     "llama_bias": ONE_KIND,
     "llama_rope_llama3": ONE_KIND,
     "cohere_qk_norm": ONE_KIND,
@@ -104,7 +110,7 @@ def test_four_bit_layers_become_the_regions_of_the_table_and_compute_the_same(na
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_variant_of_a_family_becomes_the_regions_of_the_family(name):
+def test_another_family_or_variant_becomes_the_regions_of_the_table(name):
     layers, order = VARIANTS[name]
     assert outlined(build(name, layers=layers), **batch()).order == order
 
