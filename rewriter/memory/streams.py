@@ -67,3 +67,10 @@ class InOrder:
 
 def streams_of(device: torch.device) -> SideStreams | InOrder:
     return SideStreams(device) if device.type == "cuda" else InOrder()
+
+
+def with_index(device: torch.device) -> torch.device:
+    """``device``; of CUDA's without a number, the current one."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())

@@ -37,12 +37,12 @@ import torch
 
 from rewriter.memory.arena import HostArena
 from rewriter.memory.coming import coming
-from rewriter.memory.copier import Copier, TransferStats
+from rewriter.memory.copier import Copier
 from rewriter.memory.groups import Group
 from rewriter.memory.layout import Layout
 from rewriter.memory.leaving import Leaving
 from rewriter.memory.spare import Spare
-from rewriter.memory.streams import streams_of
+from rewriter.memory.streams import streams_of, with_index
 from rewriter.memory.tickets import Copy, Ticket, identity
 from rewriter.memory.weights_ahead import WeightsAhead
 
@@ -63,9 +63,10 @@ class Transfers:
 
     def __init__(self, arena: HostArena, device: torch.device | str, *, depth: int = 1, poison: bool = False):
         self.arena, self.depth = arena, depth
-        self.device = _with_index(torch.device(device))
+        self.device = with_index(torch.device(device))
         streams = streams_of(self.device)
         self._copier = Copier(arena, self.device, streams, poison=poison)
+        self.stats = self._copier.stats
         self.weights = WeightsAhead(self.device, streams, poison)
         self._groups: list[Group] = []
         self._completed: deque[Group] = deque()
@@ -75,10 +76,6 @@ class Transfers:
         self._abandoned: deque[Copy] = deque()
         # Of what is not over, only what was offloaded since the last reset is good.
         self._epoch = 0
-
-    @property
-    def stats(self) -> TransferStats:
-        return self._copier.stats
 
     def expect(self, spares: Iterable[Spare]) -> None:
         """Say what is free beside their windows for the next groups that have one, in order."""
@@ -299,9 +296,3 @@ class Transfers:
 
     def _is_good(self, copy: Copy) -> bool:
         return copy.uses > 0 and copy.epoch == self._epoch
-
-
-def _with_index(device: torch.device) -> torch.device:
-    if device.type != "cuda" or device.index is not None:
-        return device
-    return torch.device("cuda", torch.cuda.current_device())
