@@ -25,6 +25,7 @@ from rewriter.lower_planned import _Lowering
 from rewriter.memory import longer, planned
 from rewriter.memory.budgets import Budgets
 from rewriter.memory.choices import StagedChoice
+from rewriter.memory.growth import Growth
 from rewriter.memory.longer import PlannedByLength
 from rewriter.memory.plan import MemoryPlan
 from rewriter.memory.planned import Choosing
@@ -97,7 +98,7 @@ class Replanned:
 
     def _given(self, tokens: int) -> Budgets:
         how = self._code._longer
-        return replace(how.budgets(), growth=tokens / how.here)
+        return replace(how.budgets(()), growth=Growth(tokens / how.here, tokens / how.here))
 
 
 def of_any_length(ids: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 A budget is the share of the device that the process may take, the driver's context included, as if the card
 were that large; without one it is what this process has and what is free beside it. Beside weights, gradients
 of what is trained and two tensors of its size for the optimizer, as AdamW has, are taken to be there all the
-time; where they are there already, they are not counted twice.
+time. Those that are there already are not counted twice: gradients come and go with each step, so that the
+tensors themselves are asked for theirs; the optimizer's are known by what else is allocated.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from rewriter.canonical import value_of
 from rewriter.memory.costs import value_bytes
+from rewriter.memory.growth import AS_TRACED, Growth
 from rewriter.memory.host_share import host_share, machine_memory
 from rewriter.regions.program import Program
 
@@ -34,27 +36,36 @@ _TENSORS_A_TRAINED_ONE = 3
 class Budgets:
     """Bytes: that plans may fill, that this process may offload to, and that are there all the time.
 
-    ``growth``: how many times the tokens at hand the plan has to hold for; ``reach``: those after it.
+    ``growth``: of the batch that the plan has to hold for; ``reach``: how many times the tokens at hand those
+    after it do.
     """
 
     device: int
     host: int
     static: int
-    growth: float = 1.0
+    growth: Growth = AS_TRACED
     reach: float = 1.0
 
 
 def budgets(
-    program: Program, memory_budget: int | float | None, host_budget: int | float | None, device: torch.device
+    program: Program,
+    memory_budget: int | float | None,
+    host_budget: int | float | None,
+    device: torch.device,
+    inputs: Sequence[Any] | None = None,
 ) -> Budgets:
-    """What the options ask for, on the device that runs the program; what is free where that is None."""
+    """What the options ask for, on the device that runs the program; what is free where that is None.
+
+    Args:
+        inputs: of a call of the program that is planned for later than it was traced.
+    """
     usable = free_bytes(device) if memory_budget is None else None
     if usable is None:
         total = device_bytes(device)
         share = 1.0 if memory_budget is None else memory_budget
         card = int(share * total) if isinstance(share, float) else min(share, total)
         usable = usable_bytes(card, device)
-    return Budgets(usable, host_share(host_budget), static_bytes(program, device))
+    return Budgets(usable, host_share(host_budget), static_bytes(program, device, inputs))
 
 
 def usable_bytes(card: int, device: torch.device | None = None) -> int:
@@ -102,18 +113,35 @@ def foreseen_bytes(weights: int, trained: int) -> int:
     return weights + trained * _TENSORS_A_TRAINED_ONE
 
 
-def static_bytes(program: Program, device: torch.device) -> int:
-    """Weights, inputs, gradients and optimizer states, and whatever else is on the device."""
-    values = [value_of(n) for n in program.source.graph.find_nodes(op="placeholder")]
+def static_bytes(program: Program, device: torch.device, inputs: Sequence[Any] | None = None) -> int:
+    """Weights, inputs, gradients and optimizer states, and whatever else is on the device.
+
+    Args:
+        inputs: as of ``budgets``.
+    """
+    values = inputs or [value_of(n) for n in program.source.graph.find_nodes(op="placeholder")]
     tensors = [x for x in values if isinstance(x, Tensor) and x.device.type == device.type]
     given = sum(value_bytes(x) for x in tensors)
-    trained = sum(value_bytes(x) for x in tensors if x.requires_grad) * _TENSORS_A_TRAINED_ONE
+    trained = sum(value_bytes(x) for x in tensors if x.requires_grad)
     if device.type != "cuda":
-        return given + trained
-    allocated = torch.cuda.memory_allocated(device)
-    # Beyond the weights there is less than half of it: gradients and states are yet to come.
-    coming = trained if allocated - given < trained / 2 else 0
-    return max(allocated + coming, given + trained)
+        return foreseen_bytes(given, trained)
+    gradients = (x.grad for x in tensors if x.requires_grad and x.is_leaf)
+    held = sum(value_bytes(gradient) for gradient in gradients)
+    return with_what_comes(torch.cuda.memory_allocated(device), given, trained, held)
+
+
+def with_what_comes(allocated: int, given: int, trained: int, gradients: int) -> int:
+    """Bytes that are there at a step's worst moment, of which ``allocated`` are now.
+
+    Args:
+        given: weights and inputs.
+        trained: of the weights, those that are trained.
+        gradients: those that are there.
+    """
+    states = trained * (_TENSORS_A_TRAINED_ONE - 1)
+    # Less than half of them is there beside weights and gradients: no optimizer has stepped yet.
+    coming = states if allocated - given - gradients < states / 2 else 0
+    return max(allocated + coming + max(trained - gradients, 0), foreseen_bytes(given, trained))
 
 
 def device_bytes(device: torch.device) -> int:

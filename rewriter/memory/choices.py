@@ -23,6 +23,7 @@ from typing import Protocol
 from torch.fx import GraphModule
 
 from rewriter.memory.costs import GraphCost, Rates, graph_cost
+from rewriter.memory.growth import AS_TRACED, Growth
 from rewriter.memory.in_host import NONE, InHost
 from rewriter.memory.layer_graphs import LayerGraphs, longest_tile
 from rewriter.memory.plan import Choice
@@ -62,7 +63,7 @@ class StagedChoice:
     in_host: InHost = NONE
 
 
-def cost_on(machine: Rates, growth: float = 1.0) -> Cost:
+def cost_on(machine: Rates, growth: Growth = AS_TRACED) -> Cost:
     """What graphs cost on ``machine``, each worked out once for a length; ``growth`` as of ``graph_cost``."""
     return functools.cache(lambda graph, fakes, length: graph_cost(graph, fakes, length, machine, growth))
 
@@ -74,7 +75,7 @@ def staged_choices(
     window: int = 0,
     cost: Cost | None = None,
     in_host: InHost = NONE,
-    growth: float = 1.0,
+    growth: Growth = AS_TRACED,
 ) -> list[StagedChoice]:
     """Every combination of fates and tile that is not the same as another.
 
@@ -83,13 +84,13 @@ def staged_choices(
         window: device bytes that are set aside for copies under way.
         cost: from ``cost_on(machine, growth)``, where other choices share it.
         in_host: the layer's weights in host memory.
-        growth: how many times as long as the layer was traced with the sequence is.
+        growth: of the batch that the layer was traced with.
     """
-    cost, tokens = cost or cost_on(machine, growth), ceil(layer.tokens * growth)
+    cost, tokens = cost or cost_on(machine, growth), ceil(layer.tokens * growth.tokens)
     most = min(longest_tile(tokens), layer.longest)
     tiles = [t for t in _TILES if (t or tokens) <= most and (t or 0) < tokens] or [most]
     found: dict[tuple, StagedChoice] = {}
-    sizes, values = layer.sizes(growth), layer.values()
+    sizes, values = layer.sizes(growth.tokens), layer.values()
     for fates in _fates(layer):
         plan = schedule(values, layer.own_inputs, layer.wiring.outputs, fates)
         for tile in tiles:

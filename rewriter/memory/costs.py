@@ -19,6 +19,7 @@ from torch.fx.node import map_arg
 from torch.utils.flop_counter import flop_registry
 
 from rewriter.memory.fakes import StageFakes
+from rewriter.memory.growth import AS_TRACED, Growth
 
 # Bytes of logits that ``linear_cross_entropy`` holds at once on a GPU where its weight is frozen.
 _LOGITS = 2**28
@@ -47,14 +48,14 @@ class GraphCost:
 
 
 def graph_cost(
-    module: GraphModule, fakes: StageFakes, tokens: int, rates: Rates, growth: float = 1.0
+    module: GraphModule, fakes: StageFakes, tokens: int, rates: Rates, growth: Growth = AS_TRACED
 ) -> GraphCost:
     """Cost of ``module`` with ``tokens`` for the length of a tile.
 
     Args:
-        growth: how many times as long as expected other sizes that vary are.
+        growth: how many times as expected other sizes that vary are.
     """
-    at = _Lengths(fakes, tokens, growth)
+    at = _Lengths(fakes, tokens, growth.tokens, growth.length)
     (output,) = module.graph.find_nodes(op="output")
     sizes = {n: _bytes(n, at) for n in module.graph.nodes if n.op == "call_function"}
     results = set(output.all_input_nodes)
@@ -70,6 +71,7 @@ class _Lengths:
     fakes: StageFakes
     tokens: int
     growth: float
+    longer: float = 1.0
 
     def tiled(self, value: Tensor) -> bool:
         """Whether it has a tile's length."""
@@ -97,6 +99,12 @@ class _Lengths:
         if any(map(self.tiled, tensors)):
             return self.tokens / int_hint(self.fakes.tokens)
         return max(map(self.grown, tensors), default=1.0)
+
+    def keys(self, key: Tensor) -> float:
+        """Of each sequence."""
+        if self.tiled(key):
+            return int_hint(key.shape[2]) * self.tokens / int_hint(self.fakes.tokens)
+        return int_hint(key.shape[2]) * (self.longer if _varies(key.shape[2]) else 1.0)
 
 
 def value_bytes(value: Any, growth: float = 1.0) -> int:
@@ -196,7 +204,7 @@ def _seconds(node: Node, sizes: dict[Node, int], at: _Lengths, rates: Rates) -> 
     if _is_attention(node):
         backward = "backward" in _name(node)
         rate = rates.attention_backward_flops if backward else rates.attention_forward_flops
-        return _attention_flops(node, at.scale(node)) / rate
+        return _attention_flops(node, at) / rate
     if count := _flops(node):
         return max(count * at.scale(node) / rates.matrix_flops, _moved(node, sizes, at) / rates.bandwidth)
     return _moved(node, sizes, at) / rates.bandwidth if _moves(node) else 0.0
@@ -228,19 +236,16 @@ def _flops(node: Node) -> float:
     return float(int_hint(formula(*args, **kwargs, out_val=node.meta["val"])))
 
 
-def _attention_flops(node: Node, scale: float) -> float:
+def _attention_flops(node: Node, at: _Lengths) -> float:
     """Two products forward and five backward, of the pairs that are seen; heads may share keys.
-
-    ``scale`` times as many queries as tracing expected, and of keys.
 
     PyTorch's formula refuses shared keys.
     """
     backward = "backward" in _name(node)
-    given = [n.meta["val"].shape for n in node.args if isinstance(n, Node) and _is_heads(n)]
+    given = [n.meta["val"] for n in node.args if isinstance(n, Node) and _is_heads(n)]
     query, key = given[1:3] if backward else given[:2]
-    rows, heads, length, size = map(int_hint, query)
-    keys = int_hint(key[2]) * scale
-    product = 2.0 * rows * heads * length * scale * keys * size
+    keys = at.keys(key)
+    product = 2.0 * int_hint(query.numel()) * at.scale(node) * keys
     return product * (5 if backward else 2) * _share_seen(node, keys)
 
 

@@ -13,13 +13,14 @@ from torch.fx import GraphModule
 from rewriter.memory.choices import Link
 from rewriter.memory.costs import graph_cost, value_bytes
 from rewriter.memory.fakes import StageFakes
+from rewriter.memory.growth import AS_TRACED, Growth
 from rewriter.memory.joint import forward_graph, partitioned_graphs, signature_of
 from rewriter.memory.plan import Choice
 from rewriter.memory.room import made_bytes
 from rewriter.regions.program import Region
 
 # A region's cost on a machine, with ``growth`` as of ``graph_cost``.
-KeptCost = Callable[[Link, float], Choice]
+KeptCost = Callable[[Link, Growth], Choice]
 
 # Length of a tile, which nothing here has.
 _TILE = 2
@@ -42,10 +43,10 @@ class KeptGraphs:
     saved: tuple[Any, ...]
     tangents: tuple[Any, ...]
 
-    def choice(self, machine: Link, growth: float = 1.0) -> Choice:
+    def choice(self, machine: Link, growth: Growth = AS_TRACED) -> Choice:
         """What it costs; ``growth`` as of ``graph_cost``."""
         own, kept, tangents = (
-            sum(value_bytes(x, growth) for x in some) for some in (self.own, self.saved, self.tangents)
+            sum(value_bytes(x, growth.tokens) for x in some) for some in (self.own, self.saved, self.tangents)
         )
         ahead = graph_cost(self.forward, self.fakes, _TILE, machine, growth)
         if self.backward is None:
@@ -104,17 +105,17 @@ def forward_cost(region: Region) -> KeptCost:
             signature = signature_of(region.module, inputs, [False] * len(inputs))
             forward = forward_graph(region.module, signature)
 
-    def cost(machine: Link, growth: float = 1.0) -> Choice:
-        return _from_sizes(region, graph_cost(forward, fakes, _TILE, machine, growth).seconds, growth)
+    def cost(machine: Link, growth: Growth = AS_TRACED) -> Choice:
+        return _from_sizes(region, graph_cost(forward, fakes, _TILE, machine, growth).seconds, growth.tokens)
 
     return cost
 
 
-def least_choice(region: Region, machine: Link, growth: float = 1.0) -> Choice:
+def least_choice(region: Region, machine: Link, growth: Growth = AS_TRACED) -> Choice:
     """The same where not even its forward can be traced: seconds to read and write its values."""
-    read = sum(value_bytes(x, growth) for x in region.inputs)
-    moved = read + 2 * made_bytes(region.module) * growth
-    return _from_sizes(region, moved / machine.bandwidth, growth)
+    read = sum(value_bytes(x, growth.tokens) for x in region.inputs)
+    moved = read + 2 * made_bytes(region.module) * growth.tokens
+    return _from_sizes(region, moved / machine.bandwidth, growth.tokens)
 
 
 def _from_sizes(region: Region, seconds: float, growth: float) -> Choice:

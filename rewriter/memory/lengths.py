@@ -4,7 +4,8 @@ A graph of symbolic lengths serves batches that nobody has seen. Its plan is mad
 the batch that it is compiled with where that is not said. Larger ones are planned anew when they come
 (``longer.py``), as far as what is compiled *reaches*; a guard on the number of tokens sends those beyond back
 to the compiler. Where everything is kept, the guard is the longest that fits. What a way to run a layer costs
-is worked out for the longest: tiles take what they take, and attention grows with the square of the tokens.
+is worked out for the longest: tiles take what they take, and attention grows with the tokens and with the
+length of their sequences (``growth.py``): where nothing tells, more tokens are longer sequences.
 """
 
 import functools
@@ -16,19 +17,21 @@ from torch import SymInt, Tensor
 
 from rewriter.canonical import value_of
 from rewriter.memory.costs import int_hint
+from rewriter.memory.growth import AS_TRACED, Growth
 from rewriter.regions.program import Program
 
 # Beyond so many times the tokens that a plan is first made for, longer tiles than it has would run faster.
 _REACH = 4.0
 
 
-def growth_of(program: Program, max_tokens: int | None) -> float:
-    """How many times the tokens at hand the plan has to hold for: 1 where lengths do not vary."""
+def growth_of(program: Program, max_tokens: int | None) -> Growth:
+    """How much larger the batch is that the plan has to hold for: as it is where lengths do not vary."""
     tokens = _tokens(program)
     if not isinstance(tokens, SymInt):
-        return 1.0
-    here = tokens.node.hint
-    return max(here, max_tokens or 0) / here
+        return AS_TRACED
+    here, hidden = tokens.node.hint, _hidden_state(program)
+    times = max(here, max_tokens or 0) / here
+    return Growth(times, times if hidden is not None and isinstance(hidden.shape[1], SymInt) else 1.0)
 
 
 def hold_to(program: Program, growth: float) -> None:
@@ -65,24 +68,41 @@ def tokens_at_hand(program: Program) -> int:
     return 0 if tokens is None else int_hint(tokens)
 
 
+def length_at_hand(program: Program) -> int:
+    """Of its sequences."""
+    hidden = _hidden_state(program)
+    return 0 if hidden is None else int_hint(hidden.shape[1])
+
+
 def tokens_of(program: Program) -> Callable[[Sequence[Any]], int] | None:
     """The number of tokens of a call, from its inputs; None where they do not tell, or it does not vary."""
     tokens = _tokens(program)
-    if not isinstance(tokens, SymInt):
-        return None
+    return _from_inputs(program, tokens) if isinstance(tokens, SymInt) else None
+
+
+def length_of(program: Program) -> Callable[[Sequence[Any]], int]:
+    """The length of a call's sequences, from its inputs, where those tell ``tokens_of``."""
+    hidden = _hidden_state(program)
+    length = 0 if hidden is None else hidden.shape[1]
+    found = _from_inputs(program, length) if isinstance(length, SymInt) else None
+    return found or (lambda inputs: int_hint(length))
+
+
+def _from_inputs(program: Program, size: SymInt) -> Callable[[Sequence[Any]], int] | None:
+    """``size`` of a call, from its inputs; None where they do not tell."""
     places: dict[Any, tuple[int, int | None]] = {}
     for i, node in enumerate(program.source.graph.find_nodes(op="placeholder")):
         value = value_of(node)
         if isinstance(value, SymInt):
             places.setdefault(value.node.expr, (i, None))
-        for d, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
-            if isinstance(size, SymInt):
-                places.setdefault(size.node.expr, (i, d))
-    symbols = sorted(tokens.node.expr.free_symbols, key=str)
+        for d, given in enumerate(value.shape if isinstance(value, Tensor) else ()):
+            if isinstance(given, SymInt):
+                places.setdefault(given.node.expr, (i, d))
+    expression = size.node.expr
+    symbols = sorted(expression.free_symbols, key=str)
     if not all(symbol in places for symbol in symbols):
         return None
     found = [places[symbol] for symbol in symbols]
-    expression = tokens.node.expr
 
     @functools.lru_cache(maxsize=1024)
     def evaluated(*sizes: int) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rewriter.memory.budgets import Budgets
+from rewriter.memory.growth import Growth
 from rewriter.memory.plan import Infeasible
 from rewriter.memory.planned import PlannedProgram
 
@@ -27,34 +28,46 @@ class Longer:
 
     Attributes:
         tokens: of a call, from its inputs.
-        here: those that the program was compiled with.
-        growth: how many times those the first plan holds for.
+        length: of a call's sequences, from its inputs.
+        here: tokens that the program was compiled with.
+        length_here: of the sequences that it was compiled with.
+        growth: how many times the tokens here the first plan holds for.
         reach: how many times those what is compiled serves.
-        budgets: to plan within, as they are when it is called.
+        budgets: to plan within a call of these inputs, as they are then.
         chosen: the plan within budgets.
         at_worst: the same for a batch that is there, whatever it takes where no budget was asked for.
     """
 
     tokens: Callable[[Sequence[Any]], int]
+    length: Callable[[Sequence[Any]], int]
     here: int
+    length_here: int
     growth: float
     reach: float
-    budgets: Callable[[], Budgets]
+    budgets: Callable[[Sequence[Any]], Budgets]
     chosen: Callable[[Budgets], PlannedProgram]
     at_worst: Callable[[Budgets], PlannedProgram]
 
-    def planned_for(self, tokens: int, before: float) -> tuple[float, PlannedProgram]:
-        """A plan for ``tokens`` or more, and for how many; the one before held for so many.
+    def planned_for(self, inputs: Sequence[Any], before: float) -> tuple[float, PlannedProgram]:
+        """A plan for as many tokens as ``inputs`` have or more, and for how many.
+
+        The one before held for ``before``.
 
         Raises:
-            Infeasible: no plan for ``tokens`` stays within the budgets.
+            Infeasible: no plan for so many stays within the budgets.
         """
-        given = self.budgets()
+        given, tokens = self.budgets(inputs), self.tokens(inputs)
+        length = self.length(inputs) / self.length_here
+
+        def budgets(most: float) -> Budgets:
+            # More tokens than are there now are taken for longer sequences.
+            return replace(given, growth=Growth(most / self.here, length * most / tokens))
+
         most = max(tokens, min(before * _STEP, self.here * self.reach))
         try:
-            return most, self.chosen(replace(given, growth=most / self.here))
+            return most, self.chosen(budgets(most))
         except Infeasible:
-            return tokens, self.at_worst(replace(given, growth=tokens / self.here))
+            return tokens, self.at_worst(budgets(tokens))
 
 
 class PlannedByLength:
@@ -81,10 +94,10 @@ class PlannedByLength:
         """Raises Infeasible, before any work, where no plan for so many tokens stays within the budgets."""
         tokens = self._longer.tokens(inputs)
         run = next((run for most, run in self._plans if tokens <= most), None)
-        return (run or self._planned_for(tokens))(*inputs)
+        return (run or self._planned_for(inputs))(*inputs)
 
-    def _planned_for(self, tokens: int) -> Callable:
-        most, planned = self._longer.planned_for(tokens, self._plans[-1][0])
+    def _planned_for(self, inputs: Sequence[Any]) -> Callable:
+        most, planned = self._longer.planned_for(inputs, self._plans[-1][0])
         run, planned = self._linked(planned)
         self._plans.append((most, run))
         note = f"{PLANNED_ANEW} for batches of up to {int(most):,} tokens"

@@ -37,6 +37,11 @@ from math import isfinite
 _ROOMY = 0.94
 
 
+def roomy_bytes(device_budget: int) -> int:
+    """Of ``device_budget``, what a step fills where it can, whether it keeps everything or has a plan."""
+    return int(device_budget * _ROOMY)
+
+
 class Infeasible(ValueError):
     """No plan stays within the budgets; raised before any work.
 
@@ -147,7 +152,7 @@ class Problem:
     @property
     def roomy(self) -> int:
         """Of the device budget, what a plan fills where it can, and leaves the rest to the allocator."""
-        return int(self.device_budget * _ROOMY)
+        return roomy_bytes(self.device_budget)
 
 
 @dataclass(frozen=True)
@@ -204,6 +209,11 @@ class MemoryPlan:
     def peak(self) -> int:
         """Device bytes at the worst moment."""
         return self.worst.device
+
+    @property
+    def leaves_room(self) -> bool:
+        """Whether some of the budget is left to the allocator."""
+        return self.peak <= self.problem.roomy
 
     @property
     def where(self) -> str:

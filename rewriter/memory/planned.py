@@ -147,7 +147,7 @@ def _bounds(region: Region, staged: StagedRegion | None) -> bool:
 
 
 def planned(program: Program, given: Budgets, machine: Link, device: torch.device) -> PlannedProgram:
-    """Choose for every call of ``program`` how it runs: as without a budget wherever everything fits.
+    """Choose for every call of ``program`` how it runs: as without a budget where everything fits.
 
     Raises:
         Infeasible: no plan stays within the budgets.
@@ -198,7 +198,11 @@ class Choosing:
 def everything_kept(
     program: Program, given: Budgets, machine: Link, device: torch.device
 ) -> PlannedProgram | None:
-    """``program`` as it runs without a budget; None where that does not fit, or waits for weights."""
+    """``program`` as it runs without a budget; None where that does not fit, or waits for weights.
+
+    It is held to what a plan is held to: where it would leave the allocator too little, a plan that computes
+    a little again is as fast but for a hundredth, and ``roomy`` weighs that against filling the budget.
+    """
     if packed_in_host_memory(program, device):
         return None
     return _everything_kept(program, Ways(program, machine), given, device)
@@ -208,7 +212,7 @@ def _everything_kept(
     program: Program, ways: Ways, given: Budgets, device: torch.device
 ) -> PlannedProgram | None:
     found = _kept_plan(program, ways, given)
-    if found.peak > given.device:
+    if not found.leaves_room:
         return None
     return PlannedProgram(program, {}, found, (), _transfers(given, device))
 

@@ -4,7 +4,8 @@ Most steps fit by far, and are compiled as if there were no planner: that they d
 the values in the graph, in milliseconds. All that the forward makes, half as much again for what operations
 save inside, twice the largest region's (the gradients of one region's values live at a time, and what they
 are computed from) and what kernels need is meant to be more than is ever there at once; it is no proof. Where
-that is too much, the planner's own number decides, in seconds.
+that is too much, the planner's own number decides, in seconds. To fit is to leave the allocator what a plan
+leaves it: a step that does not is planned.
 
 A graph of symbolic lengths fits up to some length: a guard sends longer batches back to the compiler, and the
 question is asked again. Graphs without gradients keep nothing, and are not asked about.
@@ -23,6 +24,7 @@ from rewriter.canonical import value_of
 from rewriter.memory.budgets import Budgets, budgets, device_of, free_bytes
 from rewriter.memory.costs import int_hint, value_bytes
 from rewriter.memory.lengths import growth_of, hold_to
+from rewriter.memory.plan import roomy_bytes
 from rewriter.nested import graphs_of
 from rewriter.regions.program import Program
 
@@ -44,7 +46,7 @@ class Need:
     Attributes:
         static: there all the time.
         beside: the most that there is beside that.
-        usable: what tensors may take.
+        usable: what tensors may take, less what is left to the allocator.
     """
 
     static: int
@@ -54,7 +56,7 @@ class Need:
     @classmethod
     def of(cls, plan: "MemoryPlan") -> "Need":
         problem = plan.problem
-        return cls(problem.static, plan.peak - problem.static, problem.device_budget)
+        return cls(problem.static, plan.peak - problem.static, problem.roomy)
 
     @property
     def fits(self) -> bool:
@@ -84,15 +86,15 @@ def fits_unplanned(
         return True
     given = budgets(program, None, host_budget, device)
     growth = growth_of(program, max_tokens)
-    need = Need(given.static, int(most_bytes(program) * growth), given.device)
+    need = Need(given.static, int(most_bytes(program) * growth.tokens), roomy_bytes(given.device))
     if not need.fits:
         need = _planners(program, replace(given, growth=growth), device)
-    size = f"{_gib(need.static + need.beside)} of the {_gib(need.usable)} GiB that are free"
+    size = f"{_gib(need.static + need.beside)} of the {_gib(need.usable)} GiB that may be filled"
     if not need.fits:
         notes.append(f"memory: planned, since keeping everything takes {size}")
         return False
     notes.append(f"memory: nothing to plan, a step takes at most {size}")
-    hold_to(program, growth * need.growth)
+    hold_to(program, growth.tokens * need.growth)
     return True
 
 

@@ -31,7 +31,7 @@ def spare_of(plan: MemoryPlan, bounds: Sequence[bool]) -> list[Spare]:
         bounds: of each part, whether it bounds by its own number what is held when it begins.
     """
     problem = plan.problem
-    budget = problem.roomy if plan.peak <= problem.roomy else problem.device_budget
+    budget = problem.roomy if plan.leaves_room else problem.device_budget
     rooms = [budget - moment.device for moment in plan.moments]
     count = len(bounds)
     ahead, behind = rooms[:count], rooms[: count - 1 : -1]

@@ -12,7 +12,15 @@ from rewriter.host_weights import could_live_in_host_memory
 from rewriter.memory import timeline
 from rewriter.memory.borders import parted_at_borders
 from rewriter.memory.budgets import Budgets, budgets, card_bytes, device_of
-from rewriter.memory.lengths import growth_of, hold_to, reach_of, tokens_at_hand, tokens_of
+from rewriter.memory.lengths import (
+    growth_of,
+    hold_to,
+    length_at_hand,
+    length_of,
+    reach_of,
+    tokens_at_hand,
+    tokens_of,
+)
 from rewriter.memory.longer import Longer
 from rewriter.memory.machine import ASSUMED, machine_for
 from rewriter.memory.movable import movable_bytes
@@ -45,7 +53,7 @@ def under_budget(
     device = device_of(example_inputs)
     machine, given = machine_for(device), budgets(program, memory_budget, host_budget, device)
     growth = growth_of(program, max_tokens)
-    given = replace(given, growth=growth, reach=reach_of(program, growth, LONG))
+    given = replace(given, growth=growth, reach=reach_of(program, growth.tokens, LONG))
     whole, notes = program, []
     if machine.name.endswith(ASSUMED):
         notes.append(f"memory: too little was free to measure this device; planned for {machine.name}")
@@ -56,7 +64,7 @@ def under_budget(
     asked = memory_budget is not None or program is not whole
     asked = asked and not cannot_keep_all(program, example_inputs, given)
     if asked and (found := everything_kept(program, given, machine, device)):
-        hold_to(whole, given.growth * Need.of(found.plan).growth)
+        hold_to(whole, given.growth.tokens * Need.of(found.plan).growth)
         return replace(found, notes=(*notes, *found.notes))
     if (parted := parted_at_borders(program)) is not None:
         program = outline(parted, example_inputs) or program
@@ -68,16 +76,26 @@ def under_budget(
     longer = None
     if (count := tokens_of(program)) is not None and (choosing := found.choosing) is not None:
 
-        def now() -> Budgets:
+        def now(inputs: Sequence[Any]) -> Budgets:
             # Host memory is one arena's, for all plans.
-            return replace(budgets(program, memory_budget, host_budget, device), host=given.host)
+            return replace(budgets(program, memory_budget, host_budget, device, inputs), host=given.host)
 
         def chosen(given: Budgets) -> PlannedProgram:
             return replace(choosing, given=given).chosen()
 
         at_worst = functools.partial(within, chosen)
-        longer = Longer(count, tokens_at_hand(program), given.growth, given.reach, now, chosen, at_worst)
-    hold_to(whole, given.growth if longer is None else given.reach)
+        longer = Longer(
+            count,
+            length_of(program),
+            tokens_at_hand(program),
+            length_at_hand(program),
+            given.growth.tokens,
+            given.reach,
+            now,
+            chosen,
+            at_worst,
+        )
+    hold_to(whole, given.growth.tokens if longer is None else given.reach)
     return replace(found, notes=(*notes, *found.notes), longer=longer)
 
 

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from rewriter.memory.choices import Cost, Link, StagedChoice, cost_on, staged_choices
 from rewriter.memory.costs import value_bytes
+from rewriter.memory.growth import AS_TRACED, Growth
 from rewriter.memory.in_host import InHost, in_host_of
 from rewriter.memory.in_place import Inseparable
 from rewriter.memory.kept import KeptCost, forward_cost, kept_graphs, least_choice
@@ -66,7 +67,7 @@ class Ways:
         self.notes: list[str] = []
         self.compiled: Set[GraphModule] | None = None
 
-    def kept(self, growth: float = 1.0) -> dict[Region, list[StagedChoice]]:
+    def kept(self, growth: Growth = AS_TRACED) -> dict[Region, list[StagedChoice]]:
         """Each region as it runs without a budget; weights in host memory are read over the bus."""
         found = {}
         for region, cost in self._kept.items():
@@ -75,15 +76,15 @@ class Ways:
             found[region] = [StagedChoice(choice, in_host=weights)]
         return found
 
-    def all(self, growth: float = 1.0) -> ByAside:
-        """Every way to run each region, ``growth`` times as long as it was traced.
+    def all(self, growth: Growth = AS_TRACED) -> ByAside:
+        """Every way to run each region, of a batch of that ``growth`` since it was traced.
 
         By the device memory that is set aside: none, which needs least; room for two layers' weights, where
         they are in host memory; and a window for copies under way beside it.
         """
         kept, layers = self.kept(growth), self._layers
         room, cost = self._room_for_weights(), cost_on(self._machine, growth)
-        windows = _windows(layers, growth)
+        windows = _windows(layers, growth.tokens)
         asides = dict.fromkeys([Aside(), Aside(0, room), *(Aside(window, room) for window in windows)])
         found = {aside: {region: list(ways) for region, ways in kept.items()} for aside in asides}
         for region, graphs in layers.items():
@@ -165,7 +166,7 @@ def _staged_ways(
     asides: Sequence[Aside],
     cost: Cost,
     weights: InHost,
-    growth: float,
+    growth: Growth,
 ) -> dict[Aside, list[StagedChoice]]:
     """By what is set aside, the ways to run one region, of whose stages ``layers`` has two forms."""
     found = {}

@@ -10,6 +10,7 @@ from torch._guards import TracingContext, tracing
 from rewriter.kernels.add_product import add_product_
 from rewriter.memory.costs import graph_cost
 from rewriter.memory.fakes import StageFakes
+from rewriter.memory.growth import Growth
 from rewriter.memory.joint import forward_graph, signature_of
 
 
@@ -66,20 +67,24 @@ def test_longer_sequences_than_were_traced_cost_what_those_would():
     """Of a stage that runs whole, whose sizes are not a tile's."""
 
     def layer(q, k, v, w):
-        q, k, v = ((x @ w).view(2, q.shape[1], 2, 8).transpose(1, 2) for x in (q, k, v))
+        q, k, v = ((x @ w).view(q.shape[0], q.shape[1], 2, 8).transpose(1, 2) for x in (q, k, v))
         return (F.scaled_dot_product_attention(q, k, v),)
 
-    def cost(length, growth):
+    def cost(length, growth, rows=2):
         outer, fakes = StageFakes(length), StageFakes(7)
-        states = [fakes.like(outer.like(torch.empty(2, length, 16), 1)) for _ in range(3)]
+        states = [fakes.like(outer.like(torch.empty(rows, length, 16), 1)) for _ in range(3)]
         inputs = [*states, fakes.like(torch.empty(16, 16))]
         with tracing(TracingContext(fakes.mode)), torch.no_grad(), fakes.mode:
             graph = forward_graph(layer, signature_of(layer, inputs, [False] * 4))
         return graph_cost(graph, fakes, 7, Machine(), growth)
 
-    ours, theirs = cost(12, 2.5), cost(30, 1.0)
+    ours, theirs = cost(12, Growth(2.5, 2.5)), cost(30, Growth())
     assert ours.seconds == pytest.approx(theirs.seconds)
     assert (ours.peak_bytes, ours.result_bytes) == (theirs.peak_bytes, theirs.result_bytes)
+    # More sequences see no more of each other.
+    ours, theirs = cost(12, Growth(2.0, 1.0)), cost(12, Growth(), rows=4)
+    assert ours.seconds == pytest.approx(theirs.seconds)
+    assert ours.result_bytes == theirs.result_bytes
 
 
 def test_a_product_of_weights_does_not_grow_with_the_tokens():

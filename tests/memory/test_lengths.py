@@ -1,5 +1,6 @@
 """Batches that vary: one plan serves those up to its length, longer ones are planned anew, in place."""
 
+from math import prod
 from typing import Any
 
 import pytest
@@ -70,7 +71,7 @@ def assert_as_eager(found, lengths):
 
 def test_where_everything_was_kept_a_longer_batch_is_compiled_anew():
     lengths = [20, 12, 30]
-    found, plans = trained(lengths)
+    found, plans = trained(lengths, memory_budget="298KB")
     assert_as_eager(found, lengths)
     assert len(plans) == 2
 
@@ -158,22 +159,32 @@ def test_a_plan_holds_for_an_eighth_more_where_that_fits_and_is_within_reach(tok
     plans = []
 
     def at_worst(given):
-        plans.append(given.growth * 100)
+        plans.append(given.growth.tokens * 100)
 
     def chosen(given):
         at_worst(given)
         if plans[-1] > fits:
             raise Infeasible("too long", 1, 0)
 
-    longer = Longer(len, 100, 1.0, 4.0, lambda: Budgets(0, 0, 0), chosen, at_worst)
-    assert longer.planned_for(tokens, before)[0] == asked[-1]
+    longer = Longer(len, len, 100, 50, 1.0, 4.0, lambda _: Budgets(0, 0, 0), chosen, at_worst)
+    assert longer.planned_for(range(tokens), before)[0] == asked[-1]
     assert plans == pytest.approx(asked)
+
+
+def test_more_sequences_of_a_length_are_planned_for_as_such():
+    asked = []
+    unasked: Any = pytest.fail
+    noted: Any = lambda given: asked.append(given.growth)  # noqa: E731
+    longer = Longer(prod, max, 100, 50, 1.0, 16.0, lambda _: Budgets(0, 0, 0), noted, unasked)
+    for rows_and_length in ((8, 50), (2, 200), (1, 800)):
+        longer.planned_for(rows_and_length, 100)
+    assert asked == [(4, 1), (4, 4), (8, 16)]
 
 
 def test_the_most_that_is_said_is_within_the_first_plan():
     # 322 times (4096 / 322) is a little less than 4096.
     unasked: Any = pytest.fail
-    longer = Longer(len, 322, 4096 / 322, 100.0, unasked, unasked, unasked)
+    longer = Longer(len, len, 322, 322, 4096 / 322, 100.0, unasked, unasked, unasked)
     run = PlannedByLength(longer, lambda *inputs: len(inputs), unasked, unasked)
     assert run(*range(4096)) == 4096
 

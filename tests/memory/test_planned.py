@@ -1,6 +1,7 @@
 """A program under a plan: calls that run differently are regions of their own, the rest is as it was."""
 
 import functools
+from math import ceil
 
 import pytest
 import torch
@@ -49,7 +50,15 @@ def test_where_everything_fits_the_program_is_as_it_was(program):
     found = planned(program, Budgets(AMPLE, AMPLE, 1000), Linked(), CPU)
     assert found.program is program and not found.staged
     assert set(found.plan.counts) == {(region.name, "keep all") for region in program.regions}
-    assert everything_kept(program, Budgets(found.plan.peak - 1, AMPLE, 1000), Linked(), CPU) is None
+
+
+def test_to_keep_everything_has_to_leave_the_allocator_what_a_plan_leaves_it(program):
+    peak = kept_plan(program, Budgets(0, 0, 1000), Linked()).peak
+    assert everything_kept(program, Budgets(ceil(peak / 0.94), AMPLE, 1000), Linked(), CPU) is not None
+    full = Budgets(peak, AMPLE, 1000)
+    assert everything_kept(program, full, Linked(), CPU) is None
+    found = planned(program, full, Linked(), CPU).plan
+    assert found.leaves_room and found.seconds < 1.1 * kept_plan(program, full, Linked()).seconds
 
 
 def test_layers_that_run_differently_have_names_of_their_own(program, least):

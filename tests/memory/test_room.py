@@ -3,6 +3,8 @@
 The tests say what is free: a CPU is never planned unasked.
 """
 
+from math import ceil
+
 import pytest
 import torch
 
@@ -56,7 +58,9 @@ def test_where_sizes_alone_show_that_all_fits_no_planner_is_asked(free, monkeypa
     free(4 * GiB)
     monkeypatch.setattr("rewriter.memory.planned.kept_plan", lambda *_: pytest.fail("the planner was asked"))
     (graph,) = _trained()
-    assert graph.notes == ["memory: nothing to plan, a step takes at most 1.0 of the 4.0 GiB that are free"]
+    assert graph.notes == [
+        "memory: nothing to plan, a step takes at most 1.0 of the 3.8 GiB that may be filled"
+    ]
     assert graph.memory is None
 
 
@@ -68,10 +72,11 @@ def test_in_between_the_planners_own_number_decides(free, monkeypatch):
     (graph,) = _trained()
     assert "nothing to plan" in graph.notes[0] and graph.memory is None
     most = needs[0].static + needs[0].beside
-    free(most)
+    # As of a plan, some of it is left to the allocator.
+    free(ceil(most / 0.94))
     (graph,) = _trained()
     assert graph.memory is None
-    free(most - 1)
+    free(most)
     (graph,) = _trained()
     assert "planned, since keeping everything takes" in graph.notes[0]
     assert graph.memory is not None and graph.memory.peak < most
