@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rewriter.memory.bounds import (
     Floats,
@@ -29,6 +31,9 @@ from rewriter.memory.suffixes import Found, Suffixes
 _TIE = 0.5
 # The first price alone rules out most; the others are tried on what it leaves.
 _BLOCKS = (slice(0, 8), slice(8, None))
+# Suffixes that are priced at once: as many as stay in a cache, and too few for BLAS to start threads, which
+# would wait for each other much longer than they compute.
+_AT_ONCE = 512
 # Rounding of sums of prices times bytes, in time units, where one unit is 1e-10 of a step.
 MARGIN = 0.01
 
@@ -125,8 +130,17 @@ class Chances:
             at = self._before[i][block, g] - budgets[block]
             prices = [self._on_device[block, i], self._later[i + 1][block], self._prices.host[block], at]
             numbers = np.stack([some.first, some.need, some.hosted, np.ones(len(some))])
-            bound = (np.stack(prices, axis=1) @ numbers).max(axis=0, initial=-np.inf)
+            bound = _dearest(np.stack(prices, axis=1), numbers)
             proven = np.maximum(proven, bound + some.time + self.tie * some.hosted)
             chances = proven <= limit.cost
             some, proven = some.rows(chances), proven[chances]
         return some, proven
+
+
+def _dearest(prices: Floats, numbers: NDArray[Any]) -> Floats:
+    """The most that each column of ``numbers`` comes to at any row of ``prices``."""
+    found = np.full(numbers.shape[1], -np.inf)
+    for start in range(0, len(found) if len(prices) else 0, _AT_ONCE):
+        at = slice(start, start + _AT_ONCE)
+        found[at] = (prices @ numbers[:, at]).max(axis=0)
+    return found

@@ -21,12 +21,13 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor
 from torch._guards import detect_fake_mode
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from rewriter.memory.fakes import densely, is_dense, memory_order
 from rewriter.memory.in_place import Inseparable, add_out_of_place, adds_for_nobody
+from rewriter.memory.size_sources import read_sizes_off_inputs, sized, with_arguments
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def _view_again(module: GraphModule) -> None:
         if node.op != "call_function" or node.target not in _VIEWS or node.args[0] not in again:
             continue
         sizes = [n for n in node.all_input_nodes[1:] if isinstance(n.meta["val"], SymInt)]
-        if all(_sized(n.meta["val"], inputs) is not None for n in sizes):
+        if all(sized(n.meta["val"], inputs) is not None for n in sizes):
             again.add(node)
             _mark(node)
 
@@ -204,7 +205,7 @@ def _both(
 
 def _pruned(module: GraphModule) -> GraphModule:
     """Without what nobody reads, and without ``detach``: each detached value would be one more to save."""
-    _read_sizes_off_inputs(module)
+    read_sizes_off_inputs(module)
     for node in reversed(list(module.graph.nodes)):
         if node.target is torch.ops.aten.detach.default:
             node.replace_all_uses_with(node.args[0])
@@ -212,19 +213,6 @@ def _pruned(module: GraphModule) -> GraphModule:
             module.graph.erase_node(node)
     module.recompile()
     return module
-
-
-def _read_sizes_off_inputs(module: GraphModule) -> None:
-    """A size that is asked of a product would keep it computed where nothing else reads it."""
-    inputs = module.graph.find_nodes(op="placeholder")
-    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int):
-        size = node.meta["val"]
-        if node.args[0] in inputs or not isinstance(size, SymInt):
-            continue
-        found = _sized(size, inputs)
-        if found is not None:
-            node.args = found
-            inputs[-1].append(node)
 
 
 def _without_writes(module: GraphModule, inputs: list[Any], gradients: list[Any]) -> GraphModule:
@@ -269,38 +257,6 @@ def _in_order(
     saved = Saved(tuple(primals[n] for n in from_inputs), tuple(made[n] for n in from_results), len(extras))
     return (
         forward,
-        _with_arguments(backward, [taken[n] for n in order], [taken[v.name] for v in sizes]),
+        with_arguments(backward, [taken[n] for n in order], [taken[v.name] for v in sizes]),
         saved,
     )
-
-
-def _with_arguments(module: GraphModule, arguments: Sequence[Node], sizes: Sequence[Node]) -> GraphModule:
-    """``module`` with its placeholders in the order of ``arguments``; ``sizes`` are read off their shapes."""
-    graph = Graph()
-    env = {node: graph.node_copy(node) for node in arguments}
-    for node in sizes:
-        tensor, dim = _where(node.meta["val"], arguments)
-        env[node] = graph.call_function(torch.ops.aten.sym_size.int, (env[tensor], dim))
-        env[node].meta = dict(node.meta)
-    for node in module.graph.nodes:
-        if node not in env:
-            env[node] = graph.node_copy(node, env.__getitem__)
-    return GraphModule(module, graph)
-
-
-def _where(size: Any, arguments: Sequence[Node]) -> tuple[Node, int]:
-    """The argument and the dimension that are of ``size``."""
-    found = _sized(size, arguments)
-    if found is None:
-        raise Inseparable(f"the size {size.node.expr} is read in its backward, and no tensor there has it")
-    return found
-
-
-def _sized(size: Any, nodes: Sequence[Node]) -> tuple[Node, int] | None:
-    """The first of ``nodes`` with a dimension of ``size``, and which."""
-    for node in nodes:
-        value = node.meta.get("val")
-        for dim, found in enumerate(value.shape if isinstance(value, Tensor) else ()):
-            if isinstance(found, SymInt) and found.node.expr == size.node.expr:
-                return node, dim
-    return None

@@ -94,10 +94,14 @@ class PlannedProgram:
         return len(self.layers) + len(self.program.regions) - len(self.staged)
 
     def without(self, layer: LayerGraphs, error: Exception) -> "PlannedProgram":
-        """Planned anew where the stages of ``layer`` cannot be compiled; the notes say why."""
+        """Planned anew where the stages of ``layer`` cannot be compiled; the notes say why.
+
+        No later plan of the program runs them either.
+        """
         assert self.choosing is not None
         kind = self.layers[layer]
-        found = self.choosing.without(layer).chosen()
+        self.choosing.ways.refuse(layer)
+        found = self.choosing.chosen()
         why = f"{kind} runs in other ways, compiling its stages failed: {type(error).__name__}: {error}"
         return replace(found, notes=(*self.notes, why, *found.notes), longer=self.longer)
 
@@ -163,7 +167,7 @@ def planned(program: Program, given: Budgets, machine: Link, device: torch.devic
 
 @dataclass(frozen=True, eq=False)
 class Choosing:
-    """The ways to run the regions of ``program``, and the budgets to choose within."""
+    """The ways to run the regions of ``program``, which all plans of it share, and the budgets of one."""
 
     program: Program
     ways: Ways
@@ -188,11 +192,6 @@ class Choosing:
         ways = next(w for w, problem in asked if problem.parts is found.problem.parts)
         program, staged = _apply(self.program, ways, found)
         return PlannedProgram(program, staged, found, notes, _transfers(given, self.device), self)
-
-    def without(self, layer: LayerGraphs) -> "Choosing":
-        """The same, and no way that runs the stages of ``layer``."""
-        self.ways.refuse(layer)
-        return self
 
 
 def everything_kept(

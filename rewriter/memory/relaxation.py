@@ -178,10 +178,10 @@ class _Rows:
         self.right: list[float] = []
 
     def add(self, entries: Entries, right: float) -> None:
-        for column, value in entries:
-            self.place[0].append(len(self.right))
-            self.place[1].append(column)
-            self.value.append(value)
+        entries = list(entries)
+        self.place[0].extend([len(self.right)] * len(entries))
+        self.place[1].extend([column for column, _ in entries])
+        self.value.extend([value for _, value in entries])
         self.right.append(right)
 
 

@@ -18,7 +18,7 @@ from rewriter.memory.options import Options, Whole
 
 # Steps that are added to steps at most, over all parts. Where there are more, neighbours of a staircase are
 # taken together, each number from the better one.
-_COMBINED = 6_000_000
+_COMBINED = 2_000_000
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ class Ways:
         return found
 
     def refuse(self, layer: LayerGraphs) -> None:
-        """Let none run the stages of ``layer``."""
+        """Let none that is asked for from now on run the stages of ``layer``."""
         self._refused.add(layer)
 
     @property
