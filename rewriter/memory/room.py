@@ -117,7 +117,7 @@ def cannot_keep_all(program: Program, example_inputs: Sequence[Any], given: Budg
     begin with their own norms.
     """
     made = {region: made_bytes(region.module) for region in program.regions}
-    total = sum(made[call.region] for call in program.calls) * given.growth
+    total = sum(made[call.region] for call in program.calls) * given.growth.tokens
     return _is_trained(example_inputs) and total > _MUCH * max(given.device - given.static, 0)
 
 

@@ -11,6 +11,7 @@ import torch
 import rewriter
 from rewriter.memory import room
 from rewriter.memory.budgets import Budgets
+from rewriter.memory.growth import Growth
 from rewriter.memory.planned import kept_plan
 from rewriter.nested import duplicate
 from rewriter.replay.plan import Plan
@@ -151,6 +152,7 @@ def test_keeping_everything_is_not_worked_out_where_sizes_show_that_it_cannot_fi
     most = kept_plan(program, Budgets(GiB, GiB, 0), Linked()).peak
     assert not room.cannot_keep_all(program, inputs, Budgets(most, 0, 0))
     assert room.cannot_keep_all(program, inputs, Budgets(most // 20, 0, 0))
-    assert room.cannot_keep_all(program, inputs, Budgets(most, 0, 0, growth=20.0)), "of longer batches"
+    longer = Budgets(most, 0, 0, growth=Growth(20.0, 20.0))
+    assert room.cannot_keep_all(program, inputs, longer), "of longer batches"
     with torch.no_grad():
         assert not room.cannot_keep_all(program, inputs, Budgets(1, 0, 0)), "nothing is kept"
