@@ -1,13 +1,14 @@
 """What memory plans foresee against what steps take: budgets times lengths, of a model that is compiled once.
 
+    export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True         # as for any small card
     python examples/benchmarks/predictions.py                       # 12 budgets, 8,192 to 32,768 tokens
     python examples/benchmarks/predictions.py --offloading          # and what copies cost, as offloading.py
     python examples/benchmarks/predictions.py --tiny                # a dry run on a CPU
 
 Budgets of a length go from 2% over the least that does to 5% over what keeping everything takes. Of each, the
 allocator may take no more than it could on a card of that size; two steps are run, and then timed ones, whose
-peak counts. Prints a table, the largest distance of a peak from what was foreseen, which passed the budget,
-and where a larger budget is slower by more than steps differ among themselves. Writes
+peak counts. Prints a table, the largest distance of a peak from what was foreseen, how many passed the budget
+or ran out of memory, and where a larger budget is slower by more than steps differ among themselves. Writes
 ``results/predictions.json`` after every point. See ``replanned.py`` for what is not as in a model of its own.
 """
 
@@ -15,7 +16,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -37,7 +38,10 @@ ENDS = (1.02, 1.05)
 
 @dataclass(frozen=True)
 class Point:
-    """One budget and length: GiB and seconds. ``card``: of the device, as ``memory_budget`` is."""
+    """One budget and length: GiB and seconds. ``card``: of the device, as ``memory_budget`` is.
+
+    Where memory ran out there are no ``seconds``.
+    """
 
     card: float
     tokens: int
@@ -48,7 +52,7 @@ class Point:
     host_gib: float
     foreseen_s: float
     seconds: tuple[float, ...]
-    first_s: float
+    first_s: float | None
     ways: tuple
 
 
@@ -57,7 +61,8 @@ def measure(compiled: Replanned, step, tokens: int, usable: int, device: str, st
     card = card_bytes(usable, torch.device(device)) / GIB
     start = time.perf_counter()
     plan = compiled.plan(tokens, usable)
-    with within(card, device):
+    first, seconds = None, ()
+    with within(card, device), suppress(torch.OutOfMemoryError):
         step(tokens)
         synchronise(device)
         first = time.perf_counter() - start
@@ -99,7 +104,7 @@ def slower(points: list[Point]) -> list[str]:
     """Neighbouring budgets of which the larger one takes longer, beyond noise."""
     found = []
     for tokens in sorted({p.tokens for p in points}):
-        row = sorted((p for p in points if p.tokens == tokens), key=lambda p: p.card)
+        row = sorted((p for p in points if p.tokens == tokens and p.seconds), key=lambda p: p.card)
         for small, large in pairwise(row):
             best, other = min(small.seconds), min(large.seconds)
             spread = max((max(p.seconds) - min(p.seconds)) / min(p.seconds) for p in (small, large))
@@ -111,6 +116,8 @@ def slower(points: list[Point]) -> list[str]:
 
 
 def line(point: Point) -> str:
+    if not point.seconds:
+        return f"{point.card:6.2f} {point.tokens:8,} {point.foreseen_gib:8.2f}  out of memory"
     seconds = min(point.seconds)
     peak = "" if point.peak_gib is None else (
         f"{point.peak_gib:8.2f} {percent(point.peak_gib, point.foreseen_gib)} "
@@ -118,7 +125,7 @@ def line(point: Point) -> str:
     )  # fmt: skip
     return (
         f"{point.card:6.2f} {point.tokens:8,} {point.foreseen_gib:8.2f} {peak:>20} {point.host_gib:6.2f} "
-        f"{point.foreseen_s:8.3f} {seconds:8.3f} {percent(seconds, point.foreseen_s)} {point.first_s:7.1f}"
+        f"{point.foreseen_s:8.3f} {seconds:8.3f} {percent(seconds, point.foreseen_s)} {point.first_s or 0:7.1f}"
     )
 
 
@@ -131,9 +138,11 @@ HEADER = "  card   tokens foreseen    measured, GiB         host foreseen measur
 
 def verdict(points: list[Point]) -> dict:
     """The largest distance of a peak, points that passed their budget, and where a larger one is slower."""
-    peaks = [(p.peak_gib, p.foreseen_gib, p.allowed_gib) for p in points if p.peak_gib is not None]
+    ran = [p for p in points if p.seconds]
+    peaks = [(p.peak_gib, p.foreseen_gib, p.allowed_gib) for p in ran if p.peak_gib is not None]
     return {
         "points": len(points),
+        "out_of_memory": len(points) - len(ran),
         "furthest_peak": max((abs(peak / foreseen - 1) for peak, foreseen, _ in peaks), default=None),
         "over_budget": sum(peak > allowed for peak, _, allowed in peaks),
         "slower": slower(points),

@@ -4,13 +4,14 @@
     python examples/benchmarks/regions.py --depths 16 32 64 --systems rewriter inductor:32
 
 Each first step is a process of its own, with empty caches, then again with those that the first one filled.
-The overhead of a call is the host's time for a step of a tiny model, outlined and flat, divided by the calls:
-there the host is what a step waits for, as long as its launches fit the device's queue of 1,024 (8 layers'
-do, 32 layers' do not: then the host waits, and what is measured is the device).
+The overhead of a call is the host's time for a step of a tiny model, outlined less flat, a call: there the
+host is what a step waits for, as long as its launches fit the device's queue of 1,024 (8 layers' do, 32
+layers' do not: then the host waits, and what is measured is the device).
 Writes ``examples/benchmarks/results/regions.json``.
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -58,34 +59,45 @@ def split(result: dict) -> dict:
 
 def overhead(depth: int, steps: int) -> dict[str, float]:
     """Microseconds of the host a call of a region, of the forward's and of the backward's."""
-    outlined, flat = (host_seconds(depth, steps, regions) for regions in (True, False))
+    outlined, flat = host_seconds(depth, steps)
     forward, backward = (1e6 * (a - b) / depth for a, b in zip(outlined, flat, strict=True))
     return {"forward_us": round(forward, 1), "backward_us": round(backward, 1), "calls": depth}
 
 
-def host_seconds(depth: int, steps: int, regions: bool) -> tuple[float, float]:
-    """Median seconds of a forward, and of a backward, where the host is the bound."""
-    from end_to_end import synchronise
+def host_seconds(depth: int, steps: int) -> list[list[float]]:
+    """Median seconds of a forward and of a backward, outlined and flat, in turns."""
     from models import build
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch._dynamo.reset()
-    model = build(depth, False, device, True)
-    model.compile(backend="rewriter", options={"regions": regions, "cuda_graphs": False})
     ids = torch.randint(1000, (2, 64), device=device)
-    forwards, backwards = [], []
-    for _ in range(steps):
-        start = time.perf_counter()
-        with torch.autocast(device, torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids).loss
-        forwards.append(time.perf_counter() - start)
-        synchronise(device)
-        start = time.perf_counter()
-        loss.backward()
-        backwards.append(time.perf_counter() - start)
-        synchronise(device)
-    warm = steps // 3
-    return statistics.median(forwards[warm:]), statistics.median(backwards[warm:])
+    models = [build(depth, False, device, True) for _ in range(2)]
+    for model, regions in zip(models, (True, False), strict=True):
+        model.compile(backend="rewriter", options={"regions": regions, "cuda_graphs": False})
+    for model in models:
+        forward_backward(model, ids)
+    gc.collect()
+    gc.disable()
+    taken = [[forward_backward(model, ids) for model in models] for _ in range(steps)]
+    gc.enable()
+    warm = taken[steps // 5 :]
+    return [[statistics.median(step[which][part] for step in warm) for part in (0, 1)] for which in (0, 1)]
+
+
+def forward_backward(model: torch.nn.Module, ids: torch.Tensor) -> tuple[float, float]:
+    """Seconds until the host is through with either."""
+    from end_to_end import synchronise
+
+    device = ids.device.type
+    start = time.perf_counter()
+    with torch.autocast(device, torch.bfloat16):
+        loss = model(input_ids=ids, labels=ids).loss
+    forward = time.perf_counter() - start
+    synchronise(device)
+    start = time.perf_counter()
+    loss.backward()
+    backward = time.perf_counter() - start
+    synchronise(device)
+    return forward, backward
 
 
 def main() -> None:

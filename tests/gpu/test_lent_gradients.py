@@ -52,12 +52,14 @@ def test_what_is_dropped_while_another_stream_reads_it_is_not_overwritten_before
     assert (copy == 1.0).all() and (again == 2.0).all()
 
 
-def test_the_allocator_is_told_of_its_own_tensors_as_ever(weight, busy):
+def test_the_allocator_is_told_of_its_own_tensors_as_ever(weight):
     recorder = CudaRecorder(weight.device)
     torch.cuda.empty_cache()
-    used = torch.empty_like(weight)
+    used, stream = torch.empty_like(weight), torch.cuda.Stream()
     address = used.data_ptr()
-    used.record_stream(busy)
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(1_000_000_000)
+    used.record_stream(stream)
     del used
     assert torch.empty_like(weight).data_ptr() != address
     assert not recorder.lender.take_streams()

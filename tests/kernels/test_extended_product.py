@@ -255,7 +255,8 @@ def test_inductor_gives_the_same_and_keeps_no_part_of_a_larger_buffer(monkeypatc
     rows = TOKENS[0] * TOKENS[1]
     down = [t for t in kept if tuple(t.shape) == (rows, 8)]
     assert len(down) == 2
-    assert all(t.untyped_storage().nbytes() == 2 * rows * 16 for t in down)
+    sizes = [t.untyped_storage().nbytes() for t in down]
+    assert all(size <= 2 * rows * 16 for size in sizes), (sizes, rows)
 
 
 def test_columns_are_copied_behind_the_input_and_zeros_behind_them():
