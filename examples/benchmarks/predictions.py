@@ -118,14 +118,14 @@ def slower(points: list[Point]) -> list[str]:
 def line(point: Point) -> str:
     if not point.seconds:
         return f"{point.card:6.2f} {point.tokens:8,} {point.foreseen_gib:8.2f}  out of memory"
-    seconds = min(point.seconds)
+    first, seconds = point.first_s or 0, min(point.seconds)
     peak = "" if point.peak_gib is None else (
         f"{point.peak_gib:8.2f} {percent(point.peak_gib, point.foreseen_gib)} "
         f"{'over' if point.peak_gib > point.allowed_gib else ''}"
     )  # fmt: skip
     return (
         f"{point.card:6.2f} {point.tokens:8,} {point.foreseen_gib:8.2f} {peak:>20} {point.host_gib:6.2f} "
-        f"{point.foreseen_s:8.3f} {seconds:8.3f} {percent(seconds, point.foreseen_s)} {point.first_s or 0:7.1f}"
+        f"{point.foreseen_s:8.3f} {seconds:8.3f} {percent(seconds, point.foreseen_s)} {first:7.1f}"
     )
 
 
