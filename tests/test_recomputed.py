@@ -74,3 +74,28 @@ def test_a_gated_activation_is_computed_again_from_what_its_own_backward_keeps(m
     assert sum(kept) - sum(saved) == TOKENS * WIDTH
     for ours, true in zip(gradients, same, strict=True):
         assert torch.equal(ours, true)
+
+
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+def test_what_an_operation_of_others_makes_of_sizes_is_kept_since_it_may_differ_next_time(lowering):
+    calls = iter(range(1, 100))
+    made = []
+
+    @torch.library.custom_op(f"test_recomputed::level_{lowering}", mutates_args=())
+    def level(size: int) -> torch.Tensor:
+        made.append(torch.full((size,), float(next(calls))))
+        return made[-1].clone()
+
+    level.register_fake(lambda size: torch.empty(size))
+
+    def scaled(x):
+        by = level(TOKENS)
+        return (x * by).sin() * by
+
+    torch._dynamo.reset()
+    call = torch.compile(scaled, backend="rewriter", options={"lowering": lowering})
+    x = torch.ones(TOKENS, requires_grad=True)
+    result = call(x)
+    by = made[-1]
+    (found,) = torch.autograd.grad(result.sum(), x)
+    torch.testing.assert_close((result, found), ((x * by).sin() * by, (x * by).cos() * by * by))

@@ -95,7 +95,9 @@ def under_budget(
             chosen,
             at_worst,
         )
-    hold_to(whole, given.growth.tokens if longer is None else given.reach)
+    # Nothing was chosen where everything is kept.
+    most = Need.of(found.plan).growth if found.choosing is None else 1.0
+    hold_to(whole, given.growth.tokens * most if longer is None else given.reach)
     return replace(found, notes=(*notes, *found.notes), longer=longer)
 
 

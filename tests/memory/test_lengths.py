@@ -76,6 +76,14 @@ def test_where_everything_was_kept_a_longer_batch_is_compiled_anew():
     assert len(plans) == 2
 
 
+def test_what_keeps_everything_serves_all_lengths_that_fit_whenever_that_was_found(monkeypatch):
+    monkeypatch.setattr("rewriter.memory.under_budget.cannot_keep_all", lambda *_: True)
+    lengths = [20, 22, 24]
+    found, plans = trained(lengths, memory_budget="400KB")
+    assert_as_eager(found, lengths)
+    assert len(plans) == 1
+
+
 def test_a_longer_batch_is_planned_anew_and_not_compiled_anew(monkeypatch):
     did = []
     linked, whole = _Lowering._linked, lower.lower_beside
