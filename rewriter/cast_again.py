@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -35,14 +36,15 @@ def cast_again(joint: Graph, inputs: Sequence[Any], weights: Sequence[int]) -> N
 
     Args:
         inputs: of the graph that it was made of, ``weights`` their places. Where ``joint`` has others nothing
-            is marked.
+            is marked, nor is a cast of an input that ``joint`` itself writes, as running statistics.
     """
     primals = {node.name: node for node in joint.find_nodes(op="placeholder")}
     found = {i: primals.get(f"primals_{i + 1}") for i in weights}
     if any(node is None or not _alike(node.meta["val"], inputs[i]) for i, node in found.items()):
         return
     again: set[Node] = set()
-    given = set(found.values())
+    # The backward comes after what the forward writes.
+    given = set(found.values()) - _written(joint)
     for node in joint.nodes:
         if node.op != "call_function":
             continue
@@ -52,6 +54,12 @@ def cast_again(joint: Graph, inputs: Sequence[Any], weights: Sequence[int]) -> N
             again.add(node)
             node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
             node.meta["ac_graph_id"] = 0
+
+
+def _written(joint: Graph) -> set[Node]:
+    """What is read by an operation that writes: AOTAutograd leaves none but copies to inputs."""
+    writes = (n for n in joint.nodes if isinstance(n.target, OpOverload) and n.target._schema.is_mutable)
+    return {read for node in writes for read in node.all_input_nodes}
 
 
 def _alike(value: Any, given: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.aot_autograd import aot_function
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -50,3 +51,31 @@ def test_a_graph_of_other_inputs_is_left_alone():
     assert "recompute" not in cast.meta
     cast_again(graph, (torch.zeros(3),), (0,))
     assert "recompute" in cast.meta
+
+
+class Counted(nn.Module):
+    """Its scale is used, then overwritten, as running statistics are."""
+
+    scale: torch.Tensor
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8) / 8)
+        self.register_buffer("scale", torch.randn(8, 8) / 8)
+
+    def forward(self, x):
+        result = (torch.sin(x @ self.weight.to(BF16)) @ self.scale.to(BF16)).sum()
+        self.scale.add_(1)
+        return result
+
+
+def test_what_the_forward_overwrites_is_not_cast_again():
+    torch.manual_seed(0)
+    model, x = Counted(), torch.randn(4, 8, dtype=BF16)
+    scale = model.scale.clone()
+    (true,) = torch.autograd.grad(model(x), model.weight)
+    model.scale.copy_(scale)
+    torch._dynamo.reset()
+    (ours,) = torch.autograd.grad(torch.compile(model, backend="rewriter")(x), model.weight)
+    assert torch.equal(model.scale, scale + 1)
+    assert torch.allclose(ours, true, rtol=0.02, atol=0.02)
