@@ -62,6 +62,19 @@ def reach_of(program: Program, growth: float, from_here: int) -> float:
     return growth * (min(_REACH, from_here / length) if length < from_here else _REACH)
 
 
+def counts_pairs(program: Program) -> Callable[[Tensor], bool]:
+    """Whether a value of ``program`` has a number for each pair of tokens of a sequence, as scores have."""
+    hidden = _hidden_state(program)
+    length = 0 if hidden is None else hidden.shape[1]
+    symbols = length.node.expr.free_symbols if isinstance(length, SymInt) else frozenset()
+
+    def counts(value: Tensor) -> bool:
+        sizes = (size.node.expr for size in value.shape if isinstance(size, SymInt))
+        return sum(not symbols.isdisjoint(size.free_symbols) for size in sizes) > 1
+
+    return counts
+
+
 def tokens_at_hand(program: Program) -> int:
     """Of the batch that the program is compiled with."""
     tokens = _tokens(program)

@@ -11,8 +11,9 @@ A graph of symbolic lengths fits up to some length: a guard sends longer batches
 question is asked again. Graphs without gradients keep nothing, and are not asked about.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import sqrt
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from rewriter.canonical import value_of
 from rewriter.memory.budgets import Budgets, budgets, device_of, free_bytes
 from rewriter.memory.costs import int_hint, value_bytes
-from rewriter.memory.lengths import growth_of, hold_to
+from rewriter.memory.lengths import counts_pairs, growth_of, hold_to
 from rewriter.memory.plan import roomy_bytes
 from rewriter.nested import graphs_of
 from rewriter.regions.program import Program
@@ -62,10 +63,17 @@ class Need:
     def fits(self) -> bool:
         return self.static + self.beside <= self.usable
 
-    @property
-    def growth(self) -> float:
-        """How many times the tokens would fit: ``beside`` grows with them."""
-        return (self.usable - self.static) / max(self.beside, 1)
+    def growth(self, program: Program, counted: float) -> float:
+        """How many times the tokens at hand would fit: bytes grow with them, those of pairs of them squared.
+
+        Args:
+            program: what needs them; which share of them is of pairs is as in what its forward makes.
+            counted: how many times the tokens at hand ``beside`` is of, all taken to grow with them.
+        """
+        room = (self.usable - self.static) * counted / max(self.beside, 1)
+        pairs = _share_of_pairs(program)
+        alone = 1 - pairs
+        return max(2 * room / (alone + sqrt(alone * alone + 4 * pairs * max(room, 0))), 1.0)
 
 
 def fits_unplanned(
@@ -94,7 +102,7 @@ def fits_unplanned(
         notes.append(f"memory: planned, since keeping everything takes {size}")
         return False
     notes.append(f"memory: nothing to plan, a step takes at most {size}")
-    hold_to(program, growth.tokens * need.growth)
+    hold_to(program, need.growth(program, growth.tokens))
     return True
 
 
@@ -134,8 +142,19 @@ def most_bytes(program: Program) -> int:
     return kept * 3 // 2 + 2 * max(inside.values()) + cast + largest + _INSIDE_KERNELS
 
 
-def made_bytes(module: GraphModule) -> int:
-    """Bytes of the memory that a graph's own operations make, each once: views add nothing."""
+def _share_of_pairs(program: Program) -> float:
+    pairs = counts_pairs(program)
+    made = {r: (made_bytes(r.module), made_bytes(r.module, pairs)) for r in program.regions}
+    whole, of_pairs = (sum(made[call.region][i] for call in program.calls) for i in (0, 1))
+    return of_pairs / max(whole, 1)
+
+
+def made_bytes(module: GraphModule, counts: Callable[[Tensor], bool] = lambda _: True) -> int:
+    """Bytes of the memory that a graph's own operations make, each once: views add nothing.
+
+    Args:
+        counts: which values are asked for.
+    """
     taken = {_storage(value_of(n)) for n in module.graph.find_nodes(op="placeholder")}
     total = 0
     for node in module.graph.nodes:
@@ -144,7 +163,7 @@ def made_bytes(module: GraphModule) -> int:
         for value in tree_leaves(value_of(node)):
             if isinstance(value, Tensor) and (key := _storage(value)) not in taken:
                 taken.add(key)
-                total += int_hint(value.untyped_storage().nbytes())
+                total += int_hint(value.untyped_storage().nbytes()) if counts(value) else 0
     return total
 
 

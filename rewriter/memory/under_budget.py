@@ -64,7 +64,7 @@ def under_budget(
     asked = memory_budget is not None or program is not whole
     asked = asked and not cannot_keep_all(program, example_inputs, given)
     if asked and (found := everything_kept(program, given, machine, device)):
-        hold_to(whole, given.growth.tokens * Need.of(found.plan).growth)
+        hold_to(whole, Need.of(found.plan).growth(program, given.growth.tokens))
         return replace(found, notes=(*notes, *found.notes))
     if (parted := parted_at_borders(program)) is not None:
         program = outline(parted, example_inputs) or program
@@ -95,9 +95,10 @@ def under_budget(
             chosen,
             at_worst,
         )
-    # Nothing was chosen where everything is kept.
-    most = Need.of(found.plan).growth if found.choosing is None else 1.0
-    hold_to(whole, given.growth.tokens * most if longer is None else given.reach)
+    most = given.growth.tokens if longer is None else given.reach
+    if found.choosing is None:  # everything is kept
+        most = Need.of(found.plan).growth(program, given.growth.tokens)
+    hold_to(whole, most)
     return replace(found, notes=(*notes, *found.notes), longer=longer)
 
 

@@ -76,6 +76,26 @@ def test_where_everything_was_kept_a_longer_batch_is_compiled_anew():
     assert len(plans) == 2
 
 
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query, self.value = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return x + (self.query(x) @ x.transpose(1, 2)).softmax(-1) @ self.value(x)
+
+
+def test_what_keeps_everything_does_not_serve_lengths_whose_scores_would_not_fit(monkeypatch):
+    monkeypatch.setattr(f"{__name__}.Layer", Attending)
+    held: list[float] = []
+    monkeypatch.setattr("rewriter.memory.under_budget.hold_to", lambda _, most: held.append(most))
+    _, (long,) = trained([200], memory_budget="1GB")
+    for share in (0.6, 1.1):
+        trained([50], memory_budget=int(share * long.peak))
+    # Of that length are four times the tokens, with sixteen times the scores.
+    assert 2 < held[1] < 4 <= held[2] < 4.5
+
+
 def test_what_keeps_everything_serves_all_lengths_that_fit_whenever_that_was_found(monkeypatch):
     monkeypatch.setattr("rewriter.memory.under_budget.cannot_keep_all", lambda *_: True)
     lengths = [20, 22, 24]
