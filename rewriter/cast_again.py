@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
+
+from rewriter.canonical import value_of
 
 _aten = torch.ops.aten
 _CASTS = frozenset({_aten._to_copy.default, torch.ops.prims.convert_element_type.default})
@@ -23,11 +25,15 @@ _REARRANGED = frozenset(
 
 
 def weights_of(module: GraphModule) -> tuple[int, ...]:
-    """Which inputs of a graph of Dynamo's, or of a part of one, are there all the time."""
+    """Which inputs of a graph of Dynamo's, or of a part of one, are parameters, there all the time.
+
+    Buffers are not: models write them between a forward and its backward, which autograd would then refuse.
+    """
     return tuple(
         i
         for i, node in enumerate(module.graph.find_nodes(op="placeholder"))
         if node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")
+        and isinstance(value_of(node), nn.Parameter)
     )
 
 

@@ -56,12 +56,10 @@ def test_a_graph_of_other_inputs_is_left_alone():
 class Counted(nn.Module):
     """Its scale is used, then overwritten, as running statistics are."""
 
-    scale: torch.Tensor
-
-    def __init__(self):
+    def __init__(self, scale):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(8, 8) / 8)
-        self.register_buffer("scale", torch.randn(8, 8) / 8)
+        self.scale = scale
 
     def forward(self, x):
         result = (torch.sin(x @ self.weight.to(BF16)) @ self.scale.to(BF16)).sum()
@@ -69,13 +67,17 @@ class Counted(nn.Module):
         return result
 
 
-def test_what_the_forward_overwrites_is_not_cast_again():
+@pytest.mark.parametrize("made", [nn.Buffer, lambda given: nn.Parameter(given, requires_grad=False)])
+def test_what_the_forward_or_a_caller_overwrites_is_not_cast_again(made):
     torch.manual_seed(0)
-    model, x = Counted(), torch.randn(4, 8, dtype=BF16)
-    scale = model.scale.clone()
+    first, x = torch.randn(8, 8) / 8, torch.randn(4, 8, dtype=BF16)
+    model = Counted(made(first.clone()))
     (true,) = torch.autograd.grad(model(x), model.weight)
-    model.scale.copy_(scale)
+    model.scale.copy_(first)
     torch._dynamo.reset()
-    (ours,) = torch.autograd.grad(torch.compile(model, backend="rewriter")(x), model.weight)
-    assert torch.equal(model.scale, scale + 1)
+    loss = torch.compile(model, backend="rewriter")(x)
+    assert torch.equal(model.scale, first + 1)
+    if made is nn.Buffer:
+        model.scale.add_(1)
+    (ours,) = torch.autograd.grad(loss, model.weight)
     assert torch.allclose(ours, true, rtol=0.02, atol=0.02)
