@@ -2,6 +2,7 @@
 
 import os
 import random
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -145,17 +146,26 @@ def _failures(whole, ids):
 
 
 class _Cap:
-    """What the allocator may take, while it is entered."""
+    """What the allocator may take, while it is entered; what it has free by then is taken."""
 
     def __init__(self, size: int):
         self.size = size
+        self.taken: list[torch.Tensor] = []
 
     def __enter__(self) -> None:
-        total = torch.cuda.get_device_properties("cuda").total_memory
-        torch.cuda.set_per_process_memory_fraction(self.size / total)
+        self._allow(torch.cuda.memory_reserved())
+        with suppress(torch.OutOfMemoryError):
+            while True:
+                self.taken.append(torch.empty(2 * 2**20, dtype=torch.uint8, device="cuda"))
+        self._allow(self.size)
 
     def __exit__(self, *_: object) -> None:
+        self.taken.clear()
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+    def _allow(self, size: int) -> None:
+        total = torch.cuda.get_device_properties("cuda").total_memory
+        torch.cuda.set_per_process_memory_fraction(size / total)
 
 
 def test_five_hundred_steps_of_random_lengths_grow_nothing(device, sizes, length):
