@@ -4,14 +4,12 @@
     python examples/benchmarks/regions.py --depths 16 32 64 --systems rewriter inductor:32
 
 Each first step is a process of its own, with empty caches, then again with those that the first one filled.
-The overhead of a call is the host's time for a step of a tiny model, outlined less flat, a call: there the
-host is what a step waits for, as long as its launches fit the device's queue of 1,024 (8 layers' do, 32
-layers' do not: then the host waits, and what is measured is the device).
+The overhead of a call is the host's time outside of what Inductor compiled, in steps of a tiny model, less
+that of the flat graph. Whole steps do not tell it: two models of one process differ by a millisecond anyway.
 Writes ``examples/benchmarks/results/regions.json``.
 """
 
 import argparse
-import gc
 import json
 import os
 import statistics
@@ -19,7 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -59,45 +61,53 @@ def split(result: dict) -> dict:
 
 def overhead(depth: int, steps: int) -> dict[str, float]:
     """Microseconds of the host a call of a region, of the forward's and of the backward's."""
-    outlined, flat = host_seconds(depth, steps)
+    outlined, flat = (host_seconds(depth, steps, regions) for regions in (True, False))
     forward, backward = (1e6 * (a - b) / depth for a, b in zip(outlined, flat, strict=True))
     return {"forward_us": round(forward, 1), "backward_us": round(backward, 1), "calls": depth}
 
 
-def host_seconds(depth: int, steps: int) -> list[list[float]]:
-    """Median seconds of a forward and of a backward, outlined and flat, in turns."""
+def host_seconds(depth: int, steps: int, regions: bool) -> list[float]:
+    """Median seconds of a forward and of a backward that pass outside of what Inductor compiled."""
+    from end_to_end import synchronise
     from models import build
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    ids = torch.randint(1000, (2, 64), device=device)
-    models = [build(depth, False, device, True) for _ in range(2)]
-    for model, regions in zip(models, (True, False), strict=True):
-        model.compile(backend="rewriter", options={"regions": regions, "cuda_graphs": False})
-    for model in models:
-        forward_backward(model, ids)
-    gc.collect()
-    gc.disable()
-    taken = [[forward_backward(model, ids) for model in models] for _ in range(steps)]
-    gc.enable()
-    warm = taken[steps // 5 :]
-    return [[statistics.median(step[which][part] for step in warm) for part in (0, 1)] for which in (0, 1)]
+    torch._dynamo.reset()
+    model = build(depth, False, device, True)
+    model.compile(backend="rewriter", options={"regions": regions, "cuda_graphs": False})
+    ids = torch.randint(1000, (1, 8), device=device)
+    taken: tuple[list[float], list[float]] = ([], [])
+    with outside_of_inductor() as seconds:
+        for _ in range(steps):
+            synchronise(device)
+            before = seconds()
+            with torch.autocast(device, torch.bfloat16):
+                loss = model(input_ids=ids, labels=ids).loss
+            taken[0].append(seconds() - before)
+            synchronise(device)
+            before = seconds()
+            loss.backward()
+            taken[1].append(seconds() - before)
+    return [statistics.median(part[steps // 3 :]) for part in taken]
 
 
-def forward_backward(model: torch.nn.Module, ids: torch.Tensor) -> tuple[float, float]:
-    """Seconds until the host is through with either."""
-    from end_to_end import synchronise
+@contextmanager
+def outside_of_inductor() -> Iterator[Callable[[], float]]:
+    """A clock that stands still while a graph that Inductor compiled is called."""
+    from torch._inductor.output_code import CompiledFxGraph
 
-    device = ids.device.type
-    start = time.perf_counter()
-    with torch.autocast(device, torch.bfloat16):
-        loss = model(input_ids=ids, labels=ids).loss
-    forward = time.perf_counter() - start
-    synchronise(device)
-    start = time.perf_counter()
-    loss.backward()
-    backward = time.perf_counter() - start
-    synchronise(device)
-    return forward, backward
+    inside, call = 0.0, CompiledFxGraph.__call__
+
+    def timed(*arguments: Any) -> Any:
+        nonlocal inside
+        start = time.perf_counter()
+        try:
+            return call(*arguments)
+        finally:
+            inside += time.perf_counter() - start
+
+    with patch.object(CompiledFxGraph, "__call__", timed):
+        yield lambda: time.perf_counter() - inside
 
 
 def main() -> None:

@@ -87,15 +87,14 @@ def regions(result: dict) -> str:
         if isinstance(run, dict) and "first_step_s" in run:
             name = title.removeprefix("rewriter, ").replace("inductor", "plain torch.compile")
             lines.append(row((name, *(f"{run[part]:.1f}" for part in parts))))
-    return "\n".join([*lines, "", f"{overhead(result['overhead'])} Measured on {setup(result)}."])
+    calls = overhead(result["overhead"]) if "overhead" in result else ""
+    return "\n".join([*lines, "", f"{calls}Measured on {setup(result)}."])
 
 
 def overhead(cost: dict) -> str:
-    """What a call of a region costs; earlier results have its forward and backward as one figure."""
-    text = f"A call of a region costs the host {cost['forward_us']:.0f} µs"
-    if "backward_us" in cost:
-        return f"{text} in the forward and {cost['backward_us']:.0f} µs in the backward."
-    return f"{text}, {cost['forward_backward_us']:.0f} µs with its backward."
+    """What a call of a region costs."""
+    parts = f"{cost['forward_us']:.0f} µs in the forward and {cost['backward_us']:.0f} µs in the backward"
+    return f"A call of a region costs the host {parts}. "
 
 
 def insert(document: str, name: str, table: str) -> str:
