@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rewriter.replay.capture import CudaRecorder
+from tests.gpu.recorded import gradient_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -22,14 +23,6 @@ def busy():
     with torch.cuda.stream(stream):
         torch.cuda._sleep(500_000_000)
     return stream
-
-
-def gradient_of(recording):
-    recording.forward()
-    recording.seeds[0].fill_(1.0)
-    (gradient,) = recording.backward()
-    assert gradient is not None
-    return gradient
 
 
 def test_what_is_dropped_while_another_stream_reads_it_is_not_overwritten_before(weight, busy):

@@ -11,6 +11,7 @@ import rewriter
 from rewriter.replay import plan
 from rewriter.replay.capture import CudaRecorder
 from tests.families import batch, build
+from tests.gpu.recorded import gradient_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -215,10 +216,7 @@ def test_forward_and_backward_have_one_dropout():
     recording = recorder.record(program, [ids, weight], [1])
     seen = []
     for _ in range(4):
-        recording.forward()
-        recording.seeds[0].fill_(1.0)
-        (gradient,) = recording.backward()
-        assert gradient is not None
+        gradient = gradient_of(recording)
         # The sum is linear in the weight, so that it is the gradient's product with it.
         torch.testing.assert_close(recording.outputs[0], (gradient * weight).sum())
         seen.append(recording.outputs[0].item())
@@ -246,7 +244,8 @@ def test_gradients_are_lent_where_they_are_dropped_and_copied_where_they_are_kep
     assert_same(sums, gradients(model))
 
 
-def test_memory_that_runs_out_while_recording_leaves_the_device_usable():
+def recorded_after(failure, error, match=None):
+    """Record a program of which ``failure`` ends the run that is recorded, and then the program without it."""
     weight = torch.nn.Parameter(torch.randn(50, 8, device="cuda"))
     ids = torch.arange(50, device="cuda")
     runs = []
@@ -254,39 +253,25 @@ def test_memory_that_runs_out_while_recording_leaves_the_device_usable():
     def program(ids, weight):
         runs.append(None)
         if len(runs) == 2:
-            torch.empty(2**46, dtype=torch.uint8, device="cuda")
+            failure()
         return (weight[ids].sum(),)
 
     recorder = CudaRecorder(weight.device)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(error, match=match):
         recorder.record(program, [ids, weight], [1])
     recorder.forget()
-    recording = recorder.record(program, [ids, weight], [1])
-    recording.forward()
-    recording.seeds[0].fill_(1.0)
-    torch.testing.assert_close(recording.backward(), [torch.ones_like(weight)])
+    torch.testing.assert_close(
+        gradient_of(recorder.record(program, [ids, weight], [1])), torch.ones_like(weight)
+    )
+
+
+def test_memory_that_runs_out_while_recording_leaves_the_device_usable():
+    recorded_after(lambda: torch.empty(2**46, dtype=torch.uint8, device="cuda"), torch.OutOfMemoryError)
 
 
 def test_a_program_that_waits_for_the_device_says_so_and_leaves_the_device_usable():
-    weight = torch.nn.Parameter(torch.randn(50, 8, device="cuda"))
-    ids = torch.arange(50, device="cuda")
-    runs = []
-
-    def program(ids, weight):
-        runs.append(None)
-        if len(runs) == 2:
-            torch.cuda.current_stream().synchronize()
-        return (weight[ids].sum(),)
-
-    recorder = CudaRecorder(weight.device)
-    with pytest.raises(RuntimeError, match="not permitted"):
-        recorder.record(program, [ids, weight], [1])
-    recorder.forget()
-    recording = recorder.record(program, [ids, weight], [1])
-    recording.forward()
-    recording.seeds[0].fill_(1.0)
-    torch.testing.assert_close(recording.backward(), [torch.ones_like(weight)])
-    assert F.dropout(weight, 0.5).shape == weight.shape, "random numbers can be drawn"
+    recorded_after(lambda: torch.cuda.current_stream().synchronize(), RuntimeError, "not permitted")
+    assert F.dropout(torch.ones(50, 8, device="cuda"), 0.5).shape == (50, 8), "random numbers can be drawn"
     # Memory that a stream has used comes back: the allocator knows that nothing is being recorded.
     torch.cuda.empty_cache()
     used = torch.empty(2**24, device="cuda")
@@ -322,14 +307,6 @@ def chain(x, weight):
     for _ in range(8):
         x = torch.tanh(x @ weight)
     return (x.sum(),)
-
-
-def gradient_of(recording):
-    recording.forward()
-    recording.seeds[0].fill_(1.0)
-    (gradient,) = recording.backward()
-    assert gradient is not None
-    return gradient
 
 
 @pytest.fixture
