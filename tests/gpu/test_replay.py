@@ -245,7 +245,7 @@ def test_gradients_are_lent_where_they_are_dropped_and_copied_where_they_are_kep
 
 
 def recorded_after(failure, error, match=None):
-    """Record a program of which ``failure`` ends the run that is recorded, and then the program without it."""
+    """Record a program of which ``failure`` ends the run that is recorded, and then without it."""
     weight = torch.nn.Parameter(torch.randn(50, 8, device="cuda"))
     ids = torch.arange(50, device="cuda")
     runs = []
