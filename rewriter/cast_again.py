@@ -5,8 +5,8 @@ same cast, and saves it, since it is half as large as the weight; but the weight
 of 8B with adapters of rank 32 the casts are 160 MiB, from the forward to the backward. Casting again reads
 the weights once more, 0.34 GB, and writes what the forward did: 0.1 ms on an H200.
 
-A weight that is written between a forward and its backward is then refused by autograd, as any tensor that was
-saved is; what is written past autograd, by ``weight.data``, is read as it is then.
+A weight that is written between a forward and its backward is then refused by autograd, as any tensor that
+was saved is; what is written past autograd, by ``weight.data``, is read as it is then.
 """
 
 from collections.abc import Sequence
