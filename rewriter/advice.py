@@ -15,6 +15,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from rewriter.quantised import packed_linear_inside
+from rewriter.size_text import size_text
 
 
 def advice(module: GraphModule) -> list[str]:
@@ -26,7 +27,7 @@ def advice(module: GraphModule) -> list[str]:
         size = sum(map(_bytes, cached))
         lines.append(
             f"{len(cached)} keys and values are returned for a cache that training never reads"
-            f"{f', {size / 2**20:.1f} MiB' if size else ''}: rewriter.prepare(model) turns it off."
+            f"{f', {size_text(size)}' if size else ''}: rewriter.prepare(model) turns it off."
         )
     if len(results) == 1 and results[0].target is torch.nn.functional.embedding:
         lines.append(

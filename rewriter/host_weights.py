@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from rewriter.kernels.host_embedding import host_embedding
 from rewriter.memory.pinned import HostSlab
+from rewriter.size_text import size_text
 
 EMBEDDING, LAYERS = KINDS = ("embedding", "layers")
 _NAME = "weight"
@@ -174,7 +175,7 @@ def could_live_in_host_memory(sizes: Mapping[str, int], least: Callable[[int], i
         least: the least memory_budget that would do with so many bytes less on the device.
     """
     names = {EMBEDDING: "the frozen embedding's", LAYERS: "the frozen layers'"}
-    parts = [f"{names[kind]} {_size(size)}" for kind, size in sizes.items()]
+    parts = [f"{names[kind]} {size_text(size)}" for kind, size in sizes.items()]
     if not parts:
         return ""
     kinds = repr(tuple(sizes)) if len(sizes) > 1 else repr(next(iter(sizes)))
@@ -182,10 +183,6 @@ def could_live_in_host_memory(sizes: Mapping[str, int], least: Callable[[int], i
         f" Of the weights, {' and '.join(parts)} can live in host memory: after "
         f"prepare(model, host={kinds}), memory_budget={least(sum(sizes.values()))} would do."
     )
-
-
-def _size(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.2f} MiB"
 
 
 def _input(model: nn.Module) -> nn.Module:

@@ -38,6 +38,7 @@ from rewriter.full_collections import defer_full_collections
 from rewriter.host_weights import HostedWeight, checked, hosted_weights
 from rewriter.opaque_linear import make_opaque, make_transparent, products
 from rewriter.seal import Seal
+from rewriter.size_text import size_text
 from rewriter.straight_lora import adapters, make_as_written, make_straight
 
 _STATE = "_rewriter_preparation"
@@ -181,7 +182,7 @@ def _with_weights_in_host_memory(
 ) -> Preparation:
     hosted = tuple(hosted_weights(model, host, preparation.opaque))
     size = sum(weight.nbytes for weight in hosted)
-    change = f"{size / 2**30:.2f} GiB of frozen weights ({' and '.join(host)}) are in host memory"
+    change = f"{size_text(size)} of frozen weights ({' and '.join(host)}) are in host memory"
     preparation = replace(preparation, changes=(*preparation.changes, change), host=host, hosted=hosted)
     setattr(model, _STATE, preparation)
     if torch.cuda.is_available():

@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
+
+from rewriter.report_text import graph_text
+from rewriter.size_text import size_text
 
 
 @dataclass(frozen=True)
@@ -120,17 +122,14 @@ class MemoryRecord:
 
     def __str__(self) -> str:
         lines = [
-            f"memory: {_size(self.peak)} of {_size(self.device_budget)} on the device, at the {self.where}; "
-            f"{_size(self.static)} of it all the time; {_size(self.hosted)} in host memory"
+            f"memory: {size_text(self.peak)} of {size_text(self.device_budget)} on the device, at the "
+            f"{self.where}; {size_text(self.static)} of it all the time; "
+            f"{size_text(self.hosted)} in host memory"
         ]
         lines += [f"  {kind} × {count}: {way}" for kind, way, count in self.ways]
         if self.slack > _TOLD * self.seconds:
             lines.append(f"  not proven the fastest: another may be {self.slack / self.seconds:.1%} faster")
         return "\n".join(lines)
-
-
-def _size(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 or not size else f"{size / 2**20:.2f} MiB"
 
 
 @dataclass
@@ -196,7 +195,7 @@ class Report:
         if not self.graphs:
             yield Text(_nothing(self))
         for graph in self.graphs:
-            yield from _graph_lines(graph)
+            yield from graph_text(graph)
 
 
 def _nothing(empty: Report) -> str:
@@ -206,53 +205,6 @@ def _nothing(empty: Report) -> str:
             "rewriter.report(); torch.compiler.reset() before the block has them compiled anew."
         )
     return "rewriter: no graph has been compiled yet. Call the compiled model once."
-
-
-def _graph_lines(graph: GraphRecord) -> Iterator:
-    yield Text(
-        f"graph {graph.name}: {graph.nodes_before} operations, {graph.nodes_after} after rewriting", "bold"
-    )
-    if graph.program is not None:
-        yield _regions(graph.program)
-    if graph.memory is not None:
-        yield Text("  " + str(graph.memory).replace("\n", "\n  "))
-    for note in graph.notes:
-        yield Text(f"  {note}")
-    if graph.graph_break:
-        yield Text(f"  Dynamo ended this graph early: {graph.graph_break}")
-    matches = Table("pass", "rewrite", "times", "where", box=None, padding=(0, 2), header_style="dim")
-    for record in graph.passes:
-        for m in record.matches:
-            matches.add_row(record.name, m.rewrite, str(m.count), _short(m.place))
-    if matches.row_count:
-        yield matches
-    for record in graph.passes:
-        if record.error:
-            yield Text(f"  {record.name}: left out, it failed: {record.error}", "red")
-    misses = [(record, m) for record in graph.passes for m in record.misses]
-    if misses:
-        yield Text("  not rewritten:")
-    for record, m in misses:
-        place = _short(m.model_line) or "unknown line"
-        times = f" (×{m.count})" if m.count > 1 else ""
-        yield Text(
-            f"    {record.name} at {place}{times}: {m.reason}  [{m.rewrite}, {_short(m.pattern_line)}]"
-        )
-
-
-def _regions(program: ProgramRecord) -> Table:
-    table = Table(
-        "compiled once", "operations", "weights", "MiB", box=None, padding=(0, 2), header_style="dim"
-    )
-    for region in program.regions:
-        times = f" × {region.times}" if region.times > 1 else ""
-        size = f"{region.weight_bytes / 2**20:.1f}"
-        table.add_row(region.name + times, str(region.operations), str(region.weights), size)
-    return table
-
-
-def _short(place: str) -> str:
-    return place.rpartition("/")[2]
 
 
 def count_places(sites: Iterable[tuple[str, str]]) -> tuple[MatchRecord, ...]:

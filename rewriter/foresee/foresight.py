@@ -23,6 +23,7 @@ from rewriter.memory.plan import Infeasible, MemoryPlan
 from rewriter.memory.planner import roomy
 from rewriter.memory.timeline import text
 from rewriter.options import parse_budget
+from rewriter.size_text import size_text
 
 _GIB = 2**30
 # AdamW reads parameter, gradient and two moments, and writes all but the gradient.
@@ -79,7 +80,8 @@ class Foresight:
         return "\n".join(
             [
                 f"{self.model}, {_count(self.parameters)} parameters, {_count(self.trained)} trained: "
-                f"{self.rows} × {self.tokens:,} tokens in {_size(self.memory_budget)} of {self.machine}",
+                f"{self.rows} × {self.tokens:,} tokens in "
+                f"{size_text(self.memory_budget, 1)} of {self.machine}",
                 f"  {self.seconds:.3g} s a step, {self.tokens_per_second:,.0f} tokens/s",
                 *ways,
                 *(f"  {note}" for note in self.notes),
@@ -212,7 +214,3 @@ def _count(number: int) -> str:
         if number >= size:
             return f"{number / size:.3g} {unit}"
     return str(number)
-
-
-def _size(size: int) -> str:
-    return f"{size / _GIB:.1f} GiB" if size >= _GIB / 10 or not size else f"{size / 2**20:.1f} MiB"

@@ -8,6 +8,7 @@ from torch import nn
 from rewriter.foresee.packed_linear import PackedLinear
 from rewriter.foresee.repetition import Repetition, layers_of
 from rewriter.host_weights import EMBEDDING, LAYERS, embedding_of
+from rewriter.size_text import size_text
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,10 @@ class HostBytes:
         return tokens * self.row if EMBEDDING in self.there else 0
 
     def notes(self) -> tuple[str, ...]:
-        size = sum(self.there.values()) / 2**30
-        return (f"{size:.2f} GiB of weights in host memory: {', '.join(self.there)}",) if self.there else ()
+        size = sum(self.there.values())
+        return (
+            (f"{size_text(size)} of weights in host memory: {', '.join(self.there)}",) if self.there else ()
+        )
 
 
 def host_bytes(model: nn.Module, left_out: Repetition | None, host: Collection[str]) -> HostBytes:

@@ -15,6 +15,7 @@ import torch
 from rewriter.memory.extents import Extents, aligned
 from rewriter.memory.host_share import host_share
 from rewriter.memory.pinned import HostSlab
+from rewriter.size_text import size_text
 
 _GROWTH = 2 << 30
 
@@ -115,7 +116,9 @@ class HostArena:
     def release(self) -> None:
         """Unlock and drop all slabs; raises ValueError where blocks are in use."""
         if self.in_use:
-            raise ValueError(f"HostArena: released with {_size(self.in_use)} in use; free its blocks first.")
+            raise ValueError(
+                f"HostArena: released with {size_text(self.in_use)} in use; free its blocks first."
+            )
         self._drop_idle()
 
     def _place(self, nbytes: int, owner: object) -> Block | None:
@@ -154,11 +157,7 @@ class HostArena:
     def _error(self, verb: str, nbytes: int) -> HostMemoryError:
         largest = max((slab.extents.largest_free for slab in self._slabs), default=0)
         return HostMemoryError(
-            f"HostArena: {verb} {_size(nbytes)} with {_size(self.in_use)} in use and {_size(largest)} the "
-            f"largest free range passes the host budget of {_size(self.limit)}; give a larger host_budget, "
-            "or a larger memory_budget, so that less is offloaded."
+            f"HostArena: {verb} {size_text(nbytes)} with {size_text(self.in_use)} in use and "
+            f"{size_text(largest)} the largest free range passes the host budget of {size_text(self.limit)}; "
+            "give a larger host_budget, or a larger memory_budget, so that less is offloaded."
         )
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**28 else f"{nbytes / 2**20:.2f} MiB"

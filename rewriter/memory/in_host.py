@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 from rewriter.canonical import value_of
 from rewriter.memory.costs import value_bytes
 from rewriter.regions.program import Program, Region
+from rewriter.size_text import size_text
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ def over_the_bus(module: GraphModule, device: torch.device) -> list[str]:
     times, total = ("twice", 2 * size) if trained else ("once", size)
     way_out = "; under a memory_budget they come a layer ahead, where that is faster" if trained else ""
     return [
-        f"weights: {size / 2**30:.2f} GiB in 4 bits are in host memory, and kernels read them over the bus "
-        f"{times} a step, {total / 2**30:.2f} GiB, while nothing else runs{way_out}"
+        f"weights: {size_text(size)} in 4 bits are in host memory, and kernels read them over the bus "
+        f"{times} a step, {size_text(total)}, while nothing else runs{way_out}"
     ]
 
 

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from rewriter.size_text import size_text
+
 # From the driver's header: locked for every CUDA context of the process, not the current one's alone; and an
 # address that kernels can read.
 _PORTABLE, _MAPPED = 1, 2
@@ -96,7 +98,7 @@ def _lock(memory: torch.Tensor) -> int:
 
 def _warn(nbytes: int, error: int) -> None:
     warnings.warn(
-        f"{nbytes / 2**30:.2f} GiB of host memory could not be page-locked (CUDA error {error}): it "
+        f"{size_text(nbytes)} of host memory could not be page-locked (CUDA error {error}): it "
         "is used unlocked, so copies run at about half the rate and nothing runs beside them. Raise the "
         "limit of locked memory (ulimit -l, or the container's), or give a smaller host_budget.",
         stacklevel=3,

@@ -12,14 +12,17 @@ is no slower where the slack is 0, else by at most that.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from math import inf
 
 from rewriter.memory.options import options_of, unit_of
 from rewriter.memory.plan import Infeasible, MemoryPlan, Moment, Problem
 from rewriter.memory.search import WORK, Found, Search
+from rewriter.size_text import size_text
 
 # How many times as long a step may take that leaves the allocator some of the budget.
 _WORTH = 1.1
+_size = partial(size_text, digits=1)
 
 
 def plan(problem: Problem) -> MemoryPlan:
@@ -165,7 +168,3 @@ def _search(problem: Problem, unit: float) -> Search:
 def _as_plan(problem: Problem, found: Found) -> MemoryPlan:
     chosen = tuple(part.choices[c] for part, c in zip(problem.parts, found.choices, strict=True))
     return MemoryPlan(problem, chosen)
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 / 10 else f"{count:,} bytes"

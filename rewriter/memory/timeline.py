@@ -5,13 +5,15 @@ backward. They need nothing but the plan, and load nothing.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from html import escape
 
 from rewriter.memory.plan import MemoryPlan, Moment
+from rewriter.size_text import size_text
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _MARGIN = 11  # "139.9 GiB ┤"
-_GIB = 2**30
+_size = partial(size_text, digits=1)
 
 
 def text(plan: MemoryPlan, *, width: int = 100, height: int = 8) -> str:
@@ -23,14 +25,14 @@ def text(plan: MemoryPlan, *, width: int = 100, height: int = 8) -> str:
     host = [max(m.host for m in group) for group in groups for _ in range(repeat)]
     turn = sum(not group[0].backward for group in groups) * repeat
     lines = [
-        f"device: {_gib(plan.peak)} at the {plan.where}; budget {_gib(plan.problem.device_budget)}, "
-        f"{_gib(plan.problem.static)} of it all the time",
+        f"device: {_size(plan.peak)} at the {plan.where}; budget {_size(plan.problem.device_budget)}, "
+        f"{_size(plan.problem.static)} of it all the time",
         *_bars(device, max(plan.peak, 1), height),
         " " * _MARGIN + _captions(len(device), turn),
     ]
     if plan.hosted:
         lines += [
-            f"host: {_gib(plan.hosted)}; budget {_gib(plan.problem.host_budget)}",
+            f"host: {_size(plan.hosted)}; budget {_size(plan.problem.host_budget)}",
             *_bars(host, plan.hosted, (height + 1) // 2),
         ]
     return "\n".join(line[:width].rstrip() for line in lines)
@@ -46,17 +48,13 @@ def _bars(values: Sequence[int], top: int, height: int) -> list[str]:
     lines = []
     for row in reversed(range(height)):
         eighths = [round(value / top * height * 8) - row * 8 for value in values]
-        label = _gib(round(top * (row + 1) / height)).rjust(_MARGIN - 2)
+        label = _size(top * (row + 1) / height).rjust(_MARGIN - 2)
         lines.append(f"{label} ┤" + "".join(_BLOCKS[min(8, max(0, e))] for e in eighths))
     return lines
 
 
 def _captions(columns: int, turn: int) -> str:
     return "forward"[:turn].ljust(turn) + "backward"[: columns - turn]
-
-
-def _gib(count: int) -> str:
-    return f"{count / _GIB:.1f} GiB" if count >= _GIB / 10 or not count else f"{count / 2**20:.1f} MiB"
 
 
 _WIDTH, _HEIGHT, _HOST_HEIGHT = 900, 260, 110
@@ -84,7 +82,7 @@ def svg(plan: MemoryPlan) -> str:
     if plan.problem.device_budget <= top:
         y = base - _HEIGHT * plan.problem.device_budget / top
         shapes.append(_line(_LEFT, y, _WIDTH - _RIGHT, y, "#c00", dashed=True))
-        shapes.append(_label(_WIDTH - _RIGHT, y - 4, f"budget {_gib(plan.problem.device_budget)}", "end"))
+        shapes.append(_label(_WIDTH - _RIGHT, y - 4, f"budget {_size(plan.problem.device_budget)}", "end"))
     shapes += _axis(base, _HEIGHT, top)
     x = _LEFT + (_WIDTH - _LEFT - _RIGHT) * turn / steps
     total = base + 24
@@ -93,11 +91,11 @@ def svg(plan: MemoryPlan) -> str:
         hosts = [moment.host for moment in plan.moments]
         shapes.append(_band([0] * steps, hosts, plan.hosted, total, _HOST_HEIGHT, "#b3b3b3"))
         shapes += _axis(total, _HOST_HEIGHT, plan.hosted)
-        shapes.append(_label(_LEFT, total - _HOST_HEIGHT - 8, f"host: {_gib(plan.hosted)}"))
+        shapes.append(_label(_LEFT, total - _HOST_HEIGHT - 8, f"host: {_size(plan.hosted)}"))
         total += 16
     shapes.append(_line(x, _TOP, x, total - 16, "#555", dashed=True))
     shapes += [_label(_LEFT, base + 15, "forward"), _label(x + 4, base + 15, "backward")]
-    shapes.append(_label(_LEFT, 18, f"device: {_gib(plan.peak)} at the {plan.where}"))
+    shapes.append(_label(_LEFT, 18, f"device: {_size(plan.peak)} at the {plan.where}"))
     shapes += _legend()
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {total}" width="{_WIDTH}" '
@@ -119,7 +117,7 @@ def _band(low: Sequence[int], high: Sequence[int], top: int, base: int, height: 
 
 
 def _axis(base: int, height: int, top: int) -> list[str]:
-    marks = [_label(_LEFT - 6, base - height * i / 4 + 4, _gib(round(top * i / 4)), "end") for i in range(5)]
+    marks = [_label(_LEFT - 6, base - height * i / 4 + 4, _size(top * i / 4), "end") for i in range(5)]
     return [
         *marks,
         _line(_LEFT, base - height, _LEFT, base, "#333"),

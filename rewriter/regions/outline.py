@@ -14,8 +14,7 @@ needs.
 
 import functools
 import operator
-import string
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +32,7 @@ from rewriter.regions.blocks import Block, blocks, levels
 from rewriter.regions.equal_numbers import hold_equal_numbers
 from rewriter.regions.invariants import share_invariants, share_masks, varying
 from rewriter.regions.modes import ModeSwitches
+from rewriter.regions.names import region_names
 from rewriter.regions.program import Program, Region, RegionCall
 from rewriter.regions.signature import input_key, signature
 from rewriter.regions.waists import Units, is_operation, waists
@@ -138,7 +138,7 @@ class _Outliner:
     def program(self, parts: Sequence[Block]) -> Program:
         results = _results_by_kind(parts)
         drafts = [self._draft(part, results[part.kind]) for part in parts]
-        names = _names([key for key, *_ in drafts], {n.name for n in self.source.graph.nodes})
+        names = region_names([key for key, *_ in drafts], {n.name for n in self.source.graph.nodes})
         regions = {
             key: Region(names[key], region.module, region.inputs) for key, (region, _) in self.regions.items()
         }
@@ -286,37 +286,3 @@ def _is_body(node: Node) -> bool:
 def _symbols(value: Any) -> set[str]:
     sizes = (*value.shape, *value.stride(), value.storage_offset()) if isinstance(value, Tensor) else (value,)
     return {str(s) for size in sizes if isinstance(size, SymInt) for s in size.node.expr.free_symbols}
-
-
-def _names(keys: Sequence[str], taken: Set[str]) -> dict[str, str]:
-    """Names by what repeats, none of them ``taken``: layers by letters, and the parts around them."""
-    count = {key: keys.count(key) for key in keys}
-    letters = _letters()
-    repeated = [i for i, key in enumerate(keys) if count[key] > 1]
-    first, last = (repeated[0], repeated[-1]) if repeated else (len(keys), -1)
-    names: dict[str, str] = {}
-    for index, key in enumerate(keys):
-        if key in names:
-            continue
-        if index == 0 and index < first:
-            names[key] = _free("beginning", taken)
-        elif index == len(keys) - 1 and index > last:
-            names[key] = _free("end", taken)
-        else:
-            names[key] = _free(f"layer_{next(letters)}", taken)
-    return names
-
-
-def _free(name: str, taken: Set[str]) -> str:
-    """``name``, lengthened where a node of the graph has it: both stand in one text."""
-    while name in taken:
-        name = f"{name}_region"
-    return name
-
-
-def _letters() -> Iterator[str]:
-    yield from string.ascii_lowercase
-    number = 0
-    while True:
-        number += 1
-        yield from (f"{letter}{number}" for letter in string.ascii_lowercase)

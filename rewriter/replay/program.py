@@ -32,10 +32,11 @@ from torch import Tensor, nn
 
 from rewriter.replay.capture import NoRoom, Unrecordable
 from rewriter.replay.padding import Reading
-from rewriter.replay.room import Limits, Room, gib
+from rewriter.replay.room import Limits, Room
 from rewriter.replay.sightings import Sightings
 from rewriter.replay.sizes import Size, Sizes, batches
 from rewriter.replay.step import Copies, Recorder, Recording, Step, Ticket
+from rewriter.size_text import size_text
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ class Replayed:
     def _make_room(self, tokens: int) -> None:
         """Before a call runs as compiled: forget the recordings if it may need the memory that they hold."""
         if self._room.is_needed(tokens) and self._steps:
-            self._stop(f"the {gib(self._recorder.bytes())} are needed for {tokens} tokens")
+            self._stop(f"the {size_text(self._recorder.bytes())} are needed for {tokens} tokens")
 
     def _stands(self, step: Step, inputs: tuple) -> bool:
         """Whether what the recording reads where it lies still lies there; else all are forgotten."""
@@ -201,11 +202,12 @@ class Replayed:
         length, *others = size.key
         what = f"length {length}" if length is not None else "its size" if others else "its one size"
         self._note(
-            f"{what}{f' with {others}' if others else ''} recorded, {gib(self._recorder.bytes())} held in all"
+            f"{what}{f' with {others}' if others else ''} recorded, "
+            f"{size_text(self._recorder.bytes())} held in all"
         )
         self._full = self._room.is_full()
         if self._full and not self._steps:
-            reason = f"they would hold more than {gib(self._limits.bytes)}"
+            reason = f"they would hold more than {size_text(self._limits.bytes)}"
             if size.short:
                 self._stop(reason)
             else:
@@ -213,7 +215,7 @@ class Replayed:
                 self._shorten(size, reason)
             return False
         if self._full:
-            self._note(f"no further size, for more than {gib(self._limits.bytes)} are held")
+            self._note(f"no further size, for more than {size_text(self._limits.bytes)} are held")
         return True
 
     def _count_recomputed(self) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from rewriter.replay.capture import NoRoom
 from rewriter.replay.step import Recorder
+from rewriter.size_text import size_text
 
 # What a call takes beside the activations that it keeps.
 _WORKING_MEMORY = 1.25
@@ -54,9 +55,12 @@ class Room:
         beside = kept * max(1.0, self._most_run / tokens)
         room = self._recorder.room()
         if kept > self._limits.bytes:
-            raise NoRoom(f"{gib(kept)} to hold, more than {gib(self._limits.bytes)}")
+            raise NoRoom(f"{size_text(kept)} to hold, more than {size_text(self._limits.bytes)}")
         if _WORKING_MEMORY * (kept + beside) > room:
-            raise NoRoom(f"{gib(kept)} to hold, {gib(beside)} for steps as compiled, {gib(room)} are free")
+            raise NoRoom(
+                f"{size_text(kept)} to hold, {size_text(beside)} for steps as compiled, "
+                f"{size_text(room)} are free"
+            )
 
     def refuse(self, tokens: int) -> None:
         """Let no step of so many tokens, or more, be recorded from now on."""
@@ -73,7 +77,3 @@ class Room:
         self._most_run = tokens
         need = int(_WORKING_MEMORY * self._bytes_a_token * tokens)
         return need + self._recorder.bytes() > self._recorder.room()
-
-
-def gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"

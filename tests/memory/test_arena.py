@@ -178,7 +178,7 @@ def test_negative_sizes_and_a_release_in_use_are_refused():
     with pytest.raises(ValueError, match="-1 bytes"):
         arena.allocate(-1)
     arena.allocate(0)
-    with pytest.raises(ValueError, match="released with 0.00 MiB in use"):
+    with pytest.raises(ValueError, match="released with [0-9]+ bytes in use"):
         arena.release()
 
 

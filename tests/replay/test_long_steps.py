@@ -84,8 +84,8 @@ def test_a_long_step_with_few_labels_is_left_to_the_program_which_leaves_rows_ou
 @pytest.mark.parametrize(
     ("size", "free", "reason"),
     [
-        (2**20 + 1, 2**30, "0.00 GiB to hold, more than 0.00 GiB"),
-        (2**20, 2**21, "0.00 GiB for steps as compiled, 0.00 GiB are free"),
+        (2**20 + 1, 2**30, "1.00 MiB to hold, more than 1.00 MiB"),
+        (2**20, 2**21, "1.00 MiB for steps as compiled, 2.00 MiB are free"),
     ],
 )
 def test_a_recording_that_would_take_the_memory_of_other_steps_is_not_made(size, free, reason):
