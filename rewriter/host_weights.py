@@ -227,7 +227,7 @@ def _move(weight: nn.Parameter) -> weakref.finalize | None:
     if not torch.cuda.is_available():
         weight.data = weight.data.cpu()
         return None
-    slab = HostSlab(max(weight.nbytes, 1), pin=True)
+    slab = HostSlab(max(weight.nbytes, 1), pin=True, device=weight.device)
     made = slab.bytes[: weight.nbytes].view(weight.dtype).view(weight.shape)
     weight.data = made.copy_(weight.data)
     unlocking = weakref.finalize(weight, _outlived, slab)

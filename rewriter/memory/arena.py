@@ -35,8 +35,8 @@ class Block:
 
 
 class _Slab:
-    def __init__(self, nbytes: int, *, pin: bool):
-        self.memory, self.extents = HostSlab(nbytes, pin=pin), Extents(nbytes)
+    def __init__(self, nbytes: int, *, pin: bool, device: torch.device | None):
+        self.memory, self.extents = HostSlab(nbytes, pin=pin, device=device), Extents(nbytes)
         self.blocks: dict[int, Block] = {}
 
 
@@ -44,13 +44,20 @@ class HostArena:
     """At most ``limit`` bytes of host memory; by default ``host_share()``.
 
     ``pin``: page-lock it; by default where there is a CUDA device. ``growth``: the least bytes that a slab
-    has which was not reserved.
+    has which was not reserved. ``device``: as of ``HostSlab``.
     """
 
-    def __init__(self, limit: int | None = None, *, pin: bool | None = None, growth: int = _GROWTH):
+    def __init__(
+        self,
+        limit: int | None = None,
+        *,
+        pin: bool | None = None,
+        growth: int = _GROWTH,
+        device: torch.device | None = None,
+    ):
         self.limit = host_share() if limit is None else limit
         self.pin = torch.cuda.is_available() if pin is None else pin
-        self.growth = growth
+        self.growth, self.device = growth, device
         self.in_use = self.peak = 0
         self._slabs: list[_Slab] = []
 
@@ -145,7 +152,7 @@ class HostArena:
     def _add(self, nbytes: int) -> None:
         # Where locking failed once, it is not tried, nor warned of, again.
         self.pin = self.pin and self.pinned
-        self._slabs.append(_Slab(nbytes, pin=self.pin))
+        self._slabs.append(_Slab(nbytes, pin=self.pin, device=self.device))
 
     def _drop_idle(self) -> None:
         self.pin = self.pin and self.pinned

@@ -30,9 +30,12 @@ _PIECE = 4 << 30
 
 
 class HostSlab:
-    """``nbytes`` of host memory, which a thread locks while the caller goes on."""
+    """``nbytes`` of host memory, which a thread locks while the caller goes on.
 
-    def __init__(self, nbytes: int, *, pin: bool):
+    ``device``: the one whose copies use it; without one, the current.
+    """
+
+    def __init__(self, nbytes: int, *, pin: bool, device: torch.device | None = None):
         memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):  # a forked data loader must not copy locked pages
             # A kernel that knows neither works as well, slower.
@@ -43,9 +46,11 @@ class HostSlab:
         self._pinned: bool | None = None if pin else False
         if pin:
             self._error = Future()
-            # Locking makes the context of a thread's device, which begins as the first one.
-            device = torch.cuda.current_device()
-            threading.Thread(target=self._lock, args=(memory, device, self._error)).start()
+            # Locking makes the context of a thread's device, which begins as the first one; and unlocking
+            # waits for one device's copies, which the caller's current device may know nothing of.
+            index = None if device is None else device.index
+            index = torch.cuda.current_device() if index is None else index
+            threading.Thread(target=self._lock, args=(memory, index, self._error)).start()
 
     @property
     def bytes(self) -> torch.Tensor:

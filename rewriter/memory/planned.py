@@ -274,4 +274,4 @@ def _apply(
 @functools.cache
 def transfers_of(device: str, host_budget: int) -> Transfers:
     """The process's own to and from ``device``: all graphs share its host memory."""
-    return Transfers(HostArena(host_budget), device)
+    return Transfers(HostArena(host_budget, device=torch.device(device)), device)

@@ -3,11 +3,12 @@
 import threading
 import warnings
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from rewriter.memory import pinned
+from rewriter.memory import pinned, planned
 from rewriter.memory.arena import HostArena
 
 MiB = 1 << 20
@@ -19,20 +20,29 @@ class Driver:
     def __init__(self, error: int):
         self.error, self.let = error, threading.Event()
         self.locked: list[int] = []
+        self.devices: list[int] = []
 
     def register(self, address: int, nbytes: int, flags: int) -> int:
         assert self.let.wait(20)
         self.locked += [] if self.error else [address]
         return self.error
 
+    def on(self, device: int):
+        self.devices.append(device)
+        return nullcontext()
+
+    def unlock(self, address: int, device: int, memory: object) -> None:
+        self.devices.append(device)
+        self.locked.remove(address)
+
 
 @pytest.fixture
 def driver(monkeypatch, request):
     found = Driver(getattr(request, "param", 0))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", found.on)
     monkeypatch.setattr(pinned, "register", found.register)
-    monkeypatch.setattr(pinned, "_unlock", lambda address, *_: found.locked.remove(address))
+    monkeypatch.setattr(pinned, "_unlock", found.unlock)
     monkeypatch.setattr(pinned, "_forget_error", lambda: None)
     yield found
     found.let.set()
@@ -61,6 +71,18 @@ def test_memory_that_nobody_waited_for_is_unlocked_all_the_same(driver):
     del slab
     driver.let.set()
     assert gone.wait(20) and not driver.locked and not finalizing.alive
+
+
+def test_memory_is_locked_and_unlocked_on_the_device_whose_copies_use_it(driver, monkeypatch):
+    driver.let.set()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(planned, "Transfers", lambda arena, device: SimpleNamespace(arena=arena))
+    arena = planned.transfers_of.__wrapped__("cuda:1", 8 * MiB).arena
+    arena.reserve(MiB)
+    arena.release()
+    assert driver.devices == [1, 1]
+    assert pinned.HostSlab(MiB, pin=True).pinned
+    assert driver.devices[2] == 0, "the current one, where none is said"
 
 
 @pytest.mark.parametrize("driver", [2], indirect=True)
