@@ -49,6 +49,13 @@ def lower_planned(
     return PlannedByLength(planned.longer, run, lowering.again, tell)
 
 
+class _Uncompiled(Exception):
+    """The stages of ``layer`` cannot be compiled, for ``error``."""
+
+    def __init__(self, layer: "LayerGraphs", error: Exception):
+        self.layer, self.error = layer, error
+
+
 class _Lowering:
     """Compiles what plans of one program call, each stage and region once."""
 
@@ -61,7 +68,9 @@ class _Lowering:
 
     def first(self, planned: "PlannedProgram", say: Say) -> "tuple[Callable, PlannedProgram]":
         """The code, and the plan that it follows."""
-        planned = self._with_stages(planned, say)
+        return self._with_stages(planned, say, self._with_regions)
+
+    def _with_regions(self, planned: "PlannedProgram", say: Say) -> Callable:
         number, count = len(planned.layers), planned.compilations
         for region in planned.program.regions:
             if region not in planned.staged and region.module not in self._regions:
@@ -70,13 +79,12 @@ class _Lowering:
                 self._regions[region.module] = lower.lower_beside(region.module, region.inputs, self._options)
         if planned.choosing is not None:
             planned.choosing.ways.compiled = frozenset(self._regions)
-        return self._linked(planned), planned
+        return self._linked(planned)
 
     def again(self, planned: "PlannedProgram") -> "tuple[Callable, PlannedProgram]":
         """The same of a plan made later."""
         with progress_line() as line, self._in_context():
-            planned = self._with_stages(planned, line.now)
-        return self._linked(planned), planned
+            return self._with_stages(planned, line.now, lambda planned, _: self._linked(planned))
 
     def _linked(self, planned: "PlannedProgram") -> Callable:
         compiled: dict[Region, Callable] = {}
@@ -87,21 +95,25 @@ class _Lowering:
                 if staged is None
                 else staged.scheduled(self._stages[staged.layer], planned.transfers)
             )
-        planned.reserve_host_memory()
         return planned.announced(link(planned.program, compiled))
 
-    def _with_stages(self, planned: "PlannedProgram", say: Say) -> "PlannedProgram":
-        """Compile the stages of a plan; another one where some cannot be compiled.
+    def _with_stages(
+        self, planned: "PlannedProgram", say: Say, rest: "Callable[[PlannedProgram, Say], Callable]"
+    ) -> "tuple[Callable, PlannedProgram]":
+        """Compile the stages of a plan, and ``rest``; another one's where some cannot be compiled.
 
-        Host memory is locked meanwhile.
+        Host memory is locked meanwhile: that of a plan that is not run would stay locked for good.
         """
-        planned.reserve_host_memory()
-        while (failed := self._compile_stages(planned, say)) is not None:
-            planned = planned.without(*failed)
-        return planned
+        while True:
+            try:
+                with planned.host_memory():
+                    self._compile_stages(planned, say)
+                    return rest(planned, say), planned
+            except _Uncompiled as failed:
+                planned = planned.without(failed.layer, failed.error)
 
-    def _compile_stages(self, planned: "PlannedProgram", say: Say) -> "tuple[LayerGraphs, Exception] | None":
-        """Compile what the plan runs and is not compiled yet; the first that fails, and why."""
+    def _compile_stages(self, planned: "PlannedProgram", say: Say) -> None:
+        """Compile what the plan runs and is not compiled yet; raises _Uncompiled for the first that fails."""
 
         def compile_graph(module: GraphModule, inputs: Sequence[Any], fake_mode: Any) -> Callable:
             # The first layer has stages of the others, and every form of a layer the same attention.
@@ -118,8 +130,7 @@ class _Lowering:
                 self._stages[layer] = layer.compiled(compile_graph)
             except Exception as error:
                 log.warning("the stages of %s cannot be compiled: %s", name, error, exc_info=True)
-                return layer, error
-        return None
+                raise _Uncompiled(layer, error) from error
 
     def _in_context(self) -> AbstractContextManager:
         """What is compiled while a step runs belongs to the compilation of its graph."""

@@ -10,6 +10,9 @@ copy comes later (``transfer.py`` does). Not for several threads at once. Refuse
 than the limit, a block freed twice.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
 
 from rewriter.memory.extents import Extents, aligned
@@ -86,6 +89,20 @@ class HostArena:
             self._drop_idle()
         self._add(needed - self.capacity)
 
+    @contextmanager
+    def reserved(self, nbytes: int) -> Iterator[None]:
+        """``reserve`` for what is done within; where that fails, slabs that came for it are unlocked again.
+
+        The arena is then what it was, or smaller where slabs had given way.
+        """
+        before = list(self._slabs)
+        try:
+            self.reserve(nbytes)
+            yield
+        except BaseException:
+            self._drop([slab for slab in self._slabs if slab not in before and not slab.blocks])
+            raise
+
     def allocate(self, nbytes: int, owner: object = None) -> Block:
         """A block of ``nbytes``, its contents undefined; ``owner`` is who frees it, for ``free_owned``.
 
@@ -155,10 +172,13 @@ class HostArena:
         self._slabs.append(_Slab(nbytes, pin=self.pin, device=self.device))
 
     def _drop_idle(self) -> None:
-        self.pin = self.pin and self.pinned
-        idle = [slab for slab in self._slabs if not slab.blocks]
-        self._slabs = [slab for slab in self._slabs if slab.blocks]
-        for slab in idle:
+        self._drop([slab for slab in self._slabs if not slab.blocks])
+
+    def _drop(self, slabs: Sequence[_Slab]) -> None:
+        # Out of the arena before anything is asked of them: a thread that failed to lock one raises here.
+        self._slabs = [slab for slab in self._slabs if slab not in slabs]
+        self.pin = self.pin and all(slab.memory.pinned for slab in slabs)
+        for slab in slabs:
             slab.memory.close()
 
     def _error(self, verb: str, nbytes: int) -> HostMemoryError:

@@ -7,6 +7,7 @@ run differently become regions of their own, so that the program's text shows wh
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -105,13 +106,14 @@ class PlannedProgram:
         why = f"{kind} runs in other ways, compiling its stages failed: {type(error).__name__}: {error}"
         return replace(found, notes=(*self.notes, why, *found.notes), longer=self.longer)
 
-    def reserve_host_memory(self) -> None:
+    def host_memory(self) -> AbstractContextManager:
         """Have what the plan offloads in one piece: grown bit by bit, it would leave a rest in each.
 
-        It is locked while the caller compiles.
+        It is locked while the caller compiles within, and given back where that fails.
         """
-        if self.plan.hosted:
-            self.transfers().arena.reserve(self.plan.hosted + _SPARE)
+        if not self.plan.hosted:
+            return nullcontext()
+        return self.transfers().arena.reserved(self.plan.hosted + _SPARE)
 
     def announced(self, run: Callable) -> Callable:
         """``run``, the linked program, that first says what is to come.

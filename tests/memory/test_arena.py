@@ -193,6 +193,24 @@ def test_blocks_of_one_owner_are_freed_together_and_others_stay():
     arena.release()
 
 
+def test_what_was_reserved_for_something_that_fails_is_given_back_and_the_rest_stays():
+    arena = _small(limit=8 * MiB)
+    arena.reserve(2 * MiB)
+    with pytest.raises(RuntimeError, match="no kernel"), arena.reserved(5 * MiB):
+        assert arena.capacity == 5 * MiB
+        raise RuntimeError("no kernel")
+    assert arena.capacity == 2 * MiB
+    with pytest.raises(KeyboardInterrupt), arena.reserved(5 * MiB):
+        blocks = [arena.allocate(2 * MiB) for _ in range(2)]
+        raise KeyboardInterrupt
+    assert arena.capacity == 5 * MiB and arena.in_use == 4 * MiB, "blocks in it are somebody's"
+    for block in blocks:
+        arena.free(block)
+    with arena.reserved(6 * MiB):
+        pass
+    assert arena.capacity >= 6 * MiB
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs page-locked memory")
 def test_blocks_are_page_locked():
     arena = HostArena(64 * MiB, growth=MiB)

@@ -1,7 +1,9 @@
 """Stages that cannot be compiled: their layers run in other ways, and the report says so."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ import torch
 import rewriter
 from rewriter import lower
 from rewriter.lower_planned import _Lowering
+from rewriter.memory.arena import HostArena
+from tests.memory.on_device import free_bus, poisoned
 from tests.memory.test_lengths import assert_as_eager, trained
 
 LENGTHS = [20, 20]
@@ -33,7 +37,10 @@ def fails(monkeypatch):
 
 def test_where_none_can_be_compiled_everything_is_kept_and_that_it_does_not_fit_is_said(fails):
     fails(1000)
-    found, (plan,) = trained(LENGTHS, max_tokens=80)
+    grown = patch.object(HostArena, "_add", autospec=True, side_effect=HostArena._add)
+    with free_bus(), poisoned("cpu") as transfers, grown as add:
+        found, (plan,) = trained(LENGTHS, max_tokens=80)
+    assert add.called and not transfers.arena.capacity, "what was locked for a plan that is not run"
     assert_as_eager(found, LENGTHS)
     assert plan is not None and plan.peak > plan.device_budget
     assert {way for kind, way, _ in plan.ways if kind.startswith("layer")} == {"keep all"}
@@ -62,9 +69,9 @@ class Failing:
 def test_a_later_plan_whose_stages_cannot_be_compiled_gives_way_to_another(monkeypatch):
     monkeypatch.setattr(_Lowering, "_linked", lambda self, planned: planned.run)
     without = []
-    other: Any = SimpleNamespace(layers={}, compilations=0, run="other's code")
+    other: Any = SimpleNamespace(layers={}, compilations=0, run="other's code", host_memory=nullcontext)
     layer = Failing()
-    later: Any = SimpleNamespace(compilations=1, reserve_host_memory=lambda: None)
+    later: Any = SimpleNamespace(compilations=1, host_memory=nullcontext)
     later.layers, later.without = {layer: "layer_a"}, lambda *failed: without.append(failed) or other
     options: Any = None
     assert _Lowering(options).again(later) == ("other's code", other)
