@@ -219,11 +219,7 @@ class CudaRecorder:
         """
         if not self.lender.reclaim(parameters):
             return False
-        for used in self.lender.take_streams():
-            stream = torch.cuda.Stream(
-                stream_id=used.stream_id, device_index=used.device_index, device_type=used.device_type
-            )
-            self._home.wait_stream(stream)
+        self._wait_for_users()
         return True
 
     def bytes(self) -> int:
@@ -242,10 +238,19 @@ class CudaRecorder:
         self._pool_bytes = 0
         self._is_empty = True
         self.lender.forget()
+        # What they read is in memory that others may have now.
+        self._wait_for_users()
 
     def segments(self) -> Segments:
         """What the allocator has for the recordings."""
         return Segments.of(self._pool, self.device)
+
+    def _wait_for_users(self) -> None:
+        for used in self.lender.take_streams():
+            stream = torch.cuda.Stream(
+                stream_id=used.stream_id, device_index=used.device_index, device_type=used.device_type
+            )
+            self._home.wait_stream(stream)
 
     def _make_workspace(self) -> None:
         """What cuBLAS keeps of a stream's first product on: in the pool, it would hold a block for good."""

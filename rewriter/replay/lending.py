@@ -85,13 +85,18 @@ class Lender:
 
     def take_streams(self) -> set[torch.Stream]:
         """Streams that used what was lent since they were last asked for."""
-        streams, self._streams = self._streams, set()
+        streams = set()
+        # One by one: another thread may say at any time that a stream of its own uses what it was lent.
+        while self._streams:
+            streams.add(self._streams.pop())
         return streams
 
     def forget(self) -> None:
-        """To be called when no recording is left: who holds what was lent may keep it."""
+        """To be called when no recording is left: who holds what was lent may keep it.
+
+        What streams were said to use is still read: they are told by ``take_streams`` as ever.
+        """
         self._lent.clear()
-        self._streams.clear()
 
     def _is_its_own(self, key: int, parameter: Tensor) -> bool:
         return self._lent[key].holders() == 1 and _gradient_holders(parameter) == _holders_alone()

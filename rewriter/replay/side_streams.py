@@ -11,6 +11,7 @@ the caller's stream wait at the end of a backward, and collectives, for which th
 
 import functools
 import warnings
+from threading import RLock
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -26,12 +27,17 @@ class Listener(Protocol):
 
 
 _listeners: WeakSet[Listener] = WeakSet()
+# One thread may make a recorder while another says ``record_stream``. Reentrant, since what a collection
+# destroys in the middle of either may say it too.
+_listening = RLock()
 
 
 def listen(listener: Listener) -> None:
     """Tell ``listener``, for as long as it is there, what is recorded of tensors on GPUs."""
-    _listeners.add(listener)
-    _listen_on_gpus()
+    with _listening:
+        _listeners.add(listener)
+        # Of two threads, one: each would hear the other's.
+        _listen_on_gpus()
 
 
 @functools.cache
@@ -44,7 +50,9 @@ def telling(key: str) -> Library:
     kernel = get_kernel("aten::record_stream", key)
 
     def record_stream(keys: Any, tensor: Tensor, stream: torch.Stream) -> None:
-        for listener in _listeners:
+        with _listening:
+            told = tuple(_listeners)
+        for listener in told:
             listener.used_on(tensor, stream)
         kernel.call_boxed(keys, tensor, stream)
 

@@ -13,13 +13,22 @@ from rewriter.replay.lending import Lender, Lent
 def waited(monkeypatch):
     """The streams that the steps' own stream has waited for."""
     monkeypatch.setattr(torch.cuda, "Stream", lambda **given: given)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     return []
 
 
-def test_the_steps_stream_waits_once_for_each_that_used_what_is_back(waited):
+def _recorder(waited) -> CudaRecorder:
     recorder = CudaRecorder.__new__(CudaRecorder)
     recorder.__dict__.update(lender=Lender(), _home=SimpleNamespace(wait_stream=waited.append))
-    stream = torch.Stream("cpu")
+    return recorder
+
+
+def _told(stream: torch.Stream) -> dict:
+    return dict(stream_id=stream.stream_id, device_index=stream.device_index, device_type=0)
+
+
+def test_the_steps_stream_waits_once_for_each_that_used_what_is_back(waited):
+    recorder, stream = _recorder(waited), torch.Stream("cpu")
     (given,) = recorder.lender.give(Lent([torch.ones(3)]))
     for _ in range(2):
         recorder.lender.used_on(given, stream)
@@ -27,4 +36,13 @@ def test_the_steps_stream_waits_once_for_each_that_used_what_is_back(waited):
     del given
     for _ in range(2):
         assert recorder.reclaim([])
-    assert waited == [dict(stream_id=stream.stream_id, device_index=stream.device_index, device_type=0)]
+    assert waited == [_told(stream)]
+
+
+def test_the_steps_stream_waits_for_those_that_use_what_is_forgotten(waited):
+    recorder, stream = _recorder(waited), torch.Stream("cpu")
+    (given,) = recorder.lender.give(Lent([torch.ones(3)]))
+    recorder.lender.used_on(given, stream)
+    del given
+    recorder.forget()
+    assert waited == [_told(stream)]

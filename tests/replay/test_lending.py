@@ -1,5 +1,7 @@
 """Gradients that are given out without a copy, and when they may be overwritten."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -97,6 +99,22 @@ def test_streams_that_used_what_was_lent_are_told_once_it_is_back(places):
     assert not lender.take_streams()
 
 
+def test_a_stream_that_is_told_while_others_are_taken_is_told_the_next_time(places):
+    lender, lent = Lender(), Lent(places)
+    (given, *_), taken = lender.give(lent), []
+
+    class Told:
+        def __hash__(self):
+            # As another thread would, between what is asked for and what is added.
+            if not taken:
+                taken.append(lender.take_streams())
+            return 0
+
+    stream: Any = Told()
+    lender.used_on(given, stream)
+    assert taken == [set()] and lender.take_streams() == {stream}
+
+
 def test_two_recordings_gradients_are_counted_apart(places):
     lender = Lender()
     first, second = Lent(places), Lent([torch.ones(7)])
@@ -113,3 +131,11 @@ def test_after_all_is_forgotten_who_holds_a_gradient_keeps_it(places):
     lender.forget()
     assert lender.reclaim([])
     assert torch.equal(given[2], torch.ones(4))
+
+
+def test_streams_that_use_what_is_forgotten_are_told_all_the_same(places):
+    lender, stream = Lender(), torch.Stream("cpu")
+    given = lender.give(Lent(places))
+    lender.used_on(given[0], stream)
+    lender.forget()
+    assert lender.take_streams() == {stream}
