@@ -22,7 +22,8 @@ from typing import Protocol
 
 from torch.fx import GraphModule
 
-from rewriter.memory.costs import GraphCost, Rates, graph_cost
+from rewriter.memory.costs import GraphCost, graph_cost
+from rewriter.memory.durations import Rates
 from rewriter.memory.growth import AS_TRACED, Growth
 from rewriter.memory.in_host import NONE, InHost
 from rewriter.memory.layer_graphs import LayerGraphs, longest_tile
@@ -163,7 +164,7 @@ class _Walk:
         in_host: InHost,
         machine: Link,
     ):
-        self.in_host, self.to_device = in_host, machine.to_device
+        self.in_host, self.to_device, self.bandwidth = in_host, machine.to_device, machine.bandwidth
         self.layer, self.tokens, self.cost, self.window = layer, tokens, cost, window
         self.tile = None if tile is None or tile >= tokens else tile_length(tokens, tile)
         # Of what is offloaded, that which is on the device one tile at a time.
@@ -219,7 +220,9 @@ class _Walk:
         peak = sum(live.values()) + whole + cost.peak_bytes
         live.update(gives)
         reading = self._reading(graphs.forward, self.layer.wiring.takes[index])
-        return peak, (cost.seconds + reading) * count
+        # Each tile's results are copied to their place.
+        placing = 2 * sum(gives.values()) / self.bandwidth if count > 1 else 0.0
+        return peak, (cost.seconds + reading) * count + placing
 
     def _backward(
         self,
@@ -254,7 +257,10 @@ class _Walk:
         reading = self._reading(graphs.backward, self.layer.wiring.reads_back[index])
         seconds = cost.seconds + reading
         waiting = _waiting(count, seconds, returning / self.to_device, self.window / self.to_device)
-        return before + room + cost.peak_bytes, seconds * count + waiting
+        # Each tile's gradients are copied to their place, or added to what is there.
+        placing = 2 * sum(made.values()) + 3 * sum(self.size[n] for n in stage.gradients if n not in made)
+        placed = placing / self.bandwidth if count > 1 else 0.0
+        return before + room + cost.peak_bytes, seconds * count + placed + waiting
 
     def _reading(self, graph: GraphModule, names: Sequence[str]) -> float:
         """Seconds in which one run waits for weights over the bus."""

@@ -13,9 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 
 from rewriter.canonical import value_of
-from rewriter.memory.costs import bytes_at, int_hint, value_bytes
+from rewriter.memory.costs import bytes_at, value_bytes
 from rewriter.memory.fakes import dense_strides, is_dense, memory_order
 from rewriter.memory.layer import LayerStages
+from rewriter.memory.operations import int_hint
 from rewriter.memory.schedule import StageValues, Wiring
 from rewriter.memory.stage_graphs import StageGraphs, Unstaged, stage_graphs
 from rewriter.memory.stage_run import StageRun

@@ -16,8 +16,8 @@ from typing import Any
 from torch import SymInt, Tensor
 
 from rewriter.canonical import value_of
-from rewriter.memory.costs import int_hint
 from rewriter.memory.growth import AS_TRACED, Growth
+from rewriter.memory.operations import int_hint
 from rewriter.regions.program import Program
 
 # Beyond so many times the tokens that a plan is first made for, longer tiles than it has would run faster.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from rewriter.memory.costs import argument_of
+from rewriter.memory.operations import argument_of
 
 
 def draws(module: GraphModule) -> list[tuple[str, str]]:

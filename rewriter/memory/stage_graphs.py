@@ -17,7 +17,6 @@ from torch.fx import GraphModule
 
 from rewriter.gate_gradients import join_gate_gradients
 from rewriter.kernels.attention_groups import by_groups
-from rewriter.memory.costs import argument_of, int_hint
 from rewriter.memory.fakes import StageFakes, memory_order
 from rewriter.memory.in_place import add_in_place_again
 from rewriter.memory.joint import (
@@ -29,6 +28,7 @@ from rewriter.memory.joint import (
     partitioned_graphs,
     signature_of,
 )
+from rewriter.memory.operations import argument_of, int_hint
 from rewriter.memory.randomness import draws
 from rewriter.memory.stages import Stage
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewriter.memory.costs import int_hint
 from rewriter.memory.fakes import dense_strides, densely, memory_order
+from rewriter.memory.operations import int_hint
 from rewriter.memory.stage_graphs import Rows, StageGraphs
 
 

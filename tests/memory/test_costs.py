@@ -22,9 +22,10 @@ class Machine:
     attention_forward_flops: float = 100.0
     attention_backward_flops: float = 50.0
     bandwidth: float = 1000.0
+    launch_seconds: float = 0.0
 
 
-def _cost(function, shapes, tokens=7, hint=7):
+def _cost(function, shapes, tokens=7, hint=7, launch=0.0):
     """Of ``function`` of tensors whose first dimension counts tokens where it is None."""
     fakes = StageFakes(hint)
     inputs = []
@@ -33,7 +34,7 @@ def _cost(function, shapes, tokens=7, hint=7):
         inputs.append(fakes.like(torch.empty([hint if s is None else s for s in shape]), rows))
     with tracing(TracingContext(fakes.mode)), torch.no_grad(), fakes.mode:
         graph = forward_graph(function, signature_of(function, inputs, [False] * len(inputs)))
-    return graph_cost(graph, fakes, tokens, Machine())
+    return graph_cost(graph, fakes, tokens, Machine(launch_seconds=launch))
 
 
 def test_a_product_costs_its_operations():
@@ -54,7 +55,37 @@ def test_what_is_written_in_place_is_read_and_written():
         return (total,)
 
     cost = _cost(add, [(None, 16), (None, 1), (1, 16)])
-    assert cost.seconds == pytest.approx(4 * (7 * 16 * 2 + 7 + 16) / 1000)
+    copying = 4 * 7 * 16 * 2
+    assert cost.seconds == pytest.approx((copying + 4 * (7 * 16 * 2 + 7 + 16)) / 1000)
+
+
+def test_a_product_that_adds_in_place_costs_its_operations():
+    def add(total, a, b):
+        add_product_(total, a, b, 1.0)
+        return (total + 0,)
+
+    cost = _cost(add, [(None, 16), (None, 32), (32, 16)])
+    assert cost.seconds == pytest.approx((2 * 7 * 32 * 16 + 4 * 7 * 16 * 2) / 1000)
+
+
+def test_pointwise_operations_cost_what_enters_and_leaves_them():
+    def chain(x, y, w):
+        wide = (x.view(-1) * 2).view(-1, 8) + y
+        return (wide.exp() @ w,)
+
+    cost = _cost(chain, [(None, 8), (None, 8), (8, 8)])
+    assert cost.seconds == pytest.approx((4 * 7 * 8 * 3 + 2 * 7 * 8 * 8) / 1000)
+
+
+def test_looking_rows_up_costs_what_is_found():
+    cost = _cost(lambda ids, w: (F.embedding(ids.to(torch.int64), w),), [(None,), (1000, 8)])
+    assert cost.seconds == pytest.approx((4 * 7 + 2 * 4 * 7 * 8) / 1000)
+
+
+def test_no_kernel_is_shorter_than_its_launch():
+    """Two products and a sum of their results, but not the view."""
+    cost = _cost(lambda x, w: (x @ w + (x @ w.t()).view(-1, 8),), [(None, 8), (8, 8)], launch=50.0)
+    assert cost.seconds == 150.0
 
 
 def test_twice_the_tokens_cost_twice_the_operations_and_bytes():
@@ -63,7 +94,7 @@ def test_twice_the_tokens_cost_twice_the_operations_and_bytes():
     assert twice.peak_bytes == 2 * once.peak_bytes
 
 
-def test_longer_sequences_than_were_traced_cost_what_those_would():
+def test_sequences_of_other_lengths_than_were_traced_cost_what_those_would():
     """Of a stage that runs whole, whose sizes are not a tile's."""
 
     def layer(q, k, v, w):
@@ -78,8 +109,9 @@ def test_longer_sequences_than_were_traced_cost_what_those_would():
             graph = forward_graph(layer, signature_of(layer, inputs, [False] * 4))
         return graph_cost(graph, fakes, 7, Machine(), growth)
 
-    ours, theirs = cost(12, Growth(2.5, 2.5)), cost(30, Growth())
-    assert ours.seconds == pytest.approx(theirs.seconds)
+    for there, here in ((12, 30), (30, 12)):
+        ours, theirs = cost(there, Growth(here / there, here / there)), cost(here, Growth())
+        assert ours.seconds == pytest.approx(theirs.seconds)
     assert (ours.peak_bytes, ours.result_bytes) == (theirs.peak_bytes, theirs.result_bytes)
     # More sequences see no more of each other.
     ours, theirs = cost(12, Growth(2.0, 1.0)), cost(12, Growth(), rows=4)
@@ -95,7 +127,9 @@ def test_a_product_of_weights_does_not_grow_with_the_tokens():
 def test_attention_has_a_rate_of_its_own():
     shapes = [(1, 2, None, 8)] * 3
     cost = _cost(lambda q, k, v: (F.scaled_dot_product_attention(q, k, v),), shapes)
-    assert cost.seconds == pytest.approx(2 * 2 * 2 * 7 * 7 * 8 / 100)
+    # Of four tensors, and of a number in fp32 for each row.
+    moved = 4 * (4 * 2 * 7 * 8 + 2 * 7)
+    assert cost.seconds == pytest.approx(2 * 2 * 2 * 7 * 7 * 8 / 100 + moved / 1000)
 
 
 def test_views_are_free():
