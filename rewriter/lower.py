@@ -229,13 +229,16 @@ def _lower_eager(module: GraphModule, example_inputs: Sequence[Any], around_back
     from torch._dynamo.backends.debugging import boxed_nop
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-    def backward_compiler(backward: GraphModule, inputs: list[Any]) -> Callable:
+    def backward_compiler(backward: GraphModule, given: list[Any]) -> Callable:
         with around_backward():
             join_gate_gradients(backward.graph, functional=True)
             backward.recompile()
-            return boxed_nop(backward, inputs)
+            return boxed_nop(backward, given)
+
+    inputs, weights = tuple(example_inputs), weights_of(module)
 
     def partition(joint: GraphModule, *given: Any, **settings: Any) -> Any:
+        cast_again(joint.graph, inputs, weights)
         make_again(joint.graph)
         return min_cut_rematerialization_partition(joint, *given, **settings)
 

@@ -6,7 +6,9 @@ from torch import nn
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.aot_autograd import aot_function
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.autograd.graph import saved_tensors_hooks
 
+import rewriter.lower
 from rewriter.cast_again import cast_again
 
 BF16 = torch.bfloat16
@@ -51,6 +53,38 @@ def test_a_graph_of_other_inputs_is_left_alone():
     assert "recompute" not in cast.meta
     cast_again(graph, (torch.zeros(3),), (0,))
     assert "recompute" in cast.meta
+
+
+class Adapted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        sizes = ((2, 8), (2, 8), (6, 4))
+        self.weights = nn.ParameterList(torch.randn(size) for size in sizes)
+
+    def forward(self, x):
+        return adapter(x, *self.weights)
+
+
+def test_aot_autograd_alone_keeps_no_casts_and_its_gradients_are_the_same_bits(monkeypatch):
+    torch.manual_seed(0)
+    model, x = Adapted(), torch.randn(64, 8, dtype=BF16, requires_grad=True)
+
+    def trained():
+        torch._dynamo.reset()
+        call = torch.compile(model, backend="rewriter", options={"lowering": "eager"})
+        call(x)
+        kept = []
+        with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+            result = call(x)
+        return kept, torch.autograd.grad(result.sum(), list(model.parameters()))
+
+    ours, found = trained()
+    monkeypatch.setattr(rewriter.lower, "cast_again", lambda *_: None)
+    before, true = trained()
+    assert all(map(torch.equal, found, true))
+    # The weights themselves are there anyway.
+    spared = [sum(t.nbytes for t in kept if t.dtype == BF16) for kept in (before, ours)]
+    assert spared[0] - spared[1] == 2 * (2 * 2 * 8 + 6 * 4)
 
 
 class Counted(nn.Module):
