@@ -15,7 +15,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from rewriter.canonical import value_of
+from rewriter.canonical import canonical, value_of
 
 _IN_PLACE_OPERATORS = {"iadd", "isub", "imul", "itruediv", "iand", "ior", "setitem", "ipow", "ifloordiv"}
 _MODES = {"_set_grad_enabled", "_enter_autocast", "_exit_autocast"}
@@ -113,6 +113,21 @@ class Effects:
                 modes.enter_context(torch.autocast(device, dtype, enabled, cache))
             modes.enter_context(torch.set_grad_enabled(grad))
             yield
+
+    def mixed_dtypes(self, product: Node) -> str | None:
+        """Why a product fails in eager, where its operands must be of one dtype; None if it does not.
+
+        Tracing does not tell, and a rewrite that casts would train what the model's own code refuses.
+        """
+        call = canonical(product)
+        values = [value_of(x) for x in call.args if x is not None] if call is not None else []
+        dtypes = {value.dtype: value.device.type for value in values if isinstance(value, torch.Tensor)}
+        if len(dtypes) < 2 or not all(isinstance(value, torch.Tensor) for value in values):
+            return None
+        with self.entered(product):
+            if torch.float64 not in dtypes and torch.is_autocast_enabled(next(iter(dtypes.values()))):
+                return None
+        return f"`{product.name}` is of {' and '.join(map(str, dtypes))}, which eager refuses to multiply"
 
     def is_written(self, node: Node) -> bool:
         """Whether anything in the graph writes into the memory of ``node``."""

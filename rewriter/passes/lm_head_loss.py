@@ -8,7 +8,8 @@ capped, cast once more by autocast's caller) is put behind ``deferred`` and comp
 
 A shift by slicing the logits becomes a slice of the hidden states. Refuses: logits that the graph reads
 elsewhere (a second loss, an argmax), class weights, targets that are probabilities, reduction "none", a
-head in 4 bits or with an adapter, a scale that is not a constant, and values written in place.
+head in 4 bits, with an adapter or, outside of autocast, of another dtype than the hidden states, a scale that
+is not a constant, and values written in place.
 
 Mirrors ``ForCausalLMLoss`` of transformers, and the heads of Gemma 2 (softcap), Granite and Cohere (scale).
 """
@@ -107,9 +108,9 @@ def _fuse(module: GraphModule, loss: Node, args: tuple, walk: _Walk, effects: Ef
     returned = _returned(walk, root)
     output = next(iter(module.graph.find_nodes(op="output")))
     operands = {n for n in (x, weight, bias, target, divisor) if isinstance(n, Node)}
-    if reason := effects.mode_border(set(walk.nodes)) or effects.overwritten(
-        set(walk.nodes), operands, output
-    ):
+    inside = set(walk.nodes)
+    reason = effects.mode_border(inside) or effects.overwritten(inside, operands, output)
+    if reason := reason or effects.mixed_dtypes(head):
         raise Unmet(reason)
     rows = _shifted(module.graph, x, walk.shifts, root, effects)
     settings = {

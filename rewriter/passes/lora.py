@@ -6,7 +6,8 @@ stacked A matrices and one gradient of the input, and a 4-bit weight is dequanti
 instead of kept. A bare 4-bit linear, without adapter, becomes ``linear_4bit`` for the same reason.
 
 Refuses: adapters that are wide beside their weight, where the model's own products are as good; scales that
-are no constants. Mirrors ``peft.tuners.lora.Linear`` and ``peft.tuners.lora.bnb.Linear4bit``, rsLoRA too.
+are no constants; products of several dtypes outside of autocast. Mirrors ``peft.tuners.lora.Linear`` and
+``peft.tuners.lora.bnb.Linear4bit``, rsLoRA too.
 """
 
 from collections import defaultdict
@@ -29,6 +30,9 @@ from rewriter.replace import find, put_call
 
 # Three products, the scale and the sum: only a condition of the rewrite was missing.
 _ADAPTER_DEPTH = 5
+
+# The base's product and the adapter's two, as a pattern's trace names them.
+_PRODUCTS = ("linear", "linear_1", "linear_2")
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -146,7 +150,9 @@ def _hoist(nodes: list[Node], whole: Match, place: Node, effects: Effects) -> No
 def _put_group(graph: Graph, group: list[Match], effects: Effects) -> Node | Miss:
     whole = _together(group)
     last = max(whole.outputs, key=effects.position.__getitem__)
-    if reason := effects.overwritten(set(whole.nodes), {group[0]["x"]}, last):
+    mixed = (effects.mixed_dtypes(found.inner[name]) for found in group for name in _PRODUCTS)
+    reason = effects.overwritten(set(whole.nodes), {group[0]["x"]}, last) or next(filter(None, mixed), None)
+    if reason is not None:
         return Miss(whole.rewrite, reason, whole.nodes, whole.root, None)
     own = [_own_input(found) for found in group]
     args = (

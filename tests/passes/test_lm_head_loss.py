@@ -369,6 +369,23 @@ def test_loss_is_kept_when_the_head_runs_without_gradients():
     check(f, count=0, reason="grad mode")
 
 
+@pytest.mark.parametrize("narrow", [torch.float16, torch.bfloat16])
+def test_a_head_of_another_dtype_than_its_hidden_states_fails_as_in_eager(narrow):
+    def f(x, weight, target):
+        return loss_of(F.linear(x, weight), target)
+
+    x, weight, _, target = operands()
+    inputs = x, weight.to(narrow), target
+    for call in (f, compiled(f)):
+        with rewriter.inspect() as report, pytest.raises(RuntimeError, match="same dtype"):
+            call(*inputs)
+    (record,) = [p for g in report.graphs for p in g.passes if p.name == "lm_head_loss"]
+    assert not record.count and "eager refuses to multiply" in record.misses[0].reason
+    with torch.autocast("cpu", torch.bfloat16), rewriter.inspect() as report:
+        compiled(f)(*inputs)
+    assert report.counts()["lm_head_loss"] == 1
+
+
 def test_logits_without_labels_are_left_alone():
     def f(x, weight):
         return F.linear(x, weight)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import rewriter
 from rewriter.fusion import apply
 from rewriter.passes.lora import lora_pass
 from tests.capture import capture
@@ -90,6 +91,17 @@ def test_a_bias_wider_than_its_product_is_kept_apart():
     found = rewrite_with(lora_pass, product, *half, torch.randn(48), A.bfloat16(), B.bfloat16())
     assert not found.rewrites
     assert any("a bias of torch.float32 is added to a product" in reason for reason in found.reasons)
+
+
+@pytest.mark.parametrize("halved", [(W,), (A, B), (B,)], ids=["base", "adapter", "B"])
+def test_products_of_two_dtypes_fail_as_in_eager(halved):
+    inputs = [t.detach().half() if any(t is h for h in halved) else t for t in (X, W, A, B)]
+    torch._dynamo.reset()
+    for call in (adapted, torch.compile(adapted, backend="rewriter", options={"lowering": "eager"})):
+        with rewriter.inspect() as report, pytest.raises(RuntimeError, match="same dtype"):
+            call(*inputs)
+    (record,) = [p for g in report.graphs for p in g.passes if p.name == "lora"]
+    assert not record.count and "eager refuses to multiply" in record.misses[0].reason
 
 
 def test_a_wide_adapter_is_kept():
