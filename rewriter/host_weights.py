@@ -121,6 +121,8 @@ def hosted_weights(
 
 def checked(kinds: Iterable[str]) -> tuple[str, ...]:
     """``kinds``, of which a single one may be given by itself."""
+    if not isinstance(kinds, Iterable):
+        raise ValueError(f"host is {kinds!r}; give a name, or several. {_POSSIBLE}")
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     for kind in kinds:
         if kind == "head":

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from types import NoneType
 from typing import Any
 
 import torch
@@ -46,6 +47,9 @@ def maybe(function: Callable, x: Any, *args: Any) -> Any:
 
     Called with real tensors it applies the function unless an argument is None.
     """
+    if isinstance(function, Proxy) or not callable(function):
+        given = function.node if isinstance(function, Proxy) else function
+        raise PatternError(f"maybe: `{given}` is no function; give it first, as maybe(F.dropout, x, p).")
     if isinstance(x, Proxy):
         return x.tracer.create_proxy("call_function", maybe, (function, x, *args), {})
     return x if any(a is None for a in args) else function(x, *args)
@@ -110,6 +114,8 @@ def declare(
         raise PatternError(
             f"rewrite: a pattern is a plain function, got {type(function).__name__} {function!r}."
         )
+    if not isinstance(name, (str, NoneType)):
+        raise PatternError(f"{function.__name__}: `name` is {name!r}; give a string, or leave it out.")
     name = name or function.__name__
     _check_functions(name, to, where)
     holes = _holes(name, function)

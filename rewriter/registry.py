@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from rewriter.pattern import Rewrite, declare
+from rewriter.pattern import PatternError, Rewrite, declare
 
 # In the order of their declaration; a pattern declared again under its name replaces the older one, so that
 # a notebook's cell can be run twice.
@@ -11,8 +11,14 @@ _patterns: dict[str, Rewrite] = {}
 
 
 def rewrite(
-    *, to: Callable, where: Callable | None = None, name: str | None = None, **constants: Any
-) -> Callable:
+    function: None = None,
+    /,
+    *,
+    to: Callable | None = None,
+    where: Callable | None = None,
+    name: str | None = None,
+    **constants: Any,
+) -> Callable[[Callable], Rewrite]:
     """Teach the compiler a pattern of your own, active from here on.
 
         @rewriter.rewrite(to=my_kernel, where=rows_fit)
@@ -20,6 +26,7 @@ def rewrite(
             ...plain PyTorch, as the model writes it...
 
     Args:
+        function: never given; there to tell who left out the parentheses.
         to: the function that replaces it; the pattern's parameters are its arguments, by name. It must be
             traceable by ``torch.compile`` or call a custom op.
         where: a guard ``f(match)``, which states conditions by ``rewriter.require(condition, reason)`` and
@@ -31,8 +38,20 @@ def rewrite(
         The decorator; the decorated name becomes the ``Rewrite``, which can be called like the function.
 
     Raises:
-        PatternError: for a pattern that is no function, cannot be traced, or whose names do not fit ``to``.
+        PatternError: for a pattern that is no function, cannot be traced, or whose names do not fit ``to``;
+            and where ``to`` is missing.
     """
+    if function is not None:
+        given = getattr(function, "__name__", repr(function))
+        raise PatternError(
+            f"rewrite: got `{given}` and not what replaces a pattern; write @rewriter.rewrite(to=...) above "
+            f"the pattern, with the replacing function for the dots."
+        )
+    if to is None:
+        raise PatternError(
+            "rewrite: `to` is missing; write @rewriter.rewrite(to=...), with the function that replaces the "
+            "pattern for the dots."
+        )
 
     def decorate(function: Callable) -> Rewrite:
         declared = declare(function, to=to, where=where, name=name, **constants)

@@ -108,6 +108,26 @@ def test_a_replacement_whose_parameters_are_unknown_is_refused():
         declare(lambda x: x + 1, to=torch.erf)
 
 
+def test_a_decorator_without_what_replaces_the_pattern_says_how_it_is_written():
+    def norm_of_mine(x):
+        return torch.sin(x)
+
+    form = r"write @rewriter.rewrite\(to=\.\.\.\)"
+    with pytest.raises(PatternError, match=f"got `norm_of_mine` and not what replaces a pattern; {form}"):
+        rewriter.rewrite(norm_of_mine)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(PatternError, match=f"`to` is missing; {form}"):
+        rewriter.rewrite()
+    with pytest.raises(PatternError, match="norm_of_mine: `name` is 3; give a string"):
+        rewriter.rewrite(to=norm_of_mine, name=3)(norm_of_mine)  # pyright: ignore[reportArgumentType]
+
+
+def test_maybe_takes_its_function_first():
+    with pytest.raises(PatternError, match="`x` is no function; give it first, as maybe"):
+        declare(lambda x, p: maybe(x, F.dropout, p), to=lambda x, p: x)
+    with pytest.raises(PatternError, match="`3` is no function"):
+        maybe(3, torch.ones(2))  # pyright: ignore[reportArgumentType]
+
+
 def test_maybe_applies_its_function_unless_an_argument_is_none():
     x = torch.randn(4)
     assert maybe(torch.mul, x, None) is x

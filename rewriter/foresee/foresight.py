@@ -145,6 +145,7 @@ def plan(
         ValueError: for arguments that are malformed or contradict each other.
     """
     _check_numbers(rows=rows, tokens=tokens, lora_rank=lora_rank)
+    _check_dtypes(dtype, autocast)
     card = _bytes("memory_budget", memory_budget, (chosen := _machine(machine)).device_bytes)
     offloads = _HOST if host_budget is None else _bytes("host_budget", host_budget, 0)
     ask = Question(config_or_model, lora_rank, quantise, dtype, autocast, rows, card, offloads, chosen, host)
@@ -184,6 +185,13 @@ def _check_numbers(**given: Any) -> None:
             raise ValueError(f"plan: {name} is {value!r}; give a whole number above 0{or_none}.")
 
 
+def _check_dtypes(dtype: Any, autocast: Any) -> None:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"plan: dtype is {dtype!r}; give a dtype of weights, as torch.bfloat16.")
+    if autocast not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"plan: autocast is {autocast!r}; give torch.bfloat16, torch.float16 or None.")
+
+
 def _machine(given: Machine | str | Path | None) -> Machine:
     if isinstance(given, Machine):
         return given
@@ -191,7 +199,7 @@ def _machine(given: Machine | str | Path | None) -> Machine:
         return machine_for("cuda") if torch.cuda.is_available() else H200
     if str(given) in KNOWN:
         return KNOWN[str(given)]
-    if not Path(given).exists():
+    if not isinstance(given, (str, Path)) or not Path(given).exists():
         known = ", ".join(KNOWN)
         raise ValueError(
             f"plan: machine is {str(given)!r}, neither a known card ({known}) nor a file; "

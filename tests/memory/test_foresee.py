@@ -231,6 +231,11 @@ def test_attention_is_traced_as_a_gpu_runs_it():
         ({"tokens": "200k"}, "tokens is '200k'; give a whole number"),
         ({"rows": None}, r"rows is None; give a whole number above 0\."),
         ({"lora_rank": -3}, "lora_rank is -3; give a whole number"),
+        ({"machine": 3}, "'3', neither a known card"),
+        ({"dtype": "bfloat16"}, "dtype is 'bfloat16'; give a dtype of weights, as torch.bfloat16"),
+        ({"autocast": True}, "autocast is True; give torch.bfloat16, torch.float16 or None"),
+        ({"host": True}, "host is True; give a name, or several"),
+        ({"memory_budget": "24 gigs"}, "is '24 gigs'; give bytes .*, a size \(\"24GB\""),
     ],
 )
 def test_malformed_questions_are_refused(arguments, reason):
