@@ -24,6 +24,7 @@ from rewriter.kernels_ahead import KernelsAhead
 from rewriter.made_again import make_again
 from rewriter.options import Options
 from rewriter.regions.program import Program, Region, link
+from rewriter.short_calls import ShortCall
 
 if TYPE_CHECKING:
     from rewriter.progress import ProgressLine
@@ -122,7 +123,12 @@ def lower_program(program: Program, options: Options, line: "ProgressLine") -> C
         line.now(f"compiling {which}")
         backward = functools.partial(line.while_at, f"compiling the backward of {which}")
         compiled[region] = lower_beside(region.module, region.inputs, options, backward)
-    return link(program, compiled)
+    return link(program, {region: short_call(program, region, code) for region, code in compiled.items()})
+
+
+def short_call(program: Program, region: Region, code: Callable) -> Callable:
+    """``code``, which runs ``region``, for this program's calls of it."""
+    return code if region in program.ending else ShortCall(code)
 
 
 def lower_stage(module: GraphModule, inputs: Sequence[Any], fake_mode: Any, options: Options) -> Callable:

@@ -91,7 +91,7 @@ class _Lowering:
         for region in planned.program.regions:
             staged = planned.staged.get(region)
             compiled[region] = (
-                self._regions[region.module]
+                lower.short_call(planned.program, region, self._regions[region.module])
                 if staged is None
                 else staged.scheduled(self._stages[staged.layer], planned.transfers)
             )

@@ -51,6 +51,13 @@ class Program:
         """Each once, in the order of their first call."""
         return list(dict.fromkeys(call.region for call in self.calls))
 
+    @property
+    def ending(self) -> set[Region]:
+        """Those with results that the program returns."""
+        (output,) = self.source.graph.find_nodes(op="output")
+        returned = set(output.all_input_nodes)
+        return {call.region for call in self.calls if not returned.isdisjoint(call.outputs)}
+
     def times(self) -> dict[Region, int]:
         """How often each region is called."""
         return dict(Counter(call.region for call in self.calls))
