@@ -47,7 +47,7 @@ def by_brute_force(problem: Problem) -> tuple[tuple[float, int, int] | None, int
     return min(ways, default=None), min(peaks, default=None)
 
 
-@pytest.mark.parametrize("seeds", [range(start, start + 60) for start in range(0, 240, 60)], ids=str)
+@pytest.mark.parametrize("seeds", [range(0, 60), range(60, 120)], ids=str)
 def test_plans_are_those_of_brute_force(seeds):
     for seed in seeds:
         problem = random_problem(seed)
@@ -212,7 +212,7 @@ class _GivesUp:
 
 @pytest.mark.parametrize("solves", [0, 1])
 def test_where_the_solver_gives_up_there_is_a_plan_and_how_far_it_may_be_from_the_best(solves, monkeypatch):
-    problems = [random_problem(seed) for seed in range(8)]
+    problems = [random_problem(seed) for seed in range(4)]
     expected = [by_brute_force(problem) for problem in problems]
     hard = within(layers(65536, 80), 80 * GIB, 64 * GIB)
     best_of_hard = plan(hard).seconds

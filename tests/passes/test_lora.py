@@ -121,8 +121,15 @@ def test_an_adapter_whose_inner_product_is_also_returned_is_kept():
     assert any("is also returned" in reason for reason in found.reasons)
 
 
-@pytest.mark.parametrize("kind", [{}, {"nf4": True}, {"nf4": True, "double_quant": True}, {"rslora": True}])
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("kind", "dropout"),
+    [
+        ({}, 0.0),
+        ({"rslora": True}, 0.1),
+        ({"nf4": True}, 0.1),
+        ({"nf4": True, "double_quant": True}, 0.0),
+    ],
+)
 def test_all_seven_linears_of_a_layer(kind, dropout):
     model = build("llama", dtype=torch.bfloat16, lora=True, lora_dropout=dropout, **kind)
     ((module, _),) = capture(model, **batch())
