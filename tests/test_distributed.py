@@ -100,7 +100,7 @@ def work(rank: int, port: int, results) -> None:
 def outcome():
     # Both processes start as copies of one that has imported everything.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["transformers.models.llama.modeling_llama", __name__])
+    context.set_forkserver_preload(["tests.conftest", "transformers.models.llama.modeling_llama", __name__])
     results, port = context.SimpleQueue(), free_port()
     processes = [context.Process(target=work, args=(rank, port, results)) for rank in range(2)]
     for process in processes:

@@ -20,10 +20,9 @@ def _compile_kwargs(change=None) -> dict:
     return {"backend": backend}
 
 
-# Of all the others, too, tests/test_parity.py says that there is one graph.
-@pytest.mark.parametrize("name", ["llama", "gemma3n", "gpt_oss", "deepseek_v3", "lfm2", "gptj"])
-def test_a_family_traces_to_one_graph(name):
-    graphs = capture(build(name), **batch())
+# Of all the others tests/test_parity.py says that there is one graph.
+def test_llama_traces_to_one_graph():
+    graphs = capture(build("llama"), **batch())
     assert len(graphs) == 1
     graph, example_inputs = graphs[0]
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
@@ -31,9 +30,8 @@ def test_a_family_traces_to_one_graph(name):
     assert len(dump(graph).splitlines()) >= len(graph.graph.nodes)
 
 
-@pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
-def test_adapters_on_four_bit_weights_trace_to_one_graph(name):
-    model = build(name, dtype=torch.bfloat16, nf4=True, double_quant=True, lora=True, lora_dropout=0.1)
+def test_adapters_on_four_bit_weights_trace_to_one_graph():
+    model = build("llama", dtype=torch.bfloat16, nf4=True, double_quant=True, lora=True, lora_dropout=0.1)
     graphs = capture(model, **batch())
     assert len(graphs) == 1
     text = dump(graphs[0][0])
