@@ -20,7 +20,6 @@ ROUTED = "rwrwr"
 
 FAMILIES = {
     "llama": [DECODER],
-    "gpt_neox": [DECODER],
     "falcon": [DECODER],
     "deepseek_v3": [ROUTED],
     "mixtral": [ROUTED],

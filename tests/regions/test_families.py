@@ -87,7 +87,7 @@ def test_a_family_with_adapters_becomes_the_regions_of_the_table_and_computes_th
 @pytest.mark.parametrize("name", QUANTISED)
 def test_four_bit_layers_become_the_regions_of_the_table_and_compute_the_same(name):
     layers, order = QUANTISED[name]
-    case = outlined(build(name, lora=True, nf4=True, layers=layers), **batch(), lowered=name == "llama")
+    case = outlined(build(name, lora=True, nf4=True, layers=layers), **batch())
     assert case.order == order
     assert_equal(numbers(run_program(case), case.values), numbers(case.body, case.values))
 
