@@ -39,7 +39,7 @@ def lower_planned(
         say: told what is being compiled, and how many there are.
         tell: told the plan, another one where stages could not be compiled; and each made later.
     """
-    lowering = _Lowering(options)
+    lowering = PlanLowering(options)
     run, planned = lowering.first(planned, say)
     tell(planned)
     if planned.longer is None:
@@ -56,7 +56,7 @@ class _Uncompiled(Exception):
         self.layer, self.error = layer, error
 
 
-class _Lowering:
+class PlanLowering:
     """Compiles what plans of one program call, each stage and region once."""
 
     def __init__(self, options: Options):

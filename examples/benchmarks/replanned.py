@@ -8,80 +8,74 @@ every length, if it does at the longest.
 """
 
 import functools
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from math import inf
-from unittest.mock import patch
+from typing import Any
 
 import torch
 from end_to_end import Step, random_tokens, step_on, timed
 from models import Case, model_of
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 import rewriter
-from rewriter import lower
-from rewriter.lower_planned import _Lowering
-from rewriter.memory import longer, planned
-from rewriter.memory.budgets import Budgets
+from rewriter.backend import outline_regions, rewrite_graph
+from rewriter.deferred import split_deferred
+from rewriter.lower_planned import PlanLowering
+from rewriter.memory.borders import parted_at_borders
+from rewriter.memory.budgets import Budgets, budgets, device_of
 from rewriter.memory.choices import StagedChoice
-from rewriter.memory.growth import Growth
-from rewriter.memory.longer import PlannedByLength
-from rewriter.memory.plan import MemoryPlan
-from rewriter.memory.planned import Choosing
+from rewriter.memory.growth import AS_TRACED, Growth
+from rewriter.memory.layer_graphs import LayerGraphs
+from rewriter.memory.lengths import reach_of, tokens_at_hand
+from rewriter.memory.machine import machine_for
+from rewriter.memory.plan import MemoryPlan, Problem
+from rewriter.memory.planned import Choosing, PlannedProgram, parts_of
 from rewriter.memory.planner import least
-from rewriter.memory.ways import Aside
+from rewriter.memory.stage_graphs import LONG
+from rewriter.memory.ways import Aside, ByAside, Ways
+from rewriter.options import Options
+from rewriter.regions.program import Region
+from rewriter.report import GraphRecord
 
 # What a dry run trains: all of it, so that layers are alike and have few operations.
 TINY = Case(2, 1, (64, 64), weights="full")
 
 
 class Replanned:
-    """``model`` compiled; called in ``compiling`` first, then under the last plan that was asked for."""
+    """``model`` compiled; called once, with the longest batch that ever comes, as ``of_any_length``.
+
+    From then on it runs under the last plan that was asked for.
+    """
 
     def __init__(self, model: nn.Module, lowering: str):
-        options = {"memory_budget": 1.0, "lowering": lowering, "cuda_graphs": False}
-        model.compile(backend="rewriter", options=options)
-        self._made: list[tuple[_Lowering, Choosing, PlannedByLength]] = []
+        self._options = Options(lowering=lowering)
+        model.compile(backend=self._compile)
 
-    @contextmanager
-    def compiling(self) -> Iterator[None]:
-        """Around the first call, of the longest batch that ever comes, as ``of_any_length``."""
-        first = _Lowering.first
-        seen = []
-
-        def all_compiled(self, plan, say):
-            for region in plan.choosing.program.regions:
-                say(f"compiling {region.name}")
-                self._regions[region.module] = lower.lower_beside(region.module, region.inputs, self._options)
-            seen.append((self, plan.choosing))
-            return first(self, plan, say)
-
-        def kept(*given):
-            code = PlannedByLength(*given)
-            self._made.append((*seen[-1], code))
-            return code
-
-        with ExitStack() as patches:
-            # There is something to choose from, too, where everything fits.
-            for name in ("under_budget.everything_kept", "planned._everything_kept"):
-                patches.enter_context(patch(f"rewriter.memory.{name}", lambda *_: None))
-            patches.enter_context(patch.object(longer, "PlannedByLength", kept))
-            patches.enter_context(patch.object(_Lowering, "first", all_compiled))
-            yield
-        ((self._lowering, self._choosing, self._code),) = self._made
-        # Asked for each budget, and the same for all.
-        ways = self._choosing.ways
-        ways.all = functools.cache(ways.all)
+    def _compile(self, module: GraphModule, example_inputs: Sequence[Any]) -> Callable:
+        """The backend's own line, but that every region is compiled as it runs without a budget, too."""
+        record = GraphRecord("replanned")
+        rewritten = rewrite_graph(module, self._options, record)[-1].module
+        body, finish = split_deferred(rewritten)
+        program = outline_regions(body, example_inputs, self._options, record)
+        assert program is not None, record.notes
+        if (parted := parted_at_borders(program)) is not None:
+            program = outline_regions(parted, example_inputs, self._options, record) or program
+        device, self._here = device_of(example_inputs), tokens_at_hand(program)
+        ways = RememberedWays(program, machine_for(device), reach=reach_of(program, 1.0, LONG))
+        self._choosing = Choosing(program, ways, budgets(program, 1.0, None, device), device)
+        self._lowering = PlanLowering(self._options)
+        kept = ways.kept(AS_TRACED)
+        everything = kept_of(self._problem(kept, self._choosing.given))
+        for planned in (self._choosing.following(everything, kept), self._choosing.chosen()):
+            self._run, _ = self._lowering.first(planned, lambda _: None)
+        return finish(lambda *inputs: self._run(*inputs))
 
     def range_of(self, tokens: int) -> tuple[int, int]:
         """Bytes that tensors take: of the smallest plan, and where everything is kept."""
         given = self._given(tokens)
-        problem = planned._problem(
-            self._choosing.program, self._choosing.ways.all(given.growth)[Aside()], given, Aside()
-        )
-        everything = MemoryPlan(problem, tuple(part.choices[0] for part in problem.parts))
-        return least(problem).peak, everything.peak
+        problem = self._problem(self._choosing.ways.all(given.growth)[Aside()], given)
+        return least(problem).peak, kept_of(problem).peak
 
     def plan(self, tokens: int, usable: int, resident: bool = False) -> MemoryPlan:
         """Run from now on under the plan for so many tokens, within the bytes that tensors may take.
@@ -89,16 +83,38 @@ class Replanned:
         Args:
             resident: keep on the device what the plan would offload.
         """
-        given = replace(self._given(tokens), device=usable)
-        with kept_instead() if resident else nullcontext():
-            found = replace(self._choosing, given=given).chosen()
-        run, followed = self._lowering.again(found)
-        self._code._plans[:] = [(inf, run)]
-        return followed.plan
+        choosing = replace(self._choosing, given=replace(self._given(tokens), device=usable))
+        found = choosing.chosen()
+        self._run, followed = self._lowering.again(kept_instead(choosing, found) if resident else found)
+        return found.plan if resident else followed.plan
+
+    def _problem(self, ways: Mapping[Region, Sequence[StagedChoice]], given: Budgets) -> Problem:
+        parts = parts_of(self._choosing.program.calls, ways)
+        return Problem(parts, given.static, given.device, given.host)
 
     def _given(self, tokens: int) -> Budgets:
-        how = self._code._longer
-        return replace(how.budgets(()), growth=Growth(tokens / how.here, tokens / how.here))
+        here = self._choosing
+        now = budgets(here.program, 1.0, None, here.device)
+        times = tokens / self._here
+        # Host memory is one arena's, for all plans.
+        return replace(now, host=here.given.host, growth=Growth(times, times), reach=here.given.reach)
+
+
+class RememberedWays(Ways):
+    """Asked for each budget, and the same for all."""
+
+    @functools.cache  # noqa: B019
+    def all(self, growth: Growth = AS_TRACED) -> ByAside:
+        return super().all(growth)
+
+    def refuse(self, layer: LayerGraphs) -> None:
+        super().refuse(layer)
+        RememberedWays.all.cache_clear()
+
+
+def kept_of(problem: Problem) -> MemoryPlan:
+    """The plan that keeps everything, which is the first choice of all parts."""
+    return MemoryPlan(problem, tuple(part.choices[0] for part in problem.parts))
 
 
 def of_any_length(ids: Tensor) -> Tensor:
@@ -107,20 +123,16 @@ def of_any_length(ids: Tensor) -> Tensor:
     return ids
 
 
-@contextmanager
-def kept_instead() -> Iterator[None]:
-    """Plans as they are made, but what they offload stays on the device."""
-    apply = planned._apply
-
-    def resident(program, ways, found):
-        choices = [
-            twin(ways[call.region], choice.name)
-            for call, choice in zip(program.calls, found.choices, strict=True)
-        ]
-        return apply(program, ways, replace(found, choices=tuple(choices)))
-
-    with patch.object(planned, "_apply", resident):
-        yield
+def kept_instead(choosing: Choosing, found: PlannedProgram) -> PlannedProgram:
+    """The same plan, but what it offloads stays on the device."""
+    chosen = list(zip(choosing.program.calls, found.plan.choices, strict=True))
+    ways = next(
+        ways
+        for ways in choosing.ways.all(choosing.given.growth).values()
+        if all(any(way.choice is choice for way in ways[call.region]) for call, choice in chosen)
+    )
+    choices = tuple(twin(ways[call.region], choice.name) for call, choice in chosen)
+    return choosing.following(replace(found.plan, choices=choices), ways)
 
 
 def twin(ways: list[StagedChoice], name: str):
@@ -148,7 +160,6 @@ def compiled_once(layers: int, lengths: list[int], device: str, tiny: bool) -> t
     batches = dict(zip(lengths, tokens, strict=True))
     step = step_on(model, lambda length: of_any_length(batches[length]), device)
     compiled = Replanned(model, "eager" if tiny else "inductor")
-    with compiled.compiling():
-        first, _ = timed(step, longest, device)
+    first, _ = timed(step, longest, device)
     print(f"compiled in {first:.1f} s", flush=True)
     return compiled, step

@@ -192,8 +192,14 @@ class Choosing:
             found, notes = least(problems[0]), (f"memory: this step may run out of it. {error}",)
         asked = zip(by_aside.values(), problems, strict=True)
         ways = next(w for w, problem in asked if problem.parts is found.problem.parts)
+        return self.following(found, ways, notes)
+
+    def following(
+        self, found: MemoryPlan, ways: Mapping[Region, Sequence[StagedChoice]], notes: tuple[str, ...] = ()
+    ) -> PlannedProgram:
+        """The program under a plan whose choices are among ``ways``."""
         program, staged = _apply(self.program, ways, found)
-        return PlannedProgram(program, staged, found, notes, _transfers(given, self.device), self)
+        return PlannedProgram(program, staged, found, notes, _transfers(self.given, self.device), self)
 
 
 def everything_kept(

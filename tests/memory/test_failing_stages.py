@@ -10,7 +10,7 @@ import torch
 
 import rewriter
 from rewriter import lower
-from rewriter.lower_planned import _Lowering
+from rewriter.lower_planned import PlanLowering
 from rewriter.memory.arena import HostArena
 from tests.memory.on_device import free_bus, poisoned
 from tests.memory.test_lengths import assert_as_eager, trained
@@ -67,13 +67,13 @@ class Failing:
 
 
 def test_a_later_plan_whose_stages_cannot_be_compiled_gives_way_to_another(monkeypatch):
-    monkeypatch.setattr(_Lowering, "_linked", lambda self, planned: planned.run)
+    monkeypatch.setattr(PlanLowering, "_linked", lambda self, planned: planned.run)
     without = []
     other: Any = SimpleNamespace(layers={}, compilations=0, run="other's code", host_memory=nullcontext)
     layer = Failing()
     later: Any = SimpleNamespace(compilations=1, host_memory=nullcontext)
     later.layers, later.without = {layer: "layer_a"}, lambda *failed: without.append(failed) or other
     options: Any = None
-    assert _Lowering(options).again(later) == ("other's code", other)
+    assert PlanLowering(options).again(later) == ("other's code", other)
     ((refused, error),) = without
     assert refused is layer and str(error) == "no kernel today"

@@ -9,7 +9,7 @@ from torch import nn
 
 import rewriter
 from rewriter import lower
-from rewriter.lower_planned import _Lowering
+from rewriter.lower_planned import PlanLowering
 from rewriter.memory.budgets import Budgets
 from rewriter.memory.longer import Longer, PlannedByLength
 from rewriter.memory.plan import Infeasible
@@ -106,13 +106,13 @@ def test_what_keeps_everything_serves_all_lengths_that_fit_whenever_that_was_fou
 
 def test_a_longer_batch_is_planned_anew_and_not_compiled_anew(monkeypatch):
     did = []
-    linked, whole = _Lowering._linked, lower.lower_beside
+    linked, whole = PlanLowering._linked, lower.lower_beside
 
     def told(self, planned):
         run, peak = linked(self, planned), planned.plan.peak
         return lambda *inputs: did.append(peak) or run(*inputs)
 
-    monkeypatch.setattr(_Lowering, "_linked", told)
+    monkeypatch.setattr(PlanLowering, "_linked", told)
     monkeypatch.setattr(lower, "lower_beside", lambda *given: did.append("compiled") or whole(*given))
     lengths = [30, 44, 30, 43, 20]
     found, (plan,) = trained(lengths)
