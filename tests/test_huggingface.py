@@ -1,4 +1,7 @@
-"""prepare and restore: one graph, the same gradients, and every setting back as it was."""
+"""prepare and restore: one graph, the same gradients, and every setting back as it was.
+
+What a model is without them, tests/test_advice.py has.
+"""
 
 import copy
 
@@ -8,6 +11,7 @@ from peft import prepare_model_for_kbit_training
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from rewriter.advice import advice
 from rewriter.huggingface import prepare, restore
 from tests.tiny_llama import tiny_llama, with_lora
 
@@ -46,16 +50,16 @@ def gradients(model):
 
 
 def graphs(model):
-    """How many graphs Dynamo makes of one step, and how many tensors the last one returns."""
+    """Of each graph that Dynamo makes of one step, how many tensors it returns and what is advised."""
     seen = []
 
     def count(graph, example_inputs):
-        seen.append(len(graph.graph.find_nodes(op="output")[0].args[0]))
+        seen.append((len(graph.graph.find_nodes(op="output")[0].args[0]), advice(graph)))
         return graph
 
     torch._dynamo.reset()
     torch.compile(model, backend=count)(input_ids=ids(), labels=ids())
-    return len(seen), seen[-1]
+    return seen
 
 
 def settings(model):
@@ -67,15 +71,10 @@ def settings(model):
 
 
 @pytest.mark.parametrize("build", MODELS.values(), ids=MODELS.keys())
-def test_a_prepared_model_is_one_graph_with_loss_and_logits(build):
+def test_a_prepared_model_is_one_graph_with_loss_and_logits_and_needs_no_advice(build):
     model = build()
     prepare(model)
-    assert graphs(model) == (1, 2)
-
-
-def test_without_prepare_the_hook_breaks_the_graph_and_the_cache_is_returned():
-    assert graphs(hooked(with_lora(tiny_llama(num_hidden_layers=1))))[0] > 1
-    assert graphs(tiny_llama(num_hidden_layers=1))[1] > 2
+    assert graphs(model) == [(2, [])]
 
 
 @pytest.mark.parametrize("build", MODELS.values(), ids=MODELS.keys())
