@@ -60,7 +60,7 @@ def flops_of(node: Node) -> float:
         _, left, right = (n.meta["val"] for n in node.all_input_nodes)
         return 2.0 * int_hint(left.numel()) * int_hint(right.shape[1])
     formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
-    if formula is None:
+    if formula is None or is_attention(node):
         return 0.0
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     return float(int_hint(formula(*args, **kwargs, out_val=node.meta["val"])))

@@ -6,12 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensorMode
+from torch.fx import Graph
 
 from rewriter.kernels.add_product import add_product_
 from rewriter.memory.costs import graph_cost
 from rewriter.memory.fakes import StageFakes
 from rewriter.memory.growth import Growth
 from rewriter.memory.joint import forward_graph, signature_of
+from rewriter.memory.operations import flops_of
 
 
 @dataclass(frozen=True)
@@ -153,3 +156,17 @@ def test_a_view_keeps_what_it_views_alive():
         return (first + second.view(-1),)
 
     assert _cost(held, [(None, 8), (8, 8)]).peak_bytes >= 3 * 4 * 7 * 8
+
+
+def test_attention_whose_heads_share_keys_is_counted_here():
+    """The formula of torch 2.11 refuses such shapes."""
+    mode = FakeTensorMode()
+    graph = Graph()
+    nodes = [graph.placeholder(name) for name in "qkv"]
+    for node, heads in zip(nodes, (8, 2, 2), strict=True):
+        with mode:
+            node.meta["val"] = torch.empty(1, heads, 16, 64)
+    node = graph.call_function(
+        torch.ops.aten._scaled_dot_product_flash_attention.default, (*nodes, 0.0, True)
+    )
+    assert flops_of(node) == 0.0
