@@ -120,7 +120,11 @@ def hosted_weights(
 
 
 def checked(kinds: Iterable[str]) -> tuple[str, ...]:
-    """``kinds``, of which a single one may be given by itself."""
+    """``kinds``, of which a single one may be given by itself.
+
+    Raises:
+        ValueError: for what is no name of one, with those that are.
+    """
     if not isinstance(kinds, Iterable):
         raise ValueError(f"host is {kinds!r}; give a name, or several. {_POSSIBLE}")
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)

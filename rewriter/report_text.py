@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 
 def graph_text(graph: "GraphRecord") -> Iterator[Text | Table]:
+    """What ``rich`` prints of a graph, a line or a table after the other."""
     yield Text(
         f"graph {graph.name}: {graph.nodes_before} operations, {graph.nodes_after} after rewriting", "bold"
     )

@@ -21,6 +21,9 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) 
     Args:
         total: (M, N), overwritten on a GPU.
         left, right: (M, K) and (K, N), of the dtype of ``total``.
+
+    Returns:
+        (M, N): ``total`` itself on a GPU, a tensor of its own elsewhere.
     """
     if not total.is_cuda:
         return torch.addmm(total, left, right, alpha=alpha)

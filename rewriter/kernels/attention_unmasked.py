@@ -24,6 +24,10 @@ def causal_attention(
         q: (batch, heads, tokens, dim); k, v: (batch, kv_heads, tokens, dim), of as many tokens.
         scale: factor of the logits; ``None`` is ``dim ** -0.5``.
         dropout: probability of dropping an attention weight.
+
+    Returns:
+        (batch, heads, tokens, dim) in q's dtype. Sums are fp32, and what is saved for the backward grows with
+        the tokens alone, wherever one of PyTorch's fused kernels takes the operands.
     """
     return _unmasked(q, k, v, scale, dropout, causal=True)
 

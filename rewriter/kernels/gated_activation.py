@@ -84,6 +84,7 @@ def gated_activation_reference(gate, up, activation):
 
 
 def gated_activation_packed_reference(gate_up, activation, order="gate_up"):
+    """The same of one packed tensor, (..., 2 * width)."""
     first, second = gate_up.chunk(2, dim=-1)
     gate, up = (first, second) if order == "gate_up" else (second, first)
     return up * _REFERENCES[activation](gate)

@@ -87,6 +87,7 @@ def layer_norm_reference(x, weight, bias, eps, offset=0.0, out_dtype=None):
 
 
 def add_layer_norm_reference(x, residual, weight, bias, eps, offset=0.0, out_dtype=None):
+    """The model's own sum, then its norm: (y, h), as ``add_layer_norm`` gives them."""
     h = x + residual
     return layer_norm_reference(h, weight, bias, eps, offset, out_dtype), h
 

@@ -100,6 +100,15 @@ def forward(
     needs_weight,
     needs_bias,
 ):
+    """The kernel of ``linear_cross_entropy``'s forward; arguments as there, ``mean`` for its reduction.
+
+    Returns:
+        the loss; the gradients of ``x``, weight and bias, empty where not needed, each divided by the last:
+        ``unit``, the power of two that a backward multiplies them by.
+
+    Raises:
+        ValueError: not one label a token.
+    """
     if target.shape[0] != x.shape[0]:
         raise ValueError(
             f"linear_cross_entropy: {target.shape[0]} labels for {x.shape[0]} tokens; expected one for each."

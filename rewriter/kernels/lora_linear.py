@@ -86,7 +86,10 @@ def linear_4bit(
     compute_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``x Wᵀ + bias`` with a frozen 4-bit weight; only the packed weight is saved for the backward."""
+    """``x Wᵀ + bias`` with a frozen 4-bit weight; only the packed weight is saved for the backward.
+
+    Args, result and errors as of ``lora_linear`` without an adapter: (..., K) to (..., N).
+    """
     return lora_linear(x, packed, bias, None, None, 1.0, None, compute_dtype, None, out_dtype)
 
 

@@ -1,4 +1,8 @@
-"""The products of linear layers with LoRA adapters, forward and backward: ``lora_linears`` for autograd."""
+"""The products of linear layers with LoRA adapters, forward and backward: ``lora_linears`` for autograd.
+
+One function of autograd for all projections of an input, so that they share its product with their stacked A
+matrices and one gradient of it. ``lora_linear`` says what that saves and what is kept for the backward.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -85,17 +85,20 @@ class Projection:
 
 
 def tensors_of(weight: Tensor | Packed4bit) -> tuple[Slot, Slot, Slot, Slot, Slot]:
+    """The weight, or its packed data, and the scales of that, as ``Operands`` begins."""
     if isinstance(weight, Packed4bit):
         return weight.data, weight.absmax, weight.absmax_8bit, weight.absmax_code, weight.absmax_offset
     return weight, None, None, None, None
 
 
 def unflatten(tensors: Sequence) -> list[Operands]:
+    """Each projection's, of those of all in one row, as autograd's functions take them."""
     width = len(Operands._fields)
     return [Operands(*tensors[i : i + width]) for i in range(0, len(tensors), width)]
 
 
 def stacked(matrices: list[Tensor], dim: int) -> Tensor:
+    """``torch.cat``, but that one alone is not copied."""
     return matrices[0] if len(matrices) == 1 else torch.cat(matrices, dim)
 
 

@@ -88,6 +88,7 @@ def rms_norm_reference(x, weight, eps, offset=0.0, round_before_weight=True, out
 
 
 def add_rms_norm_reference(x, residual, weight, eps, offset=0.0, round_before_weight=True, out_dtype=None):
+    """The model's own sum, then its norm: (y, h), as ``add_rms_norm`` gives them."""
     h = x + residual
     return rms_norm_reference(h, weight, eps, offset, round_before_weight, out_dtype), h
 

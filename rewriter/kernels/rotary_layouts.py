@@ -16,6 +16,7 @@ def rotary_reference(q, k, cos, sin, layout, rotary_dim=None, compute_dtype=None
 
 
 def rotary_one_reference(x, cos, sin, layout, rotary_dim=None, compute_dtype=None):
+    """``rotary_reference`` of one tensor; rounds each product, as the models do."""
     check_rotary(x, None, cos, sin, layout, rotary_dim)
     rotary_dim = turned(cos, layout)
     dtype, rest = x.dtype, x[..., rotary_dim:]

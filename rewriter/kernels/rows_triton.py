@@ -91,6 +91,7 @@ def tile_rows(hidden: int, elements: int) -> Tile:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; one where Triton's interpreter runs."""
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count

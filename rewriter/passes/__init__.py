@@ -19,4 +19,5 @@ def ordered_passes() -> tuple[Pass, ...]:
 
 
 def pass_names() -> list[str]:
+    """Theirs, in that order: what the option ``passes`` takes."""
     return [p.name for p in ordered_passes()]

@@ -24,6 +24,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def halves_match(match: Match) -> None:
+    """The kernel reads two tensors of one shape and one dtype, and works in fp32 on 16- and 32-bit floats."""
     gate, up = match.value("gate"), match.value("up")
     require(isinstance(gate, torch.Tensor) and isinstance(up, torch.Tensor), "one factor is no tensor")
     require(gate.dtype in _DTYPES, f"a gate of {gate.dtype}; the kernel takes 16- and 32-bit floats")
@@ -32,6 +33,7 @@ def halves_match(match: Match) -> None:
 
 
 def packed_is_even(match: Match) -> None:
+    """Where the halves meet is known while compiling."""
     packed = match.value("gate_up")
     require(packed.dtype in _DTYPES, f"a gate of {packed.dtype}; the kernel takes 16- and 32-bit floats")
     width = fixed(packed.shape[-1])

@@ -5,6 +5,10 @@ the product that makes it, projections of one input (q, k, v; gate and up) share
 stacked A matrices and one gradient of the input, and a 4-bit weight is dequantised again in the backward
 instead of kept. A bare 4-bit linear, without adapter, becomes ``linear_4bit`` for the same reason.
 
+Pays because eager writes and reads the update, its scaled copy and their gradients, each as wide as the
+result, reads the input once for every projection, and keeps 16-bit weights for the backward
+(``kernels/lora_linear.py`` counts them).
+
 Refuses: adapters that are wide beside their weight, where the model's own products are as good; scales that
 are no constants; products of several dtypes outside of autocast. Mirrors ``peft.tuners.lora.Linear`` and
 ``peft.tuners.lora.bnb.Linear4bit``, rsLoRA too.
@@ -38,6 +42,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def adapter_fits(match: Match) -> None:
+    """Dtypes, shapes and a rank that the products take and that pay; a scale that is a number."""
     x, a, b = match.value("x"), match.value("a"), match.value("b")
     require(x.dtype in _DTYPES, f"an input of {x.dtype}; the products take 16- and 32-bit floats")
     require(isinstance(match["scale"], (int, float)), f"the scale {match['scale']} is not a constant")
@@ -53,6 +58,7 @@ def adapter_fits(match: Match) -> None:
 
 
 def bias_is_added(match: Match) -> None:
+    """One number a feature, rounded with the product: what the product itself can add."""
     bias, product = match.value("bias"), value_of(match.inner["linear"])
     require(isinstance(bias, torch.Tensor) and bias.ndim == 1, "what is added to the product is no bias")
     require(bias.dtype == product.dtype, f"a bias of {bias.dtype} is added to a product of {product.dtype}")
@@ -60,6 +66,7 @@ def bias_is_added(match: Match) -> None:
 
 
 def is_quantised(match: Match) -> None:
+    """A plain linear is as good as any product of ours."""
     require(isinstance(match["packed"], PackedWeight), "the weight is not quantised: a plain linear")
     require(match.value("x").dtype in _DTYPES, "the products take 16- and 32-bit floats")
 

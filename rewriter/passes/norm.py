@@ -67,6 +67,7 @@ def one_dimension(match: Match) -> None:
 
 
 def result_dtype(match: Match) -> torch.dtype | None:
+    """The graph's own, which the operands' do not tell where autocast is on."""
     return dtype_of(match.root)
 
 
@@ -157,6 +158,7 @@ def add_torch_layer_norm_op(x, residual, shape, weight, bias, eps, out_dtype):
 
 
 def one_dimension_of_sum(match: Match) -> None:
+    """``one_dimension``, of a sum that can be fused."""
     one_dimension(match)
     summands_match(match)
 
