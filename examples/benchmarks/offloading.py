@@ -43,7 +43,7 @@ def measure(
         "usable_gib": usable / GIB,
         "foreseen_gib": plan.peak / GIB,
         "host_gib": plan.hosted / GIB,
-        "foreseen_s": plan.seconds,
+        "foreseen_s": plan.foreseen_seconds,
         "seconds": seconds[False],
         "seconds_resident": seconds[True],
         "slower": offloaded / resident - 1,

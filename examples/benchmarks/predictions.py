@@ -40,7 +40,8 @@ ENDS = (1.02, 1.05)
 class Point:
     """One budget and length: GiB and seconds. ``card``: of the device, as ``memory_budget`` is.
 
-    Where memory ran out there are no ``seconds``.
+    Where memory ran out there are no ``seconds``. ``flushed``: how often the allocator found no room in the
+    timed steps and gave back what it had cached, which waits for the device.
     """
 
     card: float
@@ -54,6 +55,7 @@ class Point:
     seconds: tuple[float, ...]
     first_s: float | None
     ways: tuple
+    flushed: int | None
 
 
 def measure(compiled: Replanned, step, tokens: int, usable: int, device: str, steps: int) -> Point:
@@ -61,7 +63,7 @@ def measure(compiled: Replanned, step, tokens: int, usable: int, device: str, st
     card = card_bytes(usable, torch.device(device)) / GIB
     start = time.perf_counter()
     plan = compiled.plan(tokens, usable)
-    first, seconds = None, ()
+    first, seconds, before = None, (), 0
     with within(card, device), suppress(torch.OutOfMemoryError):
         step(tokens)
         synchronise(device)
@@ -69,6 +71,7 @@ def measure(compiled: Replanned, step, tokens: int, usable: int, device: str, st
         step(tokens)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
+        before = flushes(device)
         seconds = tuple(timed(step, tokens, device)[0] for _ in range(steps))
     return Point(
         card,
@@ -78,11 +81,17 @@ def measure(compiled: Replanned, step, tokens: int, usable: int, device: str, st
         memory("max_memory_allocated"),
         memory("max_memory_reserved"),
         plan.hosted / GIB,
-        plan.seconds,
+        plan.foreseen_seconds,
         seconds,
         first,
         tuple((kind, way, count) for (kind, way), count in plan.counts.items()),
+        flushes(device) - before if device == "cuda" else None,
     )
+
+
+def flushes(device: str) -> int:
+    """Of the allocator, since the process began."""
+    return torch.cuda.memory_stats()["num_alloc_retries"] if device == "cuda" else 0
 
 
 @contextmanager
@@ -125,7 +134,7 @@ def line(point: Point) -> str:
     )  # fmt: skip
     return (
         f"{point.card:6.2f} {point.tokens:8,} {point.foreseen_gib:8.2f} {peak:>20} {point.host_gib:6.2f} "
-        f"{point.foreseen_s:8.3f} {seconds:8.3f} {percent(seconds, point.foreseen_s)} {first:7.1f}"
+        f"{point.foreseen_s:8.3f} {seconds:8.3f} {percent(seconds, point.foreseen_s)} {first:7.1f} {point.flushed or 0:8d}"
     )
 
 
@@ -133,7 +142,9 @@ def percent(measured: float, foreseen: float) -> str:
     return f"{100 * (measured / foreseen - 1):+6.1f}%"
 
 
-HEADER = "  card   tokens foreseen    measured, GiB         host foreseen measured, s      first step, s"
+HEADER = (
+    "  card   tokens foreseen    measured, GiB         host foreseen measured, s      first step, s  flushes"
+)
 
 
 def verdict(points: list[Point]) -> dict:

@@ -16,12 +16,10 @@ from functools import partial
 from math import inf
 
 from rewriter.memory.options import options_of, unit_of
-from rewriter.memory.plan import Infeasible, MemoryPlan, Moment, Problem
+from rewriter.memory.plan import Infeasible, MemoryPlan, Moment, Problem, crowded
 from rewriter.memory.search import WORK, Found, Search
 from rewriter.size_text import size_text
 
-# How many times as long a step may take that leaves the allocator some of the budget.
-_WORTH = 1.1
 _size = partial(size_text, digits=1)
 
 
@@ -67,9 +65,10 @@ def best(problems: Sequence[Problem]) -> MemoryPlan:
 
 
 def roomy(problems: Sequence[Problem]) -> MemoryPlan:
-    """The fastest plan that leaves the allocator some of the budget; ``best`` where that is much faster.
+    """The plan that is foreseen to be the fastest, with the waits of one that leaves the allocator no room.
 
-    Just above the least budget that leaves some, such a plan is the slowest of all.
+    Just above the least budget that leaves some, a plan that does is the slowest of all. A larger budget is
+    never foreseen to be slower: what leaves room in a smaller one leaves it here, and what did not may.
 
     Raises:
         Infeasible: where nothing fits; speaks of the first.
@@ -81,10 +80,9 @@ def roomy(problems: Sequence[Problem]) -> MemoryPlan:
         return best(problems)
     asked = problems[next(i for i, problem in enumerate(smaller) if problem is found.problem)]
     found = replace(found, problem=asked)
-    if found.seconds <= _WORTH * min(map(_computing, problems)):
+    if found.seconds <= crowded(min(map(_computing, problems))):
         return found
-    filling = best(problems)
-    return found if found.seconds <= _WORTH * filling.seconds else filling
+    return min(found, best(problems), key=lambda plan: plan.foreseen_seconds)
 
 
 def least(problem: Problem) -> MemoryPlan:

@@ -145,7 +145,7 @@ def memory_record(plan: MemoryPlan) -> MemoryRecord:
         problem.device_budget,
         plan.hosted,
         problem.host_budget,
-        plan.seconds,
+        plan.foreseen_seconds,
         tuple((kind, choice, count) for (kind, choice), count in plan.counts.items()),
         tuple(plan.timeline()),
         timeline.text(plan),

@@ -4,7 +4,9 @@ import itertools
 import random
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
+from math import inf
 
 import pytest
 import scipy.optimize
@@ -287,6 +289,17 @@ def test_some_of_the_budget_is_left_to_the_allocator_unless_that_takes_much_long
     # With more to leave, or nothing, there is nothing to weigh.
     assert roomy([replace(problem, device_budget=110)]).choices == (keep,)
     assert roomy([replace(problem, device_budget=93)]).choices == (again,)
+
+
+def test_a_larger_budget_is_never_foreseen_to_be_slower():
+    for seed in range(6):
+        problem = random_problem(seed)
+        before = inf
+        for budget in range(problem.static + 10, problem.static + 60, 7):
+            with suppress(Infeasible):
+                now = roomy([replace(problem, device_budget=budget)]).foreseen_seconds
+                assert now <= before, (seed, budget)
+                before = now
 
 
 def test_an_infeasible_budget_names_the_least_that_would_do_and_its_largest_part():
