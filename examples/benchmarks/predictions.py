@@ -134,7 +134,8 @@ def line(point: Point) -> str:
     )  # fmt: skip
     return (
         f"{point.card:6.2f} {point.tokens:8,} {point.foreseen_gib:8.2f} {peak:>20} {point.host_gib:6.2f} "
-        f"{point.foreseen_s:8.3f} {seconds:8.3f} {percent(seconds, point.foreseen_s)} {first:7.1f} {point.flushed or 0:8d}"
+        f"{point.foreseen_s:8.3f} {seconds:8.3f} {percent(seconds, point.foreseen_s)} {first:7.1f} "
+        f"{point.flushed or 0:8d}"
     )
 
 
@@ -142,9 +143,7 @@ def percent(measured: float, foreseen: float) -> str:
     return f"{100 * (measured / foreseen - 1):+6.1f}%"
 
 
-HEADER = (
-    "  card   tokens foreseen    measured, GiB         host foreseen measured, s      first step, s  flushes"
-)
+HEADER = "  card   tokens foreseen    measured, GiB         host foreseen measured, s  first step  flushes"
 
 
 def verdict(points: list[Point]) -> dict:

@@ -9,6 +9,8 @@ import numpy as np
 from rewriter.memory.options import Whole
 
 _BLOCK = 256
+# Of each row of a block, those behind it.
+_LATER = np.triu(np.ones((_BLOCK, _BLOCK), bool), 1)
 # Thresholds of the fourth number: rows below one are compared with all above it.
 _LEVELS = 6
 
@@ -24,9 +26,10 @@ def unbeaten(second: Whole, third: Whole, members: np.ndarray) -> np.ndarray:
         at = np.searchsorted(seconds, a, "right") - 1
         left[block] = True if not len(seconds) else (at < 0) | (thirds[at] > b)
         here = np.flatnonzero(left[block])
-        pairs = np.triu(
-            member[here][:, None] & (a[here][:, None] <= a[here]) & (b[here][:, None] <= b[here]), 1
-        )
+        second_here, third_here = a[here], b[here]
+        pairs = (second_here[:, None] <= second_here) & (third_here[:, None] <= third_here)
+        pairs &= _LATER[: len(here), : len(here)]
+        pairs &= member[here][:, None]
         left[block.start + here[pairs.any(axis=0)]] = False
         new = np.flatnonzero(left[block] & member)
         seconds, thirds = np.concatenate([seconds, a[new]]), np.concatenate([thirds, b[new]])

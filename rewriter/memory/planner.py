@@ -39,29 +39,10 @@ def best(problems: Sequence[Problem]) -> MemoryPlan:
     Raises:
         Infeasible: where nothing fits; speaks of the first.
     """
-    unit = max(unit_of(problem.parts) for problem in problems)
-    asked = [(_search(problem, unit), i) for i, problem in enumerate(problems) if _room(problem) >= 0]
-    # The one that promises most: its plan tells how much of the others is worth a look.
-    asked.sort(key=lambda pair: pair[0].bound)
-    found, units, place = None, None, 0
-    left = WORK
-    for turn, (search, i) in enumerate(asked):
-        problem = problems[i]
-        # One that stands before the other is taken where it is as fast.
-        below = None if units is None else units + (i < place)
-        choices = search.best(below, left / (len(asked) - turn))
-        left -= search.done
-        if choices:
-            found, units, place = _as_plan(problem, choices), choices.time, i
-        elif found is None and search.bound < inf:
-            # The search may miss what just fits. The plan with the lowest peak does not.
-            lowest = least(problem)
-            if lowest.peak <= problem.device_budget:
-                found, units, place = lowest, round(lowest.seconds / unit), i
-    if found is None or units is None:
+    found, _ = _best(problems)
+    if found is None:
         raise _infeasible(problems[0])
-    proven = min(search.bound for search, _ in asked)
-    return MemoryPlan(found.problem, found.choices, max(0.0, (units - proven) * unit))
+    return found
 
 
 def roomy(problems: Sequence[Problem]) -> MemoryPlan:
@@ -74,15 +55,53 @@ def roomy(problems: Sequence[Problem]) -> MemoryPlan:
         Infeasible: where nothing fits; speaks of the first.
     """
     smaller = [replace(problem, device_budget=problem.roomy) for problem in problems]
-    try:
-        found = best(smaller)
-    except Infeasible:
+    found, bound_within = _best(smaller)
+    if found is None:
         return best(problems)
     asked = problems[next(i for i, problem in enumerate(smaller) if problem is found.problem)]
     found = replace(found, problem=asked)
-    if found.seconds <= crowded(min(map(_computing, problems))):
+    # Mostly the prices of memory say already that to fill the budget would not gain as much.
+    fastest = max(min(map(_computing, problems)), bound_within([_room(problem) for problem in problems]))
+    if found.seconds <= crowded(fastest):
         return found
-    return min(found, best(problems), key=lambda plan: plan.foreseen_seconds)
+    filling, _ = _best(problems, found.seconds / crowded(1.0))
+    return filling or found
+
+
+# Seconds that no plan takes less than within other device bytes, of each problem.
+_Bound = Callable[[Sequence[int]], float]
+
+
+def _best(problems: Sequence[Problem], below: float = inf) -> tuple[MemoryPlan | None, _Bound]:
+    """``best`` in less than ``below`` seconds, None where nothing fits, and a bound for other budgets."""
+    unit = max(unit_of(problem.parts) for problem in problems)
+    asked = [(_search(problem, unit), i) for i, problem in enumerate(problems) if _room(problem) >= 0]
+    # The one that promises most: its plan tells how much of the others is worth a look.
+    asked.sort(key=lambda pair: pair[0].bound)
+    found, place = None, 0
+    units = None if below == inf else int(below / unit)
+    left = WORK
+    for turn, (search, i) in enumerate(asked):
+        problem = problems[i]
+        # One that stands before the other is taken where it is as fast.
+        choices = search.best(None if units is None else units + (i < place), left / (len(asked) - turn))
+        left -= search.done
+        if choices:
+            found, units, place = _as_plan(problem, choices), choices.time, i
+        elif units is None and search.bound < inf:
+            # The search may miss what just fits. The plan with the lowest peak does not.
+            lowest = least(problem)
+            if lowest.peak <= problem.device_budget:
+                found, units, place = lowest, round(lowest.seconds / unit), i
+    if found is not None and units is not None:
+        proven = min(search.bound for search, _ in asked)
+        found = MemoryPlan(found.problem, found.choices, max(0.0, (units - proven) * unit))
+
+    def bound_within(rooms: Sequence[int]) -> float:
+        known = {i: search for search, i in asked}
+        return min(known[i].bound_within(room) * unit if i in known else 0.0 for i, room in enumerate(rooms))
+
+    return found, bound_within
 
 
 def least(problem: Problem) -> MemoryPlan:

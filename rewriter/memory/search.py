@@ -24,7 +24,7 @@ from rewriter.memory.chances import MARGIN, Chances, Limit, paid
 from rewriter.memory.frontier import frontier
 from rewriter.memory.options import Options, Whole
 from rewriter.memory.relaxation import relaxed
-from rewriter.memory.suffixes import Found, Suffixes, followed
+from rewriter.memory.suffixes import Following, Found, Suffixes, followed
 
 # Suffixes kept for each overlap by the first search, or fewer, so that it takes at most one of so many parts
 # of the work; and how many times as many by each further one, which knows the plan of the one before.
@@ -44,6 +44,9 @@ _TIED = 1
 # Chances that differ by less units than this are as good.
 _ALIKE = 0.001
 
+# Of each overlap: the choices that have it, and what may stand behind them, by its rising worth.
+_Behind = tuple[Following, list[tuple[Whole, Whole, Floats]]]
+
 
 class Search:
     """One search: the parts and the budgets, and what is proven of them.
@@ -60,12 +63,18 @@ class Search:
         if device is None:
             device = sum(int(o.saved.max() + o.flight.max() + o.peak.max()) for o in parts)
         found = relaxed(parts, device, host, by_peak=by_peak)
-        self._parts, self.done = parts, 0
+        self._parts, self.done, self._relaxed = parts, 0, found
         self._chances = Chances(parts, device, host, found.prices, by_peak=by_peak)
         slowest = sum(int(time.max()) for time in self._chances.times)
         lost = float((paid(found.prices, device, host) - found.prices.paid(device, host))[0])
         bound = ceil(found.bound - lost - MARGIN)
         self.bound = bound if by_peak or bound <= slowest else inf
+
+    def bound_within(self, device: int) -> float:
+        """Units that no plan takes less than within another device budget, by the prices that are known."""
+        prices, now = self._relaxed.prices, self._chances
+        more = paid(prices, device, now.host) - prices.paid(now.device, now.host)
+        return self._relaxed.bound - float(more[0]) - MARGIN
 
     def best(self, below: int | None = None, work: float = WORK) -> Found | None:
         """The plan that takes the least time, then the fewest host bytes, then the lowest peak.
@@ -138,8 +147,8 @@ class Search:
         after = [Suffixes.end()] * len(self._parts[-1].overlaps)
         stages = []
         for i in reversed(range(len(self._parts))):
-            groups = range(len(self._parts[i - 1].overlaps) if i else 1)
-            after = [self._narrow(self._extend(after, i, g, limit), i, g, limit, kept) for g in groups]
+            groups, behind = range(len(self._parts[i - 1].overlaps) if i else 1), self._behind(after, i)
+            after = [self._narrow(self._extend(behind, i, g, limit), i, g, limit, kept) for g in groups]
             stages.append(after)
         (whole,) = after
         if not len(whole):
@@ -148,23 +157,32 @@ class Search:
         first = np.lexsort(by_peak if self._by_peak else (whole.need, whole.hosted, whole.time))
         return followed(self._parts, stages, int(first[0]))
 
-    def _extend(self, after: Sequence[Suffixes], i: int, g: int, limit: Limit) -> Suffixes:
+    def _behind(self, after: Sequence[Suffixes], i: int) -> _Behind:
+        """What may stand behind part i, by what it is worth, and the choices that it may stand behind."""
+        following = Following.of(after)
+        worth = self._chances.worth(following.suffixes, i + 1)
+        by_group = []
+        for group in range(len(after)):
+            rows = np.flatnonzero(following.group == group)
+            order = rows[np.argsort(worth[rows], kind="stable")]
+            by_group.append((np.flatnonzero(self._parts[i].group == group), order, worth[order]))
+        return following, by_group
+
+    def _extend(self, behind: _Behind, i: int, g: int, limit: Limit) -> Suffixes:
         """Every choice of part i, after overlap g, before every suffix that it can stand before.
 
         Those that the first price rules out are never made.
         """
-        options, time = self._parts[i], self._chances.times[i][g]
+        following, by_group = behind
         spare = self._chances.spare(i, g, limit)
-        made = []
-        for group, rest in enumerate(after):
-            own = np.flatnonzero(options.group == group)
-            worth = self._chances.worth(rest, i + 1)
-            order = np.argsort(worth, kind="stable")
-            counts = np.searchsorted(worth[order], spare[own], "right")
-            choice = np.repeat(own, counts)
-            rows = order[np.arange(len(choice)) - np.repeat(np.cumsum(counts) - counts, counts)]
-            made.append(rest.behind(options, time, choice, group, rows))
-        return Suffixes.joined(made)
+        choices, rows = [], []
+        for own, order, worth in by_group:
+            counts = np.searchsorted(worth, spare[own], "right")
+            choices.append(np.repeat(own, counts))
+            places = np.arange(len(choices[-1])) - np.repeat(np.cumsum(counts) - counts, counts)
+            rows.append(order[places])
+        time = self._chances.times[i][g]
+        return following.behind(self._parts[i], time, np.concatenate(choices), np.concatenate(rows))
 
     def _narrow(self, all_: Suffixes, i: int, g: int, limit: Limit, kept: int) -> Suffixes:
         """Those that may lead to the best plan, sorted by time; the ``kept`` most promising of them."""

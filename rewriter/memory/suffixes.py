@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -45,33 +45,52 @@ class Suffixes:
         zero = np.zeros(1, np.int64)
         return cls(zero + _NEVER, zero + _NEVER, zero, zero, zero, zero, zero)
 
-    @classmethod
-    def joined(cls, several: Sequence[Suffixes]) -> Suffixes:
-        return cls(*(np.concatenate([getattr(s, f.name) for s in several]) for f in fields(cls)))
+    @property
+    def columns(self) -> tuple[Whole, ...]:
+        return self.first, self.need, self.hosted, self.time, self.choice, self.group, self.rest
 
     def rows(self, which) -> Suffixes:
-        return Suffixes(*(getattr(self, f.name)[which] for f in fields(self)))
-
-    def behind(self, options: Options, time: Whole, choice: Whole, group: int, rest: Whole) -> Suffixes:
-        """Each of ``choice``, of a part with ``options``, before the row of these that ``rest`` names.
-
-        Args:
-            time: units for each choice of the part.
-            group: which overlap of the part these stand after.
-        """
-        later = np.maximum(self.first[rest] + options.flight[choice], self.need[rest])
-        return Suffixes(
-            options.peak[choice],
-            options.saved[choice] + later,
-            self.hosted[rest] + options.hosted[choice],
-            self.time[rest] + time[choice],
-            choice,
-            np.full(len(rest), group),
-            rest,
-        )
+        return Suffixes(*(column[which] for column in self.columns))
 
     def __len__(self) -> int:
         return len(self.need)
+
+
+@dataclass(frozen=True)
+class Following:
+    """What may stand behind a part, after each of its overlaps: ``suffixes``, those of one after the other's.
+
+    ``group`` and ``row`` say of each after which overlap it stands, and where among those.
+    """
+
+    suffixes: Suffixes
+    group: Whole
+    row: Whole
+
+    @classmethod
+    def of(cls, after: Sequence[Suffixes]) -> Following:
+        columns = zip(*(suffixes.columns for suffixes in after), strict=True)
+        counts = [len(suffixes) for suffixes in after]
+        rows = np.concatenate([np.arange(count) for count in counts])
+        return cls(Suffixes(*map(np.concatenate, columns)), np.repeat(np.arange(len(after)), counts), rows)
+
+    def behind(self, options: Options, time: Whole, choice: Whole, rest: Whole) -> Suffixes:
+        """Each of ``choice``, of a part with ``options``, before the one of these that ``rest`` names.
+
+        Args:
+            time: units for each choice of the part.
+        """
+        these = self.suffixes
+        later = np.maximum(these.first[rest] + options.flight[choice], these.need[rest])
+        return Suffixes(
+            options.peak[choice],
+            options.saved[choice] + later,
+            these.hosted[rest] + options.hosted[choice],
+            these.time[rest] + time[choice],
+            choice,
+            self.group[rest],
+            self.row[rest],
+        )
 
 
 def followed(parts: Sequence[Options], stages: Sequence[Sequence[Suffixes]], row: int) -> Found:
