@@ -32,9 +32,9 @@ class Block:
 
     __slots__ = ("bytes", "owner", "slab", "start")
 
-    def __init__(self, slab: "_Slab", start: int, nbytes: int, owner: object):
+    def __init__(self, slab: "_Slab", start: int, memory: torch.Tensor, owner: object):
         self.slab, self.start, self.owner = slab, start, owner
-        self.bytes = slab.memory.bytes[start : start + nbytes]
+        self.bytes = memory
 
 
 class _Slab:
@@ -147,10 +147,12 @@ class HostArena:
 
     def _place(self, nbytes: int, owner: object) -> Block | None:
         for slab in self._slabs:
+            # Before a range is taken: it waits for the lock, which can fail, as the wait can be interrupted.
+            memory = slab.memory.bytes
             start = slab.extents.take(nbytes)
             if start is None:
                 continue
-            block = slab.blocks[start] = Block(slab, start, nbytes, owner)
+            block = slab.blocks[start] = Block(slab, start, memory[start : start + nbytes], owner)
             self.in_use += aligned(nbytes)
             self.peak = max(self.peak, self.in_use)
             return block

@@ -97,7 +97,14 @@ class WeightsAhead:
         if following and self._buffer_of(_key(following)) is None:
             self._fetch_ahead(following, buffer)
         here.update(zip(names, buffer.tensors, strict=True))
-        yield
+        try:
+            yield
+        except BaseException:
+            # The step is over, and where memory was short two layers' weights would stay. Copies may have
+            # been cut short, before anybody noted when they arrive.
+            self._streams.compute().wait_stream(self._streams.back)
+            self._buffers.clear()
+            raise
         if not following and not returns:
             self.let_go()
 

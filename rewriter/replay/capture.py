@@ -14,6 +14,7 @@ copied nor kept alive; graphs hold their addresses.
 """
 
 import gc
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -126,6 +127,26 @@ def _warm_up(
     ends = [results[i] for i in seeded]
     torch.autograd.grad(ends, leaves, [torch.ones_like(r) for r in ends], allow_unused=True)
     return tuple(seeded), needs
+
+
+# Collections go on or off for all threads: who records meanwhile must not have another switch them on.
+_collections = threading.Lock()
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage is collected within, for one thread at a time.
+
+    A collection could free what must not be freed while a graph is being recorded.
+    """
+    with _collections:
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if collects:
+                gc.enable()
 
 
 def _refuse_aliases(results: Sequence[Any], inputs: Sequence[Any]) -> None:
@@ -268,17 +289,10 @@ class CudaRecorder:
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(self.device)
         lacking = self.segments().lacking(size)
-        collects = gc.isenabled()
-        # A collection in between could free what must not be freed while a graph is being recorded.
-        gc.disable()
-        try:
-            with torch.cuda.stream(self._stream):
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                with ended(graph, self._pool, self.device):
-                    _ = [torch.empty(n, dtype=torch.uint8, device=self.device) for n in lacking]
-                    del _
-                    yield
-        finally:
-            if collects:
-                gc.enable()
+        with uncollected(), torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            with ended(graph, self._pool, self.device):
+                _ = [torch.empty(n, dtype=torch.uint8, device=self.device) for n in lacking]
+                del _
+                yield
         self._pool_bytes += max(0, torch.cuda.memory_reserved(self.device) - before)

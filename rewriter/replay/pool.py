@@ -18,7 +18,7 @@ All of this is for PyTorch's own allocator. Of another (``backend:cudaMallocAsyn
 is made, nothing is borrowed, and gradients are copied.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,9 +73,8 @@ class Segments:
         if torch.cuda.get_allocator_backend() != "native":
             return cls(())
         segments = torch.cuda.memory_snapshot(pool, include_traces=False)
-        index = torch.cuda.current_device() if device.index is None else device.index
         own = (s for s in segments if tuple(s["segment_pool_id"]) == tuple(pool))
-        return cls([s for s in own if s["device"] == index])
+        return cls(_of_device(own, device))
 
     def hold(self, tensor: Tensor) -> bool:
         """Whether a tensor's memory, of which there has to be some, is the pool's."""
@@ -141,7 +140,8 @@ class Reading:
             # Of its blocks nothing is known: none is made for the large ones beforehand.
             return cls(allocated, 0, {})
         large = torch.cuda.memory_stats(device)["allocated_bytes.large_pool.current"]
-        found = torch.cuda.memory_snapshot(include_traces=False)
+        # A snapshot is of all devices, and on another one a thread may be running a step of its own.
+        found = _of_device(torch.cuda.memory_snapshot(include_traces=False), device)
         return cls(allocated, large, {s["address"]: max(_free(s), default=0) for s in found})
 
     def needs_since(self, before: "Reading") -> Needs:
@@ -176,6 +176,11 @@ def smallest(needs: Needs, pool_of: Callable[[int], int]) -> int:
                 raise
             break
     return min(found, key=found.__getitem__)
+
+
+def _of_device(segments: Iterable[dict], device: torch.device) -> list[dict]:
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return [s for s in segments if s["device"] == index]
 
 
 def _free(segment: dict) -> list[int]:

@@ -109,3 +109,11 @@ def test_a_failure_of_the_thread_is_the_callers(driver, monkeypatch):
     slab = pinned.HostSlab(MiB, pin=True)
     with pytest.raises(RuntimeError, match="no device"):
         _ = slab.bytes
+    arena = HostArena(8 * MiB, pin=True)
+    arena.reserve(MiB)
+    for take in (lambda: arena.allocate(MiB), arena.release):
+        with pytest.raises(RuntimeError, match="no device"):
+            take()
+        assert not any(slab.extents.taken for slab in arena._slabs)
+    arena.release()
+    assert arena.capacity == 0

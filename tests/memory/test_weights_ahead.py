@@ -140,6 +140,17 @@ def test_where_the_second_buffer_finds_no_memory_a_copy_begins_at_its_use():
     step(weights, layers)
 
 
+def test_a_layer_that_fails_lets_go_once_what_is_being_copied_has_arrived():
+    streams, layers = _Streams(), layers_of(3)
+    weights = WeightsAhead(CPU, streams)
+    weights.begin(layers)
+    here: dict[str, torch.Tensor] = dict(zip(NAMES, layers[0], strict=True))
+    with pytest.raises(torch.OutOfMemoryError), weights.on_device(here, NAMES, backward=False):
+        raise torch.OutOfMemoryError("no memory, as the test wants it")
+    assert not weights._buffers and streams.log[-1] == ("compute", "waits for all of", "back")
+    step(weights, layers)
+
+
 class _Stream:
     """Writes down what it is told to wait for, and when it records."""
 

@@ -1,11 +1,13 @@
 """What a recorder does before a recording runs, on streams that stand in for a GPU's."""
 
+import gc
+import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from rewriter.replay.capture import CudaRecorder
+from rewriter.replay.capture import CudaRecorder, uncollected
 from rewriter.replay.lending import Lender, Lent
 
 
@@ -25,6 +27,26 @@ def _recorder(waited) -> CudaRecorder:
 
 def _told(stream: torch.Stream) -> dict:
     return dict(stream_id=stream.stream_id, device_index=stream.device_index, device_type=0)
+
+
+def test_while_one_thread_records_another_that_ends_does_not_let_garbage_be_collected():
+    entered, collects = threading.Event(), []
+
+    def record():
+        with uncollected():
+            entered.set()
+            ended.wait(20)
+            collects.append(gc.isenabled())
+
+    assert gc.isenabled()
+    ended, other = threading.Event(), threading.Thread(target=record)
+    with uncollected():
+        other.start()
+        entered.wait(0.1)
+    assert entered.wait(20)
+    ended.set()
+    other.join()
+    assert collects == [False] and gc.isenabled()
 
 
 def test_the_steps_stream_waits_once_for_each_that_used_what_is_back(waited):

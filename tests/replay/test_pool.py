@@ -53,6 +53,20 @@ def test_of_another_allocator_nothing_is_made_beforehand(monkeypatch):
     assert Segments.of((0, 1), device).lacking(needs.size(ROOMS[0])) == []
 
 
+def test_what_another_device_has_is_no_need_of_a_forward(monkeypatch):
+    free = [{"size": 9 * MIB, "state": "inactive"}]
+    found = [{"device": index, "address": index, "blocks": free} for index in (0, 1)]
+    given = {
+        "get_allocator_backend": lambda: "native",
+        "memory_allocated": lambda device: 7,
+        "memory_stats": lambda device: {"allocated_bytes.large_pool.current": 5},
+        "memory_snapshot": lambda **_: found,
+    }
+    for name, value in given.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    assert Reading.now(torch.device("cuda", 1)) == Reading(7, 5, {1: 9 * MIB})
+
+
 def test_what_a_forward_needs_is_what_it_keeps_and_room_for_its_largest_transient():
     before = Reading(allocated=7, large=5, free={0: 900, 50: 400})
     after = Reading(allocated=107, large=85, free={0: 800, 50: 1000, 60: 20, 70: 10})
