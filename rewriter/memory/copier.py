@@ -96,11 +96,15 @@ class Copier:
             bytes_of(device).fill_(_POISON)
         # It has waited for the copy out, too, before the source was given up.
         back.wait_stream(compute)
-        if copy.block is not None:
-            with self.streams.on(back):
-                bytes_of(device).copy_(copy.block.bytes, non_blocking=True)
-        copy.arrived = back.record_event()
-        copy.device = device
+        try:
+            if copy.block is not None:
+                with self.streams.on(back):
+                    bytes_of(device).copy_(copy.block.bytes, non_blocking=True)
+            copy.arrived, copy.device = back.record_event(), device
+        except BaseException:
+            # The memory goes to whoever computes next, and a copy into it may have begun.
+            compute.wait_stream(back)
+            raise
         self.stats.bytes_in += copy.layout.nbytes
 
     def abandon(self, copy: Copy) -> None:

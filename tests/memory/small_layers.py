@@ -22,6 +22,7 @@ from rewriter.memory.schedule import Fate, schedule
 from rewriter.memory.stages import Stage
 from rewriter.memory.transfer import Transfers
 from rewriter.regions.program import Region
+from tests.memory.late_copies import late_transfers
 
 
 @dataclass(frozen=True)
@@ -166,8 +167,9 @@ def scheduled(
     return ScheduledLayer(stages or layer.compiled, plan, tile, graphs.shared, lambda: made, owns_gradient)
 
 
-def new_transfers() -> Transfers:
-    return Transfers(HostArena(64 << 20, pin=False, growth=1 << 20), "cpu", poison=True)
+def new_transfers(depth: int = 0) -> Transfers:
+    """With a ``depth`` of 0 a layer alone has everything copied back that it offloads."""
+    return late_transfers(HostArena(64 << 20, pin=False, growth=1 << 20), depth=depth)
 
 
 def every_fate(layer: SmallLayer) -> Iterator[dict[str, Fate]]:

@@ -10,12 +10,13 @@ import torch
 
 from rewriter.memory.arena import HostArena, HostMemoryError
 from rewriter.memory.transfer import Group, Ticket, Transfers
+from tests.memory.late_copies import late_transfers, leave_all_streams
 
 MiB = 1 << 20
 
 
 def _transfers(**options) -> Transfers:
-    return Transfers(HostArena(16 * MiB, pin=False, growth=MiB), "cpu", poison=True, **options)
+    return late_transfers(HostArena(16 * MiB, pin=False, growth=MiB), **options)
 
 
 LAYOUTS = {
@@ -318,4 +319,5 @@ def _interrupted(transfers: Transfers, line: int) -> bool:
         return True
     finally:
         sys.settrace(before)
+        leave_all_streams()
     return False
