@@ -1,9 +1,9 @@
 """Copies that run as late as they may, on a CPU: where a wait is missing, somebody finds NaN.
 
-A GPU runs a stream's copies when it comes to them, so that a wait that is missing seldom shows. Here a copy on
-a side stream runs when the computing stream is told to wait for it and not before, while what computes runs at
-once. Memory that is given up before its copy out has run holds NaN by then, and so does what is read before its
-copy back has. Nobody may give up memory that a copy has yet to write to.
+A GPU runs a stream's copies when it comes to them, so that a wait that is missing seldom shows. Here a copy
+on a side stream runs when the computing stream is told to wait for it and not before, while what computes
+runs at once. Memory that is given up before its copy out has run holds NaN by then, and so does what is read
+before its copy back has. Nobody may give up memory that a copy has yet to write to.
 """
 
 from collections.abc import Callable
