@@ -1,5 +1,6 @@
 """Memory plans on a GPU: gradients, the memory that was foreseen, copies, failures, lengths that vary."""
 
+import functools
 import os
 import random
 from contextlib import suppress
@@ -11,6 +12,7 @@ import torch
 import rewriter
 from rewriter.memory.budgets import card_bytes
 from rewriter.memory.transfer import Transfers
+from tests.memory.kinds import KINDS, only
 from tests.memory.on_device import (
     MiB,
     Sizes,
@@ -101,6 +103,31 @@ def test_copies_wait_for_what_they_must(device, sizes, length):
             assert distance(step(model, ids), expected) < NEAR
     assert transfers.stats.bytes_out > 0 and transfers.stats.bytes_in > 0
     assert transfers.arena.in_use == 0
+
+
+@pytest.fixture(scope="module")
+def as_it_is():
+    """A step of 4,096 tokens without a plan, for 16-bit weights and for 4-bit ones."""
+
+    @functools.cache
+    def whole(device, sizes, nf4):
+        return step(compiled(small_llama(device, sizes, nf4), "off"), tokens(4096, device))
+
+    return whole
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_no_kind_of_plan_lacks_a_wait(device, sizes, as_it_is, kind):
+    model, ids = small_llama(device, sizes, nf4=kind.hosted), tokens(4096, device)
+    whole = as_it_is(device, sizes, kind.hosted)
+    if kind.hosted:
+        rewriter.prepare(model, host="layers")
+    with only(kind), poisoned(device) as transfers:
+        compiled(model, 0.5)
+        for _ in range(3):
+            assert distance(step(model, ids), whole) < NEAR
+    assert (transfers.stats.bytes_out > 0) == kind.offloads
+    assert not transfers.weights._buffers and transfers.arena.in_use == 0
 
 
 def test_weights_in_host_memory_come_a_layer_ahead(device, sizes, length):

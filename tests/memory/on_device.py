@@ -17,6 +17,7 @@ from examples.benchmarks.models import LINEARS, quantise, with_random_adapters
 from rewriter.memory.arena import HostArena
 from rewriter.memory.machine import H200
 from rewriter.memory.transfer import Transfers
+from tests.memory.late_copies import late_transfers
 
 VOCABULARY = 4096
 MiB = 1 << 20
@@ -113,7 +114,8 @@ def free_bus() -> Iterator[None]:
 @contextmanager
 def poisoned(device: str) -> Iterator[Transfers]:
     """Plans made inside fill what they give up with NaN, in host memory of their own."""
-    made = Transfers(HostArena(2048 * MiB, growth=64 * MiB), device, poison=True)
+    arena = HostArena(2048 * MiB, growth=64 * MiB)
+    made = late_transfers(arena) if device == "cpu" else Transfers(arena, device, poison=True)
     with patch("rewriter.memory.planned.transfers_of", lambda *_: made):
         yield made
 
