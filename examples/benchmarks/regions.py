@@ -6,7 +6,7 @@
 Each first step is a process of its own, with empty caches, then again with those that the first one filled.
 The overhead of a call is the host's time outside of what Inductor compiled, in steps of a tiny model, less
 that of the flat graph. Whole steps do not tell it: two models of one process differ by a millisecond anyway.
-Writes ``examples/benchmarks/results/regions.json``.
+Writes ``regions.json`` into ``--results``, by default ``examples/benchmarks/results``.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from end_to_end import synchronise, versions
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -56,7 +57,7 @@ def split(result: dict) -> dict:
     total = result["first_step_s"]
     parts = {name: round(value, 2) for name, value in parts.items()}
     rest = round(total - sum(parts.values()), 2)
-    return {"first_step_s": round(total, 2), **parts, "rest": rest, "versions": result["versions"]}
+    return {"first_step_s": round(total, 2), **parts, "rest": rest}
 
 
 def overhead(depth: int, steps: int) -> dict[str, float]:
@@ -68,7 +69,6 @@ def overhead(depth: int, steps: int) -> dict[str, float]:
 
 def host_seconds(depth: int, steps: int, regions: bool) -> list[float]:
     """Median seconds of a forward and of a backward that pass outside of what Inductor compiled."""
-    from end_to_end import synchronise
     from models import build
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -126,14 +126,14 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a tiny shape, to try the script on a CPU")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    result: dict = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    result: dict = {"device": device, "versions": versions()}
     for named in arguments.systems:
         system, _, only = named.partition(":")
         for depth in [int(only)] if only else arguments.depths:
             with tempfile.TemporaryDirectory() as caches:
                 for state in ("cold", "warm"):
                     found = first_step(system, depth, arguments.tokens, caches, arguments.tiny)
-                    result["versions"] = found.pop("versions")
                     result[f"{system}, {depth} layers, {state}"] = found
                     print(f"{system}, {depth} layers, {state} caches: {found}", flush=True)
                     write(result, arguments.results)
