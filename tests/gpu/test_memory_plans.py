@@ -123,7 +123,7 @@ def test_no_kind_of_plan_lacks_a_wait(device, sizes, as_it_is, kind):
     if kind.hosted:
         rewriter.prepare(model, host="layers")
     with only(kind), poisoned(device) as transfers:
-        compiled(model, 0.5)
+        compiled(model, 64 << 30)
         for _ in range(3):
             assert distance(step(model, ids), whole) < NEAR
     assert (transfers.stats.bytes_out > 0) == kind.offloads
