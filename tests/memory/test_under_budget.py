@@ -70,7 +70,9 @@ def test_a_budget_between_mixes_ways_and_a_large_one_keeps_everything():
 
     large, fast, none = under("1GB")
     small, slow, some = under(int(large * 0.93))
-    assert small < large and slow >= fast and some > none == 0
+    assert small < large and some > none == 0
+    # It is cut into layers otherwise: at this size, where launches are all that is foreseen, some are fewer.
+    assert slow >= 0.9 * fast
 
 
 def test_a_failure_of_planning_is_noted_and_everything_is_kept(monkeypatch):
