@@ -18,11 +18,14 @@ HEAD = (
     "peak GiB", "foreseen", "reserved", "host GiB",
 )  # fmt: skip
 
+FIRST = "\\* The only step, with its compilation."
+
 
 def markdown(runs: list[dict]) -> str:
     lines = [row(HEAD), row("---" for _ in HEAD)]
     lines += [row(cells(run)) for run in sorted(runs, key=place)]
-    return "\n".join([*lines, "", *machines(runs)])
+    first = [] if all(run["seconds"] for run in runs) else [FIRST, ""]
+    return "\n".join([*lines, "", *first, *machines(runs)])
 
 
 def place(run: dict) -> tuple:
@@ -36,7 +39,7 @@ def cells(run: dict) -> tuple[str, ...]:
         f"{run['card_gib']:g}" if run["card_gib"] else "–",
         f"{case.layers} layers, {case.rows} × {case.tokens[1]:,}",
         SYSTEMS[run["system"]],
-        f"{min(run['seconds']):.2f}",
+        f"{min(run['seconds']):.2f}" if run["seconds"] else f"{run['first_step_s']:.0f} *",
         f"{run['tokens_per_s']:,.0f}",
         f"{run['peak_gib']:.2f}",
         f"{plan['peak_gib']:.2f}" if plan else "–",
