@@ -33,6 +33,7 @@ from rewriter.regions.outline import Unsplittable, outline
 from rewriter.regions.program import Program
 from rewriter.replay.plan import Plan, plan_recordings
 from rewriter.report import GraphRecord, forget, record_graph
+from rewriter.saved_hooks import without_saved_hooks
 from rewriter.verify import Stage, verified
 from rewriter.whole_under_ddp import keep_graphs_whole
 
@@ -68,7 +69,7 @@ def rewriter(
         start_processes()
     record.notes += advice(module)
     record.seconds["tracing"] = seconds_since_beginning()
-    with progress_line() as line:
+    with progress_line() as line, without_saved_hooks():
         line.finished(f"traced {record.nodes_before} operations in {record.seconds['tracing']:.1f} s")
         return _compile(module, example_inputs, chosen, record, line)
 

@@ -15,6 +15,7 @@ from rewriter.memory.budgets import Budgets
 from rewriter.memory.growth import Growth
 from rewriter.memory.plan import Infeasible
 from rewriter.memory.planned import PlannedProgram
+from rewriter.saved_hooks import without_saved_hooks
 
 # A note begins so, of which a report has the last.
 PLANNED_ANEW = "memory: planned anew, and not compiled anew,"
@@ -97,8 +98,9 @@ class PlannedByLength:
         return (run or self._planned_for(inputs))(*inputs)
 
     def _planned_for(self, inputs: Sequence[Any]) -> Callable:
-        most, planned = self._longer.planned_for(inputs, self._plans[-1][0])
-        run, planned = self._linked(planned)
+        with without_saved_hooks():
+            most, planned = self._longer.planned_for(inputs, self._plans[-1][0])
+            run, planned = self._linked(planned)
         self._plans.append((most, run))
         note = f"{PLANNED_ANEW} for batches of up to {int(most):,} tokens"
         self._tell(replace(planned, notes=(*planned.notes, note)))

@@ -13,6 +13,8 @@ be spared: what a recording holds, the program can no longer use when it runs as
 A recording serves only where that is sure to be right; everything else runs as compiled:
 
 - without gradients, on another stream, or while the user records a CUDA graph of his own;
+- under hooks of saved tensors, which a recording does not call: a checkpoint would find other ones than the
+  program saves when it runs the step again;
 - weights that have moved: recorded anew, and after some times given up;
 - more tokens than the device has memory for beside the recordings: those are given up;
 - a forward whose predecessor may still have its backward: two at once would overwrite each other;
@@ -36,6 +38,7 @@ from rewriter.replay.room import Limits, Room
 from rewriter.replay.sightings import Sightings
 from rewriter.replay.sizes import Size, Sizes, batches
 from rewriter.replay.step import Copies, Recorder, Recording, Step, Ticket
+from rewriter.saved_hooks import has_saved_hooks
 from rewriter.size_text import size_text
 
 log = logging.getLogger(__name__)
@@ -92,6 +95,8 @@ class Replayed:
 
     def _may_replay(self, inputs: tuple) -> bool:
         if self._off or not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            return False
+        if has_saved_hooks():
             return False
         pending = self._pending()
         if not (pending is None or pending.done) or not self._recorder.ready():

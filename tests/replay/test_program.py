@@ -162,6 +162,14 @@ def test_without_gradients_the_program_runs(bench):
     bench.train(12)
 
 
+def test_under_hooks_of_saved_tensors_the_program_runs(bench):
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        bench.train(12)
+    assert bench.recorder.forwards == 1
+    bench.train(12)
+    assert bench.recorder.forwards == 2
+
+
 def test_a_second_backward_is_an_error(bench):
     loss, _ = bench(12)
     loss.backward(retain_graph=True)
