@@ -222,7 +222,7 @@ def test_a_model_trains_the_same_whose_weights_come_a_layer_ahead(_tiles):
     with (
         patch("rewriter.memory.planned.packed_in_host_memory", lambda program, _: packed_weights(program)),
         patch("rewriter.memory.planned.transfers_of", lambda *_: transfers),
-        patch("rewriter.memory.under_budget.machine_for", lambda _: replace(H200, to_device=1e13)),
+        patch("rewriter.memory.under_budget.machine_for", lambda _: replace(H200, to_device=2e9)),
     ):
         model = compiled(model_of(), "1GB")
         ours = steps(model, given)
