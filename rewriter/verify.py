@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from rewriter.effects import Effects
 from rewriter.nested import graphs_of
 from rewriter.report import GraphRecord
+from rewriter.saved_hooks import beside_saved_hooks
 from rewriter.widen import WIDENED, widened, without_narrow_floats
 
 log = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ def run(module: GraphModule, inputs: Sequence[Any]) -> dict[str, Tensor]:
                 value = leaves[name] = value.detach().requires_grad_()
             value = value.clone() if writes else value
         given.append(value)
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), beside_saved_hooks():
         outputs = [o for o in tree_leaves(module(*given)) if isinstance(o, Tensor)]
         gradients = _gradients(outputs, leaves)
     results = {f"output {i}": o for i, o in enumerate(outputs)}

@@ -1,5 +1,6 @@
 """Hooks of saved tensors see what a step saves, whether it was compiled meanwhile or not."""
 
+import pytest
 import torch
 from torch._subclasses import FakeTensor
 from torch.utils.checkpoint import checkpoint
@@ -7,15 +8,16 @@ from torch.utils.checkpoint import checkpoint
 from tests.families import batch, build
 
 
-def compiled() -> torch.nn.Module:
+def compiled(**options: bool) -> torch.nn.Module:
     torch._dynamo.reset()
     model = build("llama", layers=2)
-    model.compile(backend="rewriter", options={"lowering": "eager"})
+    model.compile(backend="rewriter", options={"lowering": "eager", **options})
     return model
 
 
-def test_a_checkpoint_around_a_model_holds_from_the_first_step_on():
-    model, plain = compiled(), build("llama", layers=2)
+@pytest.mark.parametrize("verify", (False, True))
+def test_a_checkpoint_around_a_model_holds_from_the_first_step_on(verify: bool):
+    model, plain = compiled(verify=verify), build("llama", layers=2)
     checkpoint(lambda: model(**batch()).loss, use_reentrant=False).backward()
     plain(**batch()).loss.backward()
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
