@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import SymInt, Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -185,10 +186,14 @@ def _leaves(inputs: Sequence[Any], needs: Sequence[bool]) -> list[Any]:
 
 
 def _results(module: Callable, inputs: Sequence[Any]) -> tuple[Any, ...]:
-    """What ``module`` gives, without gaps: a slice would keep all of what it is a slice of."""
+    """What ``module`` gives, without gaps: a slice would keep all of what it is a slice of.
+
+    In PyTorch 2.11, matmul in C++ fails where lengths vary and the weight is frozen; that in Python does not.
+    """
+    with enable_python_dispatcher():
+        given = module(*inputs)
     return tuple(
-        densely(r, memory_order(r)) if isinstance(r, Tensor) and not is_dense(r) else r
-        for r in module(*inputs)
+        densely(r, memory_order(r)) if isinstance(r, Tensor) and not is_dense(r) else r for r in given
     )
 
 

@@ -382,6 +382,19 @@ def test_a_view_of_an_input_is_taken_again_and_not_saved():
     assert saved.inputs == (0,) and saved.extras == 0
 
 
+@pytest.mark.parametrize("needs", [[True, False], [False, False]])
+def test_a_product_with_a_frozen_weight_is_traced_at_varying_lengths(needs):
+    fakes = StageFakes(7)
+    inputs = [fakes.like(torch.empty(2, 7, 8), 1), fakes.like(torch.empty(4, 8))]
+    with tracing(TracingContext(fakes.mode)), fakes.mode:
+        graph = forward_graph(_projected, signature_of(_projected, inputs, needs))
+    assert len(graph.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)) == 1
+
+
+def _projected(x: Tensor, w: Tensor) -> tuple[Tensor]:
+    return (F.linear(x, w),)
+
+
 @pytest.mark.parametrize("name", ["lora on nf4, two wide results", "lora on nf4, a wide input"])
 def test_what_was_extended_is_not_saved_and_is_made_where_it_is_read(name, monkeypatch):
     for op in ("dequantize_4bit", "dequantize_4bit_extended"):
