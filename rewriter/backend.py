@@ -22,8 +22,9 @@ from rewriter.lower import lower, lower_beside, lower_program, records_cuda_grap
 from rewriter.lower_planned import lower_planned
 from rewriter.memory.budgets import device_of
 from rewriter.memory.in_host import over_the_bus
+from rewriter.memory.lengths import tokens_at_hand
 from rewriter.memory.plan import Infeasible
-from rewriter.memory.room import fits_unplanned
+from rewriter.memory.room import fits_twice, fits_unplanned
 from rewriter.nested import count_operations
 from rewriter.options import Options
 from rewriter.passes import ordered_passes, pass_names
@@ -97,12 +98,19 @@ def _compile(
     line.now("planning")
     with record.timed("planning"):
         short = is_short_of_memory(program, recorded.example_inputs, options, record)
-    if short and recorded.module is not body:
+    with record.timed("planning"):
+        plan = None
+        if program and short and recorded.reading is not None:
+            plan = plan_beside_recordings(program, recorded, options, record)
+        if plan is not None:
+            recorded = recorded.within(plan.plan.left, plan.plan.beside, record.notes)
+    if short and plan is None and recorded.module is not body:
         record.notes.append("CUDA graphs: none after all, since memory is planned")
         recorded = Plan(body, example_inputs)
         program = outline_regions(body, example_inputs, options, record)
     with record.timed("planning"):
-        plan = plan_memory(program, example_inputs, options, record) if program and short else None
+        if program and short and plan is None:
+            plan = plan_memory(program, example_inputs, options, record)
         if plan is None:
             record.notes += over_the_bus(body, device_of(example_inputs))
     with record.timed("lowering"):
@@ -186,10 +194,29 @@ def is_short_of_memory(
         return False
 
 
+def plan_beside_recordings(
+    program: Program, recorded: Plan, options: Options, record: GraphRecord
+) -> "PlannedProgram | None":
+    """The plan of a program that may be recorded, within a budget; None unless it keeps everything."""
+    if options.memory_budget is None or recorded.limits is None:
+        return None
+    is_short = tokens_at_hand(program) <= recorded.limits.tokens
+    plan = plan_memory(program, recorded.example_inputs, options, record, recorded=is_short)
+    return None if plan is None or plan.staged else plan
+
+
 def plan_memory(
-    program: Program, example_inputs: Sequence[Any], options: Options, record: GraphRecord
+    program: Program,
+    example_inputs: Sequence[Any],
+    options: Options,
+    record: GraphRecord,
+    *,
+    recorded: bool = False,
 ) -> "PlannedProgram | None":
     """How the program runs within ``options.memory_budget`` or what is free; None where that fails.
+
+    Args:
+        recorded: whether steps of the batch at hand are recorded, where everything is kept.
 
     Raises:
         Infeasible: the budget is too small for any plan.
@@ -200,7 +227,9 @@ def plan_memory(
     from rewriter.memory.under_budget import under_budget
 
     try:
-        return under_budget(program, example_inputs, budget, options.host_budget, options.max_tokens)
+        return under_budget(
+            program, example_inputs, budget, options.host_budget, options.max_tokens, recorded
+        )
     except Infeasible:
         if budget is not None:
             raise
@@ -229,8 +258,10 @@ def plan_replay(
     module: GraphModule, example_inputs: Sequence[Any], options: Options, record: GraphRecord
 ) -> Plan:
     """What of the program is recorded as CUDA graphs, and why not, on record."""
-    planned = options.memory_budget not in (None, "off")
-    if not options.cuda_graphs or planned or records_cuda_graphs(options):
+    budget = options.memory_budget
+    asked = budget not in (None, "off")
+    roomy = not asked or fits_twice(module, example_inputs, budget, options.host_budget)
+    if not options.cuda_graphs or not roomy or records_cuda_graphs(options):
         return Plan(module, example_inputs)
     return plan_recordings(module, example_inputs, record.notes)
 

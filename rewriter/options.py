@@ -47,7 +47,7 @@ class Options:
         lowering: "inductor", or "eager" for AOTAutograd without Inductor.
         regions: outline repeated layers, and compile each kind once.
         cuda_graphs: record steps on few tokens, and somewhat longer ones whose size comes back, as CUDA
-            graphs; not where memory is planned.
+            graphs; where memory is planned, short ones alone, within what a plan that keeps all leaves.
         mode: Inductor's mode, as ``torch.compile(mode=...)`` takes it.
     """
 

@@ -7,7 +7,7 @@ backend asks it. Layers that repeat others are traced once, so that depth costs 
 machine's rates, and memory by the kernels that run on a GPU, wherever it is asked.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from rewriter.foresee.question import Question
 from rewriter.host_weights import could_live_in_host_memory
 from rewriter.memory.budgets import card_bytes
 from rewriter.memory.machine import H200, KNOWN, Machine, machine_for
-from rewriter.memory.plan import Infeasible, MemoryPlan
+from rewriter.memory.plan import Infeasible, MemoryPlan, Problem
 from rewriter.memory.planner import roomy
+from rewriter.memory.resident_choice import Offer, staying
 from rewriter.memory.timeline import text
 from rewriter.options import parse_budget
 from rewriter.size_text import size_text
@@ -162,6 +163,7 @@ def plan(
             raise
         could = could_live_in_host_memory(made.host.could, lambda spared: card_bytes(least - spared))
         raise Infeasible(f"{error}{could}", least, error.least_host) from None
+    found, stays = _with_residents(found, problems[0], ask.offers(tokens))
     update = _UPDATE_PASSES * made.trained_bytes / chosen.bandwidth
     bus = made.host.read_over_the_bus(rows * tokens) / chosen.to_device
     return Foresight(
@@ -175,8 +177,21 @@ def plan(
         offloads,
         found.foreseen_seconds + update + bus + _IDLE,
         found,
-        (*notes, *made.host.notes()),
+        (*notes, *stays, *made.host.notes()),
     )
+
+
+def _with_residents(
+    found: MemoryPlan, plain: Problem, offers: Sequence[Offer | None]
+) -> tuple[MemoryPlan, list[str]]:
+    """``found``; with room to spare all that is kept, weights that stay dequantised, and a note of them.
+
+    Args:
+        plain: the problem where nothing is set aside.
+    """
+    kept = MemoryPlan(plain, tuple(part.choices[0] for part in plain.parts))
+    chosen = staying(kept, offers, lambda plan: plan.leaves_room) if kept.leaves_room else None
+    return (found, []) if chosen is None else (chosen.plan, [chosen.note(offers)])
 
 
 def _check_numbers(**given: Any) -> None:

@@ -14,6 +14,8 @@ from rewriter.memory.in_host import packed_weights
 from rewriter.memory.machine import Machine
 from rewriter.memory.plan import Problem
 from rewriter.memory.planned import parts_of
+from rewriter.memory.resident_choice import Offer
+from rewriter.memory.resident_program import offer, weights_of
 from rewriter.memory.ways import Ways
 
 
@@ -37,6 +39,7 @@ class Question:
         self.made: Blueprint = self._make(False)
         self._autocast, self._rows, self._machine = autocast, rows, machine
         self._device, self._host = usable_bytes(card), host
+        self._offers: dict[int, list[Offer | None]] = {}
         self._known: dict[int, tuple[tuple[Problem, ...], tuple[str, ...]]] = {}
 
     def problem(self, tokens: int) -> tuple[Problem, tuple[str, ...]]:
@@ -54,6 +57,11 @@ class Question:
                 self._known[tokens] = self._problems(tokens)
         return self._known[tokens]
 
+    def offers(self, tokens: int) -> list[Offer | None]:
+        """Of each call of ``problems``, what it takes and spares if its 4-bit weights stay dequantised."""
+        self.problems(tokens)
+        return self._offers[tokens]
+
     def _problems(self, tokens: int) -> tuple[tuple[Problem, ...], tuple[str, ...]]:
         made = self.made
         program = traced(made, self._rows, tokens, self._autocast)
@@ -61,6 +69,9 @@ class Question:
         in_host = packed_weights(program) if LAYERS in made.host.there else frozenset()
         ways = Ways(program, self._machine, in_host)
         everything = in_tracing(made, self._autocast, ways.all)
+        # Those in host memory are there for want of room.
+        weights = {} if in_host else weights_of(program)
+        self._offers[tokens] = [offer(weights.get(call.region, ()), self._machine) for call in calls]
         static = foreseen_bytes(made.weight_bytes, made.trained_bytes)
         name = f"{self._rows} × {tokens:,} tokens"
         problems = tuple(

@@ -59,13 +59,14 @@ class _WideGradient:
         self._projections, self._operands = projections, operands
         self._ranks = [p.a.shape[0] for p in operands]
         self._a = stacked([p.a.to(projections[0].compute) for p in operands], 0)
-        self._scale = projections[0].scale
+        # As the forward has it: of the two, one weight may stay.
+        self._scale, self._share = projections[0].shares
         self.total: Tensor | None = None
 
     def add(self, i: int, dy: Tensor) -> None:
         projection, p = self._projections[i], self._operands[i]
         vacant = room(self._a.shape[1], self._ranks)
-        weight = projection.weight_beside(p, vacant, sum(self._ranks[:i]), 1.0, BACKWARD)
+        weight = projection.weight_beside(p, vacant, sum(self._ranks[:i]), self._share, BACKWARD)
         self.total = accumulate(self.total, dy, weight, dy.dtype)
 
     def gradients(self, rows: Tensor) -> Sequence[Tensor]:

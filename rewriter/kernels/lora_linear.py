@@ -27,13 +27,16 @@ nor is there a second derivative.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .dequantize import Packed4bit
+from .lora_extended import forms
 from .lora_products import LoraProducts
 from .lora_projection import Operands, Projection, tensors_of
+from .resident_weight import Form, ResidentWeight
 
 
 def adapter_is_narrow(r: int, n: int, k: int) -> bool:
@@ -43,7 +46,7 @@ def adapter_is_narrow(r: int, n: int, k: int) -> bool:
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor | Packed4bit,
+    weight: Tensor | Packed4bit | ResidentWeight,
     bias: Tensor | None,
     a: Tensor | None,
     b: Tensor | None,
@@ -57,7 +60,7 @@ def lora_linear(
 
     Args:
         x: (..., K).
-        weight: (N, K), trainable or not; or packed in 4 bits.
+        weight: (N, K), trainable or not; or packed in 4 bits; or what stays of a packed one, dequantised.
         bias: (N,) or None.
         a, b: (r, K) and (N, r); both None for the bare linear.
         scale: LoRA's α/r, or rsLoRA's α/√r; a number, not a tensor.
@@ -81,7 +84,7 @@ def lora_linear(
 
 def linear_4bit(
     x: Tensor,
-    packed: Packed4bit,
+    packed: Packed4bit | ResidentWeight,
     bias: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
@@ -95,7 +98,7 @@ def linear_4bit(
 
 def lora_linears(
     x: Tensor,
-    weights: Sequence[Tensor | Packed4bit],
+    weights: Sequence[Tensor | Packed4bit | ResidentWeight],
     biases: Sequence[Tensor | None],
     a_list: Sequence[Tensor | None],
     b_list: Sequence[Tensor | None],
@@ -116,20 +119,60 @@ def lora_linears(
     Raises:
         ValueError: as ``lora_linear``, or the sequences differ in length.
     """
-    dropped = (None,) * len(weights) if dropped is None else dropped
     autocast = _autocast_dtype(x.device.type)
-    projections, operands = [], []
-    for weight, bias, a, b, scale, own in zip(weights, biases, a_list, b_list, scales, dropped, strict=True):
-        packed = isinstance(weight, Packed4bit)
-        _check(x, weight.shape, bias, a, b, own)
-        compute = compute_dtype or (None if packed else autocast) or x.dtype
-        adapter = adapter_dtype or autocast or (compute if a is None else a.dtype)
-        packing = (weight.shape, weight.blocksize, weight.quant_type) if packed else None
-        projections.append(Projection(packing, scale, compute, adapter, out_dtype or compute))
-        operands += Operands(*tensors_of(weight), bias, own, a, b)
+    given = (x, weights, biases, a_list, b_list, scales, dropped, compute_dtype, adapter_dtype, out_dtype)
+    projections, operands = _parts(autocast, *given)
     # Every dtype is settled by now, and autocast would change it.
     with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
-        return LoraProducts.apply(tuple(projections), x, *operands)
+        return LoraProducts.apply(tuple(projections), x, *(t for p in operands for t in p))
+
+
+def resident_forms(
+    x: Tensor,
+    weights: Sequence[Tensor | Packed4bit],
+    biases: Sequence[Tensor | None],
+    a_list: Sequence[Tensor | None],
+    b_list: Sequence[Tensor | None],
+    scales: Sequence[float],
+    dropped: Sequence[Tensor | None] | None = None,
+    compute_dtype: torch.dtype | None = None,
+    adapter_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> list[Form | None]:
+    """In which form each packed weight of ``lora_linears``, called with these, could stay dequantised.
+
+    Only shapes and dtypes of tensors are read. None for a weight that is not packed, or would be there twice.
+    """
+    given = (x, weights, biases, a_list, b_list, scales, dropped, compute_dtype, adapter_dtype, out_dtype)
+    return forms(*_parts(_autocast_dtype(x.device.type), *given), x.dtype)
+
+
+def _parts(
+    autocast: torch.dtype | None,
+    x: Tensor,
+    weights: Sequence[Any],
+    biases: Sequence[Tensor | None],
+    a_list: Sequence[Tensor | None],
+    b_list: Sequence[Tensor | None],
+    scales: Sequence[float],
+    dropped: Sequence[Tensor | None] | None,
+    compute_dtype: torch.dtype | None,
+    adapter_dtype: torch.dtype | None,
+    out_dtype: torch.dtype | None,
+) -> tuple[list[Projection], list[Operands]]:
+    """What of each projection is no tensor, and its tensors."""
+    dropped = (None,) * len(weights) if dropped is None else dropped
+    projections, operands = [], []
+    for weight, bias, a, b, scale, own in zip(weights, biases, a_list, b_list, scales, dropped, strict=True):
+        packed, resident = isinstance(weight, Packed4bit), isinstance(weight, ResidentWeight)
+        _check(x, weight.shape, bias, a, b, own)
+        compute = compute_dtype or (None if packed or resident else autocast) or x.dtype
+        adapter = adapter_dtype or autocast or (compute if a is None else a.dtype)
+        packing = (weight.shape, weight.blocksize, weight.quant_type) if packed else None
+        shape = tuple(weight.shape) if resident else None
+        projections.append(Projection(packing, scale, compute, adapter, out_dtype or compute, shape))
+        operands.append(Operands(*tensors_of(weight), bias, own, a, b))
+    return projections, operands
 
 
 def _autocast_dtype(device: str) -> torch.dtype | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .extended_product import extended, room
-from .lora_extended import beneath, beside, read_beside
+from .lora_extended import beneath, read_beside, starts_beside
 from .lora_gradients import Call, LoraGradients
 from .lora_projection import (
     FORWARD,
@@ -43,15 +43,13 @@ class _Down(NamedTuple):
 
 
 def _down(projections: Sequence[Projection], operands: Sequence[Operands], rows: Tensor) -> _Down:
-    made = _Down([None] * len(operands), [], {})
-    wide = beside(projections, operands)
+    made = _Down([None] * len(operands), [], starts_beside(projections, operands))
     # Who reads one input in one dtype shares a product; an input after dropout is a projection's own.
     groups: dict[tuple[int, torch.dtype, bool], list[int]] = {}
     for i, p in enumerate(operands):
         if p.a is not None:
             own = -1 if p.dropped is None else i
-            groups.setdefault((own, projections[i].adapter, i in wide), []).append(i)
-    start = 0
+            groups.setdefault((own, projections[i].adapter, i in made.starts), []).append(i)
     for (own, dtype, scaled), members in groups.items():
         source = rows if own < 0 else operands[own].dropped.reshape(rows.shape)
         left, stack = source.to(dtype), stacked([operands[i].a.to(dtype) for i in members], 0)
@@ -63,9 +61,6 @@ def _down(projections: Sequence[Projection], operands: Sequence[Operands], rows:
             down = left @ stack.t()
         for i, part in zip(members, down.split(ranks, 1), strict=True):
             made.parts[i] = part
-            if scaled:
-                made.starts[i] = start
-                start += part.shape[1]
     return made
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .add_product import add_product
 from .dequantize import Packed4bit, dequantize_4bit, dequantize_4bit_extended
+from .resident_weight import ResidentWeight
 
 # Told apart, so that no compiler merges the two and keeps the 16-bit weight in between.
 FORWARD, BACKWARD = 0, 1
@@ -20,7 +21,10 @@ Slot = Any
 
 
 class Operands(NamedTuple):
-    """A projection's tensors. With a 4-bit weight ``weight`` is the packed data, and the scales follow it."""
+    """A projection's tensors. With a 4-bit weight ``weight`` is the packed data, and the scales follow it.
+
+    With one that was dequantised before, it is what stays of it (``resident_weight``), its room included.
+    """
 
     weight: Slot
     absmax: Slot
@@ -35,26 +39,39 @@ class Operands(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """What of a projection is no tensor. ``packing``: shape, block size and type of a 4-bit weight."""
+    """What of a projection is no tensor.
+
+    Attributes:
+        packing: shape, block size and type of a 4-bit weight.
+        resident: (N, K) of one that was dequantised before.
+    """
 
     packing: tuple | None
     scale: float
     compute: torch.dtype
     adapter: torch.dtype
     out: torch.dtype
+    resident: tuple[int, int] | None = None
 
     def weight(self, p: Operands, use: int) -> Tensor:
         """The weight in the product's dtype, (N, K). ``use``: ``FORWARD`` or ``BACKWARD``, here and below."""
+        if self.resident is not None:
+            n, k = self.resident
+            return p.weight if tuple(p.weight.shape) == (n, k) else p.weight[:n, :k]
         if self.packing is None:
             return p.weight.to(self.compute)
         return dequantize_4bit(self.packed(p), self.compute, use)
 
     def weight_beside(self, p: Operands, vacant: int, start: int, scale: float, use: int) -> Tensor:
         """``[W | 0 | scale · B | 0]``, (N, K + vacant), with B ``start`` columns after W."""
+        if self.resident is not None:
+            return p.weight
         return dequantize_4bit_extended(self.packed(p), self.compute, p.b, 1, vacant, start, scale, use)
 
     def weight_above(self, p: Operands, vacant: int, use: int) -> Tensor:
         """``[W ; A ; 0]``, (N + vacant, K)."""
+        if self.resident is not None:
+            return p.weight
         return dequantize_4bit_extended(self.packed(p), self.compute, p.a, 0, vacant, 0, 1.0, use)
 
     def packed(self, p: Operands) -> Packed4bit:
@@ -76,16 +93,18 @@ class Projection:
 
     @property
     def may_extend(self) -> bool:
-        """Whether the weight is made anew, in the one 16-bit dtype that the adapter and the result have."""
+        """Whether the weight is made for it, in the one 16-bit dtype that the adapter and the result have."""
         return (
-            self.packing is not None
+            (self.packing is not None or self.resident is not None)
             and self.compute == self.adapter == self.out
             and self.compute.itemsize == 2
         )
 
 
-def tensors_of(weight: Tensor | Packed4bit) -> tuple[Slot, Slot, Slot, Slot, Slot]:
+def tensors_of(weight: Tensor | Packed4bit | ResidentWeight) -> tuple[Slot, Slot, Slot, Slot, Slot]:
     """The weight, or its packed data, and the scales of that, as ``Operands`` begins."""
+    if isinstance(weight, ResidentWeight):
+        return weight.data, None, None, None, None
     if isinstance(weight, Packed4bit):
         return weight.data, weight.absmax, weight.absmax_8bit, weight.absmax_code, weight.absmax_offset
     return weight, None, None, None, None

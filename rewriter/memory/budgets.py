@@ -19,6 +19,7 @@ from rewriter.canonical import value_of
 from rewriter.memory.costs import value_bytes
 from rewriter.memory.growth import AS_TRACED, Growth
 from rewriter.memory.host_share import host_share, machine_memory
+from rewriter.memory.residents import shelf_of
 from rewriter.regions.program import Program
 
 _CONTEXT = 600 << 20
@@ -127,7 +128,9 @@ def static_bytes(program: Program, device: torch.device, inputs: Sequence[Any] |
         return foreseen_bytes(given, trained)
     gradients = (x.grad for x in tensors if x.requires_grad and x.is_leaf)
     held = sum(value_bytes(gradient) for gradient in gradients)
-    return with_what_comes(torch.cuda.memory_allocated(device), given, trained, held)
+    # Weights that stay dequantised give way to a plan that needs their room.
+    allocated = torch.cuda.memory_allocated(device) - shelf_of(str(device)).nbytes
+    return with_what_comes(allocated, given, trained, held)
 
 
 def with_what_comes(allocated: int, given: int, trained: int, gradients: int) -> int:

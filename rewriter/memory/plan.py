@@ -228,6 +228,16 @@ class MemoryPlan:
         return self.seconds if self.leaves_room else crowded(self.seconds)
 
     @property
+    def beside(self) -> int:
+        """Of the peak, what is not there all the time."""
+        return self.peak - self.problem.static
+
+    @property
+    def left(self) -> int:
+        """Device bytes that a plan which leaves the allocator its part does not use."""
+        return max(self.problem.roomy - self.peak, 0)
+
+    @property
     def where(self) -> str:
         """Name of the worst moment: "backward of layer 31"."""
         return self.worst.name

@@ -22,6 +22,7 @@ from rewriter.memory.layer import LayerStages, ScheduledLayer
 from rewriter.memory.layer_graphs import LayerGraphs
 from rewriter.memory.plan import Infeasible, MemoryPlan, Part, Problem
 from rewriter.memory.planner import least, roomy
+from rewriter.memory.residents import Residents, WithResidents, shelf_of
 from rewriter.memory.spare import Spare, spare_of
 from rewriter.memory.transfer import Transfers
 from rewriter.memory.ways import Aside, Ways, owns_gradient
@@ -71,6 +72,8 @@ class PlannedProgram:
         transfers: to host memory and back, made when they are first asked for.
         choosing: what it was chosen from; None where there was nothing to choose.
         longer: how it is planned for longer batches; None where those are compiled anew.
+        residents: makes what the program takes after its inputs, weights that stay dequantised; without any,
+            what gives up those of other programs where this one needs their room.
     """
 
     program: Program
@@ -80,6 +83,7 @@ class PlannedProgram:
     transfers: Callable[[], Transfers]
     choosing: "Choosing | None" = None
     longer: "Longer | None" = None
+    residents: Callable[[], Residents] | None = None
 
     @cached_property
     def layers(self) -> dict[LayerGraphs, str]:
@@ -119,7 +123,12 @@ class PlannedProgram:
         """``run``, the linked program, that first says what is to come.
 
         Which layers' weights come from host memory when, and what device memory each layer leaves free.
+        Weights that stay dequantised are given to it.
         """
+        run = self._told(run)
+        return run if self.residents is None else WithResidents(run, self.residents())
+
+    def _told(self, run: Callable) -> Callable:
         places = {n: i for i, n in enumerate(self.program.source.graph.find_nodes(op="placeholder"))}
         layers = [
             [places[call.inputs[i]] for i in staged.way.in_host.places(call.region)]
@@ -199,7 +208,8 @@ class Choosing:
     ) -> PlannedProgram:
         """The program under a plan whose choices are among ``ways``."""
         program, staged = _apply(self.program, ways, found)
-        return PlannedProgram(program, staged, found, notes, _transfers(self.given, self.device), self)
+        transfers, none = _transfers(self.given, self.device), _no_residents(found, self.device)
+        return PlannedProgram(program, staged, found, notes, transfers, self, residents=none)
 
 
 def everything_kept(
@@ -221,7 +231,8 @@ def _everything_kept(
     found = _kept_plan(program, ways, given)
     if not found.leaves_room:
         return None
-    return PlannedProgram(program, {}, found, (), _transfers(given, device))
+    transfers, none = _transfers(given, device), _no_residents(found, device)
+    return PlannedProgram(program, {}, found, (), transfers, residents=none)
 
 
 def kept_plan(program: Program, given: Budgets, machine: Link) -> MemoryPlan:
@@ -236,6 +247,11 @@ def _kept_plan(program: Program, ways: Ways, given: Budgets) -> MemoryPlan:
 
 def _transfers(given: Budgets, device: torch.device) -> Callable[[], Transfers]:
     return functools.partial(transfers_of, str(device), given.host)
+
+
+def _no_residents(found: MemoryPlan, device: torch.device) -> Callable[[], Residents]:
+    room = max(found.problem.device_budget - found.peak, 0)
+    return functools.partial(Residents, (), shelf_of(str(device)), room)
 
 
 def _problem(

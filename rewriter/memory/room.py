@@ -107,6 +107,18 @@ def fits_unplanned(
     return True
 
 
+def fits_twice(
+    module: GraphModule,
+    example_inputs: Sequence[Any],
+    memory_budget: int | float,
+    host_budget: int | float | None,
+) -> bool:
+    """Whether a budget has room for all that a step makes, and for a recording of it beside; from sizes."""
+    given = budgets(Program(module, ()), memory_budget, host_budget, device_of(example_inputs))
+    made = sum(map(made_bytes, graphs_of(module)))
+    return given.static + 2 * (made * 3 // 2 + _INSIDE_KERNELS) <= roomy_bytes(given.device)
+
+
 def _is_trained(example_inputs: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs)
 

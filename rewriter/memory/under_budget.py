@@ -12,6 +12,7 @@ from rewriter.host_weights import could_live_in_host_memory
 from rewriter.memory import timeline
 from rewriter.memory.borders import parted_at_borders
 from rewriter.memory.budgets import Budgets, budgets, card_bytes, device_of
+from rewriter.memory.choices import Link
 from rewriter.memory.lengths import (
     growth_of,
     hold_to,
@@ -26,12 +27,16 @@ from rewriter.memory.machine import ASSUMED, machine_for
 from rewriter.memory.movable import movable_bytes
 from rewriter.memory.plan import Infeasible, MemoryPlan
 from rewriter.memory.planned import PlannedProgram, everything_kept, planned
+from rewriter.memory.resident_program import with_residents
 from rewriter.memory.room import Need, cannot_keep_all
 from rewriter.memory.stage_graphs import LONG
 from rewriter.memory.unwrapped import without_checkpoints
 from rewriter.regions.outline import outline
 from rewriter.regions.program import Program
 from rewriter.report import MemoryRecord
+
+# Of batches that vary, how many times as long as the ones at hand have to fit beside weights that stay.
+_REACH = 4.0
 
 
 def under_budget(
@@ -40,12 +45,16 @@ def under_budget(
     memory_budget: int | float | None,
     host_budget: int | float | None,
     max_tokens: int | None = None,
+    recorded: bool = False,
 ) -> PlannedProgram:
     """Plan ``program``, checkpoints unwrapped, for batches of at most ``max_tokens`` where lengths vary.
 
     Where not everything fits, layers begin with their own norms, so that one tensor passes each border.
     Without a ``memory_budget`` what the device has free is taken; where that is too small by the planner's
     numbers, the least that would do, with a warning.
+
+    Args:
+        recorded: whether steps as long as the one at hand are recorded where everything is kept.
 
     Raises:
         Infeasible: the budget is too small for any plan; ``least_device`` is what to ask for.
@@ -62,8 +71,13 @@ def under_budget(
         notes.append("gradient checkpointing: what is computed again is as the memory plan says")
     # Without a budget, that it does not fit as it is was seen before.
     asked = memory_budget is not None or program is not whole
+    beside = functools.partial(
+        _with_residents, max_tokens=max_tokens, recorded=recorded, machine=machine, device=device
+    )
     asked = asked and not cannot_keep_all(program, example_inputs, given)
     if asked and (found := everything_kept(program, given, machine, device)):
+        if memory_budget is not None:
+            found = beside(found, program, given)
         hold_to(whole, Need.of(found.plan).growth(program, given.growth.tokens))
         return replace(found, notes=(*notes, *found.notes))
     if (parted := parted_at_borders(program)) is not None:
@@ -97,9 +111,40 @@ def under_budget(
         )
     most = given.growth.tokens if longer is None else given.reach
     if found.choosing is None:  # everything is kept
+        if memory_budget is not None:
+            found = beside(found, program, given)
         most = Need.of(found.plan).growth(program, given.growth.tokens)
     hold_to(whole, most)
     return replace(found, notes=(*notes, *found.notes), longer=longer)
+
+
+def _with_residents(
+    found: PlannedProgram,
+    program: Program,
+    given: Budgets,
+    *,
+    max_tokens: int | None,
+    recorded: bool,
+    machine: Link,
+    device: torch.device,
+) -> PlannedProgram:
+    """``found``, which keeps everything, with dequantised weights in the room that nothing else will need.
+
+    A recording needs as much again as a step. Where lengths vary, and nobody said how far, batches four times
+    as long need theirs, if those fit at all.
+    """
+    reach = given.growth.tokens
+    if tokens_of(program) is not None and max_tokens is None:
+        reach = min(_REACH * reach, Need.of(found.plan).growth(program, given.growth.tokens))
+
+    def fits(plan: MemoryPlan) -> bool:
+        needed = (2 if recorded else 1) * plan.beside
+        return (
+            plan.problem.static + needed <= plan.problem.roomy
+            and Need.of(plan).growth(program, given.growth.tokens) >= reach
+        )
+
+    return with_residents(found, machine, device, fits)
 
 
 def _planned_within(

@@ -18,7 +18,7 @@ the backward runs.
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,8 +62,18 @@ class Plan:
         """``program``, recorded where the plan says so."""
         if self.reading is None or self.limits is None or self.device is None:
             return program
-        replayed = Replayed(program, self.reading, self.limits, recorder or CudaRecorder(self.device), notes)
+        recorder = recorder or CudaRecorder(self.device)
+        settle = getattr(program, "settle", lambda inputs: (0, ()))
+        replayed = Replayed(program, self.reading, self.limits, recorder, notes, settle)
         return lambda *inputs: replayed(*inputs)
+
+    def within(self, room: int, step: int, notes: list[str]) -> "Plan":
+        """Recordings of short steps alone, in ``room`` bytes; none where a step's ``step`` bytes are more."""
+        assert self.limits is not None
+        what = f"of {room / 2**30:.1f} GiB that the memory plan leaves" if step <= room else "none"
+        notes.append(f"CUDA graphs: under a memory_budget those of short steps alone, {what}")
+        tokens = self.limits.tokens if step <= room else 0
+        return replace(self, limits=Limits(tokens, min(self.limits.bytes, room), free=room + step))
 
 
 def plan_recordings(module: GraphModule, example_inputs: Sequence[Any], notes: list[str]) -> Plan:

@@ -26,7 +26,7 @@ A recording serves only where that is sure to be right; everything else runs as 
 import logging
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -57,10 +57,18 @@ class Replayed:
         reading: of the program's graph; its ``doubled`` inputs are appended here.
         recorder: makes the recordings.
         notes: told what is recorded, and what is not and why.
+        settle: told the inputs before a recording is made or runs, says for which turn recordings hold, and
+            what they read that the program keeps on the device: in another turn it is gone.
     """
 
     def __init__(
-        self, program: Callable, reading: Reading, limits: Limits, recorder: Recorder, notes: list[str]
+        self,
+        program: Callable,
+        reading: Reading,
+        limits: Limits,
+        recorder: Recorder,
+        notes: list[str],
+        settle: Callable[[tuple], tuple[int, Sequence[Tensor]]] = lambda inputs: (0, ()),
     ):
         self.program, self._reading, self._limits = program, reading, limits
         self._recorder, self._notes = recorder, notes
@@ -73,6 +81,7 @@ class Replayed:
         self._steps: dict[tuple, Step] = {}
         self._sizes, self._sightings = Sizes(reading, limits.tokens), Sightings()
         self._few_labels: set[tuple] = set()
+        self._settle, self._recorded_turn = settle, 0
         self._moves = self._recomputed = 0
         self._pending: Callable[[], Ticket | None] = lambda: None
         self._off = self._full = False
@@ -84,9 +93,9 @@ class Replayed:
         if not self._turn.acquire(blocking=False):
             return self.program(*inputs)
         try:
-            step = self._step(inputs) if self._may_replay(inputs) else None
+            ticket = Ticket()
+            step = self._step(inputs, ticket) if self._may_replay(inputs) else None
             if step is not None:
-                ticket = Ticket()
                 self._pending = weakref.ref(ticket)
                 return step(ticket, inputs)
         finally:
@@ -108,8 +117,12 @@ class Replayed:
             return False
         return True
 
-    def _step(self, inputs: tuple) -> Step | None:
+    def _step(self, inputs: tuple, ticket: Ticket) -> Step | None:
         """The recording for these inputs, made if it is time; None to run the program itself."""
+        turn, ticket.reads = self._settle(inputs)
+        if turn != self._recorded_turn:
+            self._recorded_turn = turn
+            self._forget()
         size = self._sizes.of(inputs)
         self._sightings.add(size.key)
         step = self._steps.get(size.key)

@@ -23,11 +23,13 @@ class Limits:
         tokens: calls of at most so many are short.
         bytes: the most that recordings hold.
         long: calls of at most so many may be recorded where they come back.
+        free: bytes for calls as compiled and recordings together; None for all that the device has.
     """
 
     tokens: int
     bytes: int
     long: int = 0
+    free: int | None = None
 
 
 class Room:
@@ -76,4 +78,6 @@ class Room:
             return False
         self._most_run = tokens
         need = int(_WORKING_MEMORY * self._bytes_a_token * tokens)
-        return need + self._recorder.bytes() > self._recorder.room()
+        room = self._recorder.room()
+        free = room if self._limits.free is None else min(room, self._limits.free)
+        return need + self._recorder.bytes() > free

@@ -47,10 +47,14 @@ class Recorder(Protocol):
 
 
 class Ticket:
-    """Held by the autograd graph of one recorded forward: while it lives, its backward may come."""
+    """Held by the autograd graph of one recorded forward: while it lives, its backward may come.
+
+    ``reads``: what that reads beside the inputs and has no other owner.
+    """
 
     def __init__(self):
         self.done = False
+        self.reads: Sequence[Tensor] = ()
 
 
 @dataclass
@@ -204,7 +208,7 @@ class _Replay(torch.autograd.Function):
         else:
             _check_repeatable(step, _versions(step, inputs) == ctx.versions)
             results = step.recompute(inputs, found)
-        ctx.ticket.done = True
+        ctx.ticket.done, ctx.ticket.reads = True, ()
         return None, None, None, *results
 
 

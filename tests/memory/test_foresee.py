@@ -296,3 +296,14 @@ def test_weights_that_cannot_leave_the_device_are_refused():
         blueprint(config(2), host=("embedding",))
     with pytest.raises(ValueError, match="no linear is in 4 bits"):
         blueprint(config(2), 4, host=("layers",))
+
+
+def test_with_room_to_spare_weights_stay_dequantised_and_count():
+    given = {"machine": "H200", "lora_rank": 4, "quantise": "nf4", "tokens": 32}
+    ample = rewriter.plan(config(), memory_budget="4GiB", **given)
+    (note,) = (note for note in ample.notes if note.startswith("resident"))
+    assert note.startswith("resident: 8 of 8 layers' weights, ") and note in str(ample)
+    # Seven in bf16 of each layer, and what of their rooms is zeros.
+    weights = 8 * 2 * (64 * 64 * 2 + 64 * 32 * 2 + 64 * 128 * 3)
+    assert ample.plan.problem.static > weights
+    assert sum("dequantised once" in way for _, way in ample.plan.counts) == 2

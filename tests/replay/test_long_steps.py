@@ -5,7 +5,9 @@ import torch
 
 from rewriter.replay import sightings
 from rewriter.replay.capture import NoRoom
-from tests.replay.test_program import Bench
+from rewriter.replay.program import Replayed
+from rewriter.replay.room import Limits
+from tests.replay.test_program import Bench, program
 
 SHORT, LONG = 256, 2048
 
@@ -131,3 +133,13 @@ def test_memory_that_runs_out_for_a_long_step_leaves_short_ones_recorded(monkeyp
     before = bench.recorder.forwards
     bench.train(12, 12)
     assert bench.recorder.forwards == before + 2
+
+
+def test_they_are_given_up_for_a_step_that_a_budget_has_no_room_for_beside_them():
+    bench = Bench(size=2**20, most=2**20)
+    limits = Limits(4096, 2**20, free=2**23)
+    bench.replayed = Replayed(program, bench.reading, limits, bench.recorder, bench.notes)
+    bench.train(512, 512)
+    assert bench.recorder.bytes() == 2**20
+    bench.train(8192)
+    assert bench.recorder.bytes() == 0 and "are needed for 16384 tokens" in bench.notes[-1]

@@ -1,6 +1,7 @@
 """When a recording serves, and that the results are the program's wherever it does not."""
 
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -242,6 +243,30 @@ def test_weights_that_moved_are_recorded_anew_and_at_last_given_up(bench):
     bench.train(12)
     assert len(bench.recorder.recorded) == 9
     assert "lie elsewhere in memory" in bench.notes[-1]
+
+
+def test_recordings_are_made_anew_in_another_turn_of_what_the_program_keeps():
+    bench, turns = Bench(), [1, 1, 1, 2, 2, 2]
+    limits = Limits(4096, 100)
+    bench.replayed = Replayed(
+        program, bench.reading, limits, bench.recorder, bench.notes, lambda inputs: (turns.pop(0), ())
+    )
+    bench.train(12, 12, 12)
+    assert len(bench.recorder.recorded) == 1
+    bench.train(12, 12, 12)
+    assert len(bench.recorder.recorded) == 2 and not turns
+
+
+def test_what_a_recording_reads_lives_until_its_backward_and_no_longer():
+    bench, kept = Bench(), [torch.ones(2)]
+    given = (program, bench.reading, Limits(4096, 100), bench.recorder, bench.notes)
+    bench.replayed = Replayed(*given, lambda inputs: (0, list(kept)))
+    bench.train(12)
+    loss, _ = bench(12)
+    read = weakref.ref(kept.pop())
+    assert bench.recorder.forwards == 1 and read() is not None
+    loss.backward()
+    assert read() is None
 
 
 def test_another_tensor_that_is_no_weight_is_copied_from_then_on(bench):

@@ -1,0 +1,83 @@
+"""Weights that stay dequantised, on a GPU: the same bits, the memory foreseen, recordings that read them."""
+
+import pytest
+import torch
+
+import rewriter
+from rewriter.memory.residents import shelf_of
+from tests.memory.on_device import Sizes, compiled, distance, plan, small_llama, step, tokens
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+BUDGET = "40GB"
+# Large enough that dequantising is a share of a step that is worth a choice.
+SIZES = Sizes(hidden=2048, inner=5632, heads=16, groups=8)
+# Of bf16 products of as many rows as a bucket has.
+NEAR = 1e-2
+
+
+@pytest.fixture
+def device():
+    yield "cuda"
+    torch._dynamo.reset()
+    torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def model(device):
+    return small_llama(device, SIZES, nf4=True)
+
+
+def change(model):
+    """Write other weights in the place of some, as who loads a checkpoint does."""
+    weight = next(p for n, p in model.named_parameters() if "layers.1.mlp.up_proj.base_layer" in n)
+    with torch.no_grad():
+        weight.copy_(weight.flip(0))
+
+
+def update(model):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(1.01)
+
+
+def steps(model, lengths, device):
+    """Whole steps, with an update after each and other weights in the middle."""
+    found = []
+    for number, length in enumerate(lengths):
+        found.append(step(model, tokens(length, device, number)))
+        update(model)
+        if number == len(lengths) // 2:
+            change(model)
+    return found
+
+
+def note(start: str) -> str:
+    notes = [note for graph in rewriter.report().graphs for note in graph.notes]
+    return next((note for note in notes if note.startswith(start)), "")
+
+
+def test_steps_have_the_same_bits_and_the_memory_that_was_foreseen(device, model):
+    lengths = (256,) * 4
+    expected = steps(compiled(model, "off"), lengths, device)
+    model = small_llama(device, SIZES, nf4=True)
+    ours = steps(compiled(model, BUDGET), lengths, device)
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert torch.equal(mine.loss, theirs.loss)
+        assert all(torch.equal(mine.gradients[n], gradient) for n, gradient in theirs.gradients.items())
+    assert note("resident: 4 of 4 layers' weights")
+    if device == "cuda":
+        assert max(one.peak for one in ours) <= plan().peak * 1.1
+
+
+def test_recordings_read_what_stays_and_see_a_weight_that_changes(device, model):
+    lengths = (200, 230, 199, 255, 240, 220, 201, 250)
+    expected = steps(compiled(model, "off", dynamic=None), lengths, device)
+    model = small_llama(device, SIZES, nf4=True)
+    ours = steps(compiled(model, BUDGET, dynamic=None, cuda_graphs=True), lengths, device)
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert distance(mine, theirs) < NEAR
+    assert note("resident: 4 of 4 layers' weights")
+    if device == "cuda":
+        assert note("CUDA graphs: length 256 recorded") and shelf_of("cuda:0").kept
