@@ -12,8 +12,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 BUDGET = "40GB"
 # Large enough that dequantising is a share of a step that is worth a choice.
 SIZES = Sizes(hidden=2048, inner=5632, heads=16, groups=8)
-# Of bf16 products of as many rows as a bucket has.
-NEAR = 1e-2
+# Of bf16 products of as many rows as a bucket has, four layers deep: 1.0e-2 on an H200.
+NEAR = 2e-2
 
 
 @pytest.fixture
