@@ -1,9 +1,14 @@
 """Models under a memory budget train as they do without; one that is too small is told before any work."""
 
+import itertools
+
 import pytest
 import torch
 
 import rewriter
+from rewriter.memory.arena import HostArena
+from rewriter.memory.stage_run import StageRun
+from rewriter.memory.transfer import Transfers
 from tests.families import build
 from tests.memory.budgeted import (
     assert_near,
@@ -73,6 +78,30 @@ def test_a_budget_between_mixes_ways_and_a_large_one_keeps_everything():
     assert small < large and some > none == 0
     # It is cut into layers otherwise: at this size, where launches are all that is foreseen, some are fewer.
     assert slow >= 0.9 * fast
+
+
+def test_after_a_step_that_ran_out_of_memory_a_smaller_batch_trains(monkeypatch):
+    transfers = Transfers(HostArena(64 << 20, pin=False, growth=1 << 20), "cpu", poison=True)
+    monkeypatch.setattr("rewriter.memory.planned.transfers_of", lambda *_: transfers)
+    make, batches, smaller = MODELS["tied weights"], batches_of(), batches_of((16,))
+    budget = infeasible(make, batches).least_device
+    torch._dynamo.reset()
+    model = compiled(make(), budget)
+    steps(model, batches)
+    run_backward, runs = StageRun.run_backward, itertools.count()
+
+    def full(*given):
+        if next(runs) == 2:
+            raise torch.OutOfMemoryError("no memory, as the test wants it")
+        return run_backward(*given)
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(StageRun, "run_backward", full)
+        steps(model, batches)
+    model.zero_grad()
+    assert_near(steps(model, smaller), steps(make(), smaller), 1e-5)
+    assert next(runs) == 3 and staged() >= 2
+    assert transfers.arena.in_use == 0 < transfers.stats.bytes_out
 
 
 def test_a_failure_of_planning_is_noted_and_everything_is_kept(monkeypatch):
