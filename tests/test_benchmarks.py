@@ -116,9 +116,12 @@ def test_tables_show_first_steps_where_they_were_measured(tmp_path):
 
 def test_the_results_that_are_here_make_the_readmes_tables():
     from results import FOLDER, load
-    from table import README, markdown, regions
+    from table import README, markdown, overhead, regions
 
-    for table in (markdown(load(FOLDER)), regions(json.loads((FOLDER / "regions.json").read_text()))):
+    first_steps, calls = (
+        json.loads((FOLDER / f"{name}.json").read_text()) for name in ("regions", "regions_overhead")
+    )
+    for table in (markdown(load(FOLDER)), regions(first_steps), overhead(calls)):
         assert table in README.read_text()
 
 

@@ -2,11 +2,13 @@
 
     python examples/benchmarks/regions.py                        # all of it: some minutes on a GPU
     python examples/benchmarks/regions.py --depths 16 32 64 --systems rewriter inductor:32
+    python examples/benchmarks/regions.py --depths               # the overhead of a call alone: a minute
 
 Each first step is a process of its own, with empty caches, then again with those that the first one filled.
 The overhead of a call is the host's time outside of what Inductor compiled, in steps of a tiny model, less
 that of the flat graph. Whole steps do not tell it: two models of one process differ by a millisecond anyway.
-Writes ``regions.json`` into ``--results``, by default ``examples/benchmarks/results``.
+Writes ``regions.json`` and ``regions_overhead.json`` into ``--results``, by default
+``examples/benchmarks/results``.
 """
 
 import argparse
@@ -127,7 +129,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    result: dict = {"device": device, "versions": versions()}
+    machine = {"device": device, "versions": versions()}
+    result: dict = dict(machine)
     for named in arguments.systems:
         system, _, only = named.partition(":")
         for depth in [int(only)] if only else arguments.depths:
@@ -136,16 +139,16 @@ def main() -> None:
                     found = first_step(system, depth, arguments.tokens, caches, arguments.tiny)
                     result[f"{system}, {depth} layers, {state}"] = found
                     print(f"{system}, {depth} layers, {state} caches: {found}", flush=True)
-                    write(result, arguments.results)
-    result["overhead"] = overhead(arguments.calls, arguments.steps)
-    print("overhead of a region's call:", result["overhead"])
-    write(result, arguments.results)
+                    # After each row: a run that is cut leaves what it has.
+                    write(result, arguments.results / "regions.json")
+    cost = overhead(arguments.calls, arguments.steps)
+    print("overhead of a region's call:", cost)
+    write({**machine, "overhead": cost}, arguments.results / "regions_overhead.json")
 
 
-def write(result: dict, folder: Path) -> None:
-    """After each row: a run that is cut leaves what it has."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "regions.json").write_text(json.dumps(result, indent=1) + "\n")
+def write(result: dict, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

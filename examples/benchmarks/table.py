@@ -2,9 +2,9 @@
 
     python examples/benchmarks/table.py
 
-Reads ``results/end_to_end_*.json`` and ``results/regions.json`` beside this file and prints the tables too.
-Ratios are to the rewriter of the same case: above 1 is slower, or larger. First steps stand where they were
-measured, one process at a time.
+Reads ``end_to_end_*.json``, ``regions.json`` and ``regions_overhead.json`` from ``results`` beside this file
+and prints the tables too. Ratios are to the rewriter of the same case: above 1 is slower, or larger. First
+steps stand where they were measured, one process at a time.
 """
 
 import json
@@ -87,14 +87,15 @@ def regions(result: dict) -> str:
         if isinstance(run, dict) and "first_step_s" in run:
             name = title.removeprefix("rewriter, ").replace("inductor", "plain torch.compile")
             lines.append(row((name, *(f"{run[part]:.1f}" for part in parts))))
-    calls = overhead(result["overhead"]) if "overhead" in result else ""
-    return "\n".join([*lines, "", f"{calls}Measured on {setup(result)}."])
+    return "\n".join([*lines, "", f"Measured on {setup(result)}."])
 
 
-def overhead(cost: dict) -> str:
+def overhead(result: dict) -> str:
     """What a call of a region costs."""
-    parts = f"{cost['forward_us']:.0f} µs in the forward and {cost['backward_us']:.0f} µs in the backward"
-    return f"A call of a region costs the host {parts}. "
+    cost = result["overhead"]
+    parts = f"{cost['forward_us']:.0f} µs forward and {cost['backward_us']:.0f} µs backward"
+    more = f"A layer's call takes {parts} of the host's time more than its part of a flat graph"
+    return f"{more}; {cost['calls']} layers under adapters. Measured on {setup(result)}."
 
 
 def insert(document: str, name: str, table: str) -> str:
@@ -116,8 +117,9 @@ def main() -> None:
     if not cases:
         raise SystemExit(f"table: no end_to_end_*.json in {FOLDER}; run end_to_end.py first.")
     tables = {"end-to-end": markdown(cases)}
-    if (found := FOLDER / "regions.json").exists():
-        tables["regions"] = regions(json.loads(found.read_text()))
+    for place, text in (("regions", regions), ("regions_overhead", overhead)):
+        if (found := FOLDER / f"{place}.json").exists():
+            tables[place] = text(json.loads(found.read_text()))
     document = README.read_text()
     for place, table in tables.items():
         print(table)

@@ -1,4 +1,11 @@
-"""What recordings on a GPU give, for tests."""
+"""What recordings on a GPU give, and what the report says of them, for tests."""
+
+import rewriter
+
+
+def notes() -> list[str]:
+    """Of all graphs."""
+    return [note for graph in rewriter.report().graphs for note in graph.notes]
 
 
 def gradient_of(recording):

@@ -36,13 +36,6 @@ CONTEXT = int(0.6 * 2**30)
 
 
 @pytest.fixture
-def device():
-    yield "cuda"
-    torch._dynamo.reset()
-    torch.cuda.empty_cache()
-
-
-@pytest.fixture
 def sizes():
     return Sizes()
 

@@ -7,11 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import rewriter
 from rewriter.replay import plan
 from rewriter.replay.capture import CudaRecorder
 from tests.families import batch, build
-from tests.gpu.recorded import gradient_of
+from tests.gpu.recorded import gradient_of, notes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -54,10 +53,6 @@ def assert_trains_as_without(call, model, given):
     true.backward()
     torch.testing.assert_close(loss, true, rtol=1e-5, atol=1e-6)
     assert_same(ours, gradients(model))
-
-
-def notes():
-    return [note for graph in rewriter.report().graphs for note in graph.notes]
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-import rewriter
 from rewriter.memory.residents import shelf_of
+from tests.gpu.recorded import notes
+from tests.memory.budgeted import write_other_weights
 from tests.memory.on_device import Sizes, compiled, distance, plan, small_llama, step, tokens
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -17,22 +18,8 @@ NEAR = 2e-2
 
 
 @pytest.fixture
-def device():
-    yield "cuda"
-    torch._dynamo.reset()
-    torch.cuda.empty_cache()
-
-
-@pytest.fixture
 def model(device):
     return small_llama(device, SIZES, nf4=True)
-
-
-def change(model):
-    """Write other weights in the place of some, as who loads a checkpoint does."""
-    weight = next(p for n, p in model.named_parameters() if "layers.1.mlp.up_proj.base_layer" in n)
-    with torch.no_grad():
-        weight.copy_(weight.flip(0))
 
 
 def update(model):
@@ -49,13 +36,8 @@ def steps(model, lengths, device):
         found.append(step(model, tokens(length, device, number)))
         update(model)
         if number == len(lengths) // 2:
-            change(model)
+            write_other_weights(model)
     return found
-
-
-def note(start: str) -> str:
-    notes = [note for graph in rewriter.report().graphs for note in graph.notes]
-    return next((note for note in notes if note.startswith(start)), "")
 
 
 def test_steps_have_the_same_bits_and_the_memory_that_was_foreseen(device, model):
@@ -66,7 +48,7 @@ def test_steps_have_the_same_bits_and_the_memory_that_was_foreseen(device, model
     for mine, theirs in zip(ours, expected, strict=True):
         assert torch.equal(mine.loss, theirs.loss)
         assert all(torch.equal(mine.gradients[n], gradient) for n, gradient in theirs.gradients.items())
-    assert note("resident: 4 of 4 layers' weights")
+    assert any(note.startswith("resident: 4 of 4 layers' weights") for note in notes())
     if device == "cuda":
         assert max(one.peak for one in ours) <= plan().peak * 1.1
 
@@ -78,6 +60,9 @@ def test_recordings_read_what_stays_and_see_a_weight_that_changes(device, model)
     ours = steps(compiled(model, BUDGET, dynamic=None, cuda_graphs=True), lengths, device)
     for mine, theirs in zip(ours, expected, strict=True):
         assert distance(mine, theirs) < NEAR
-    assert note("resident: 4 of 4 layers' weights")
+    assert any(note.startswith("resident: 4 of 4 layers' weights") for note in notes())
     if device == "cuda":
-        assert note("CUDA graphs: length 256 recorded") and shelf_of("cuda:0").kept
+        assert (
+            any(note.startswith("CUDA graphs: length 256 recorded") for note in notes())
+            and shelf_of("cuda:0").kept
+        )
