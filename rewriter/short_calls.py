@@ -8,15 +8,54 @@ way, and leaves to AOTAutograd each call that it does not know to be plain: the 
 is compiled, those without gradients, those under transforms, backwards that keep their graph or are
 differentiated, and gradients of subclasses.
 
-PyTorch's private modules are touched here for the function's parts; what is not found as expected leaves the
-calls as they are. Written against ``torch/_functorch/_aot_autograd/runtime_wrappers.py`` of 2.11 and 2.13.
+PyTorch's private modules are touched here for the function's parts. Where a part is missing, as in a later
+PyTorch, calls stay as they are (``_has_parts``). Written against
+``torch/_functorch/_aot_autograd/runtime_wrappers.py`` of 2.11 and 2.13.
 """
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+# What AOTAutograd's metadata counts or lists of what a plain call has none of.
+_NONE_OF = (
+    "num_mutated_inp_runtime_indices",
+    "num_intermediate_bases",
+    "num_outputs_aliased",
+    "num_unsafe_view_outputs",
+    "num_graphsafe_rng_states",
+    "num_backward_tokens",
+    "num_opaque_objects_saved_for_bw",
+    "tokens",
+    "mutated_graph_handled_indices_seen_by_autograd",
+    "indices_of_inputs_that_requires_grad_with_mutations_in_bw",
+    "is_rng_op_functionalized",
+)
+# What else is read: of the function, its metadata, each result and gradient described there, and PyTorch.
+_OF_FUNCTION = (
+    "metadata",
+    "compiled_fw",
+    "compiled_bw",
+    "maybe_subclass_metadata",
+    "maybe_clear_saved_tensors",
+)
+_OF_METADATA = (
+    "grad_enabled_mutation",
+    "deterministic",
+    "num_outputs",
+    "num_forward_returns",
+    "output_info",
+    "subclass_tangent_meta",
+    "tensors_saved_for_backwards_with_vc_check_slice",
+    "tensors_saved_for_backwards_no_vc_check_slice",
+    "symints_saved_for_backwards_slice",
+)
+_OF_RESULT = ("raw_type", "requires_grad")
+_OF_TANGENT = ("memory_format",)
+_OF_TORCH = ("_DisableAutocast", "_are_functorch_transforms_active")
 
 
 class ShortCall:
@@ -47,7 +86,7 @@ class ShortCall:
         if getattr(function, "compiled_bw", None) is None:
             return
         self._settled = True
-        if is_plain(function.metadata, function, len(results)) and reads(node, inputs):
+        if is_plain(function, len(results)) and reads(node, inputs):
             self._short = shortened(function)
 
 
@@ -73,23 +112,17 @@ def _leads_to(node: Any, x: Tensor) -> bool:
     return node is x.grad_fn if x.grad_fn is not None else getattr(node, "variable", None) is x
 
 
-def is_plain(metadata: Any, function: Any, results: int) -> bool:
-    """Whether a call does no more than to compute, to save, and to return ``results`` fresh tensors."""
-    counted = (
-        metadata.num_mutated_inp_runtime_indices,
-        metadata.num_intermediate_bases,
-        metadata.num_outputs_aliased,
-        metadata.num_unsafe_view_outputs,
-        metadata.num_graphsafe_rng_states,
-        metadata.num_backward_tokens,
-        len(metadata.tokens),
-        len(metadata.mutated_graph_handled_indices_seen_by_autograd),
-        len(metadata.indices_of_inputs_that_requires_grad_with_mutations_in_bw),
-        metadata.num_opaque_objects_saved_for_bw or 0,
-    )
+def is_plain(function: Any, results: int) -> bool:
+    """Whether a call of it does no more than to compute, to save, and to return ``results`` fresh tensors.
+
+    Args:
+        function: what AOTAutograd made, an ``autograd.Function``.
+    """
+    if not _has_parts(function):
+        return False
+    metadata = function.metadata
     return (
-        not any(counted)
-        and not metadata.is_rng_op_functionalized
+        not any(getattr(metadata, name) for name in _NONE_OF)
         and metadata.grad_enabled_mutation is None
         and function.maybe_subclass_metadata is None
         and metadata.num_outputs == metadata.num_forward_returns == results
@@ -97,10 +130,32 @@ def is_plain(metadata: Any, function: Any, results: int) -> bool:
     )
 
 
-def shortened(function: Any) -> Callable:
-    """``function.apply`` for plain calls; ``function`` is what AOTAutograd made, an ``autograd.Function``."""
-    from torch._functorch._aot_autograd.runtime_wrappers import coerce_to_expected_memory_format
+def _has_parts(function: Any) -> bool:
+    """Whether all that is read here of ``function`` and of PyTorch's private modules is there by its name."""
+    if not _has(function, _OF_FUNCTION) or not _has(function.metadata, (*_NONE_OF, *_OF_METADATA)):
+        return False
+    metadata, core = function.metadata, cast(Any, torch._C)
+    return (
+        all(_has(result, _OF_RESULT) for result in metadata.output_info)
+        and all(_has(tangent, _OF_TANGENT) for tangent in metadata.subclass_tangent_meta)
+        and _has(core, _OF_TORCH)
+        and hasattr(core._autograd, "_get_current_graph_task_keep_graph")
+        and _runtime("coerce_to_expected_memory_format") is not None
+    )
 
+
+def _has(owner: Any, names: Iterable[str]) -> bool:
+    return all(hasattr(owner, name) for name in names)
+
+
+def _runtime(name: str) -> Any:
+    """A part of AOTAutograd's runtime, which is loaded once something is compiled; None if missing."""
+    return getattr(sys.modules.get("torch._functorch._aot_autograd.runtime_wrappers"), name, None)
+
+
+def shortened(function: Any) -> Callable:
+    """``function.apply`` for calls that are plain, by ``is_plain``."""
+    coerce_to_expected_memory_format = _runtime("coerce_to_expected_memory_format")
     metadata, forward_graph = function.metadata, function.compiled_fw
     count = metadata.num_forward_returns
     checked = metadata.tensors_saved_for_backwards_with_vc_check_slice
@@ -171,7 +226,6 @@ def _transforms() -> bool:
 
 
 def _inlines_hooks() -> bool:
-    """Whether hooks of saved tensors became part of the graph, and must not run beside it."""
-    from torch._functorch._aot_autograd.runtime_wrappers import _should_disable_saved_tensors_hooks
-
-    return _should_disable_saved_tensors_hooks()
+    """Whether hooks of saved tensors became part of the graph, and must not run beside it, or may have."""
+    inlines = _runtime("_should_disable_saved_tensors_hooks")
+    return inlines is None or inlines()

@@ -1,15 +1,17 @@
 """Short calls compute, save and refuse what AOTAutograd's own do."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._functorch._aot_autograd import runtime_wrappers
 from torch.fx import symbolic_trace
 
 from rewriter.lower import lower
 from rewriter.options import Options
-from rewriter.short_calls import ShortCall
+from rewriter.short_calls import ShortCall, is_plain, shortened
 from tests.families import batch, build
 
 
@@ -146,6 +148,70 @@ def test_calls_stay_whole_where(layer):
         results = call(*given)
         results[0].sum().backward()
     assert not is_short(call, given)
+
+
+class Seen:
+    """An object of AOTAutograd's, without some of its attributes; those that are read are told."""
+
+    def __init__(self, whole: Any, read: set[str], missing: str | None = None):
+        self.whole, self.read, self.missing = whole, read, missing
+
+    def __getattr__(self, name: str) -> Any:
+        self.read.add(name)
+        if name == self.missing:
+            raise AttributeError(name)
+        return getattr(self.whole, name)
+
+
+def test_calls_stay_whole_where_a_later_pytorch_lacks_what_is_read_of_its_metadata():
+    given = inputs()
+    call, _ = settled(Layer(), given)
+    results = call(*given)
+    function = results[0].grad_fn._forward_cls
+    metadata, read = function.metadata, set()
+
+    def plain(missing: str | None = None) -> bool:
+        function.metadata = Seen(metadata, read, missing)
+        return is_plain(function, len(results))
+
+    assert plain()
+    shortened(function)(*given)[0].sum().backward()
+    assert {"num_forward_returns", "num_outputs_aliased", "output_info", "deterministic"} <= read
+    assert [name for name in sorted(read) if plain(name)] == []
+
+
+def test_calls_stay_whole_where_a_later_pytorch_has_no_such_result_tangent_or_function():
+    given = inputs()
+    call, _ = settled(Layer(), given)
+    results = call(*given)
+    function = results[0].grad_fn._forward_cls
+    metadata = function.metadata
+    for name, of_each in (("output_info", "raw_type"), ("subclass_tangent_meta", "memory_format")):
+        seen = Seen(metadata, set())
+        setattr(seen, name, [Seen(each, set(), of_each) for each in getattr(metadata, name)])
+        function.metadata = seen
+        assert not is_plain(function, len(results)), name
+    function.metadata = metadata
+    assert is_plain(function, len(results))
+    function.metadata = None
+    assert not is_plain(function, len(results))
+
+
+@pytest.mark.parametrize("name", ["coerce_to_expected_memory_format", "_should_disable_saved_tensors_hooks"])
+def test_calls_stay_whole_where_a_later_pytorch_has_no_function_of_that_name(name, monkeypatch):
+    given = inputs()
+    whole = lowered(Layer(), given)
+    for _ in range(2):
+        whole(*given)[0].sum().backward()
+
+    def becomes_short() -> bool:
+        call = ShortCall(whole)
+        call(*given)
+        return is_short(call, given)
+
+    assert becomes_short()
+    monkeypatch.delattr(runtime_wrappers, name)
+    assert not becomes_short()
 
 
 def test_a_tensor_may_come_twice_and_another_may_not_be_read():
