@@ -31,7 +31,7 @@ class TransferStats:
     Attributes:
         bytes_out, bytes_in: copied to the host, and back.
         bytes_spared: reloaded without a copy, since the device still had them.
-        prefetches_skipped: copies back that found no device memory a group ahead, and began at their use.
+        prefetches_skipped: times that a copy back found no device memory ahead of its use; it began there.
     """
 
     bytes_out: int = 0

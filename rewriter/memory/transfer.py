@@ -154,10 +154,10 @@ class Transfers:
         return tensor
 
     def prefetch(self, ticket: Ticket) -> None:
-        """Start the copy back now. What has begun, or was reloaded, is left as it is."""
+        """Start the copy back now, if there is room. What has begun, or was reloaded, is left as it is."""
         self._drain()
         if self._is_good(ticket._copy):
-            self._copier.fetch(ticket._copy)
+            self._try([ticket._copy])
 
     def prefetch_latest(self) -> None:
         """Start the copies back of what was offloaded last, within its window: a backward begins."""
@@ -239,10 +239,8 @@ class Transfers:
             if group.returning:
                 return
             group.returning = True
-            for copy in group.copies:
-                self._copier.fetch(copy)
             place = self._groups.index(group)
-            self._try(self._groups[place - 1].copies if place else [])
+            self._try([*group.copies, *(self._groups[place - 1].copies if place else ())])
         else:
             self._fill_window(group, wanted)
 

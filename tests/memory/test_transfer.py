@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rewriter.memory.arena import HostArena, HostMemoryError
+from rewriter.memory.layout import Layout
 from rewriter.memory.transfer import Group, Ticket, Transfers
 from tests.memory.late_copies import late_transfers, leave_all_streams
 
@@ -139,6 +140,32 @@ def test_a_prefetch_is_the_reload_begun_earlier():
     assert transfers.stats.bytes_in == tickets[0][0].nbytes
     assert torch.equal(transfers.reload(tickets[0][0]), expected[0][0])
     transfers.prefetch(tickets[0][0])
+
+
+@pytest.mark.parametrize("window", [None, 8000])
+def test_where_memory_runs_out_ahead_of_need_copies_back_begin_at_their_use(window, monkeypatch):
+    transfers, room, empty = _transfers(depth=0), [0], Layout.empty
+
+    def one_at_a_time(layout: Layout, device: torch.device) -> torch.Tensor:
+        room[0] -= 1
+        if room[0] < 0:
+            raise torch.OutOfMemoryError("no memory, as the test wants it")
+        return empty(layout, device)
+
+    given = [torch.randn(100) for _ in range(6)]
+    expected, tickets = [tensor.clone() for tensor in given], []
+    for i in (0, 2, 4):
+        with transfers.group(window) as group:
+            tickets += [transfers.offload(tensor) for tensor in given[i : i + 2]]
+            group.will_need(tickets[:-3:-1])
+    del given
+    transfers.settle()
+    monkeypatch.setattr(Layout, "empty", one_at_a_time)
+    for ticket, tensor in zip(reversed(tickets), reversed(expected), strict=True):
+        transfers.prefetch(ticket)
+        room[0] = 1
+        assert torch.equal(transfers.reload(ticket), tensor)
+    assert transfers.stats.prefetches_skipped > 6 and transfers.stats.bytes_in == 2400
 
 
 def test_groups_can_be_made_by_hand_and_offloads_have_their_own_otherwise():
