@@ -20,6 +20,7 @@ from rewriter.memory.choices import Link, StagedChoice
 from rewriter.memory.in_host import packed_in_host_memory
 from rewriter.memory.layer import LayerStages, ScheduledLayer
 from rewriter.memory.layer_graphs import LayerGraphs
+from rewriter.memory.made_once import made_once
 from rewriter.memory.plan import Infeasible, MemoryPlan, Part, Problem
 from rewriter.memory.planner import least, roomy
 from rewriter.memory.residents import Residents, WithResidents, shelf_of
@@ -295,7 +296,7 @@ def _apply(
     return replace(program, calls=tuple(calls)), staged
 
 
-@functools.cache
+@made_once
 def transfers_of(device: str, host_budget: int) -> Transfers:
     """The process's own to and from ``device``: all graphs share its host memory."""
     return Transfers(HostArena(host_budget, device=torch.device(device)), device)

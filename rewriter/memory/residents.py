@@ -13,7 +13,6 @@ is taken over, and the rest given up. A program that has none gives them up wher
 with the program that has them.
 """
 
-import functools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from torch import Tensor, _foreach_copy_, _foreach_mul  # pyright: ignore[report
 
 from rewriter.kernels.dequantize import Packed4bit
 from rewriter.kernels.resident_weight import Form
+from rewriter.memory.made_once import made_once
 
 
 class Source(Protocol):
@@ -188,7 +188,7 @@ def _version(x: Tensor) -> int:
     return -1 if x.is_inference() else x._version
 
 
-@functools.cache
+@made_once
 def shelf_of(device: str) -> Shelf:
     """The process's own: all programs share the device."""
     return Shelf()
