@@ -27,7 +27,7 @@ nor is there a second derivative.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -119,66 +119,64 @@ def lora_linears(
     Raises:
         ValueError: as ``lora_linear``, or the sequences differ in length.
     """
-    autocast = _autocast_dtype(x.device.type)
-    given = (x, weights, biases, a_list, b_list, scales, dropped, compute_dtype, adapter_dtype, out_dtype)
-    projections, operands = _parts(autocast, *given)
+    columns = (weights, biases, a_list, b_list, scales, dropped)
+    given = _Given(x, *columns, compute_dtype, adapter_dtype, out_dtype)
+    projections, operands = given.parts()
     # Every dtype is settled by now, and autocast would change it.
-    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+    with torch.autocast(x.device.type, enabled=False) if given.autocast else nullcontext():
         return LoraProducts.apply(tuple(projections), x, *(t for p in operands for t in p))
 
 
-def resident_forms(
-    x: Tensor,
-    weights: Sequence[Tensor | Packed4bit],
-    biases: Sequence[Tensor | None],
-    a_list: Sequence[Tensor | None],
-    b_list: Sequence[Tensor | None],
-    scales: Sequence[float],
-    dropped: Sequence[Tensor | None] | None = None,
-    compute_dtype: torch.dtype | None = None,
-    adapter_dtype: torch.dtype | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> list[Form | None]:
+def resident_forms(*arguments: Any) -> list[Form | None]:
     """In which form each packed weight of ``lora_linears``, called with these, could stay dequantised.
 
     Only shapes and dtypes of tensors are read. None for a weight that is not packed, or would be there twice.
     """
-    given = (x, weights, biases, a_list, b_list, scales, dropped, compute_dtype, adapter_dtype, out_dtype)
-    return forms(*_parts(_autocast_dtype(x.device.type), *given), x.dtype)
+    given = _Given(*arguments)
+    return forms(*given.parts(), given.x.dtype)
 
 
-def _parts(
-    autocast: torch.dtype | None,
-    x: Tensor,
-    weights: Sequence[Any],
-    biases: Sequence[Tensor | None],
-    a_list: Sequence[Tensor | None],
-    b_list: Sequence[Tensor | None],
-    scales: Sequence[float],
-    dropped: Sequence[Tensor | None] | None,
-    compute_dtype: torch.dtype | None,
-    adapter_dtype: torch.dtype | None,
-    out_dtype: torch.dtype | None,
-) -> tuple[list[Projection], list[Operands]]:
-    """What of each projection is no tensor, and its tensors."""
-    dropped = (None,) * len(weights) if dropped is None else dropped
-    projections, operands = [], []
-    for weight, bias, a, b, scale, own in zip(weights, biases, a_list, b_list, scales, dropped, strict=True):
+class _Given(NamedTuple):
+    """The arguments of ``lora_linears``."""
+
+    x: Tensor
+    weights: Sequence[Tensor | Packed4bit | ResidentWeight]
+    biases: Sequence[Tensor | None]
+    a_list: Sequence[Tensor | None]
+    b_list: Sequence[Tensor | None]
+    scales: Sequence[float]
+    dropped: Sequence[Tensor | None] | None = None
+    compute_dtype: torch.dtype | None = None
+    adapter_dtype: torch.dtype | None = None
+    out_dtype: torch.dtype | None = None
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """What autocast computes in on the device of ``x``, where it is on."""
+        device = self.x.device.type
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return None
+        return torch.get_autocast_dtype(device)
+
+    def parts(self) -> tuple[list[Projection], list[Operands]]:
+        """What of each projection is no tensor, and its tensors."""
+        dropped = (None,) * len(self.weights) if self.dropped is None else self.dropped
+        rows = zip(self.weights, self.biases, self.a_list, self.b_list, self.scales, dropped, strict=True)
+        projections, operands = [], []
+        for weight, bias, a, b, scale, own in rows:
+            _check(self.x, weight.shape, bias, a, b, own)
+            projections.append(self._projection(weight, a, scale))
+            operands.append(Operands(*tensors_of(weight), bias, own, a, b))
+        return projections, operands
+
+    def _projection(self, weight: Any, a: Tensor | None, scale: float) -> Projection:
         packed, resident = isinstance(weight, Packed4bit), isinstance(weight, ResidentWeight)
-        _check(x, weight.shape, bias, a, b, own)
-        compute = compute_dtype or (None if packed or resident else autocast) or x.dtype
-        adapter = adapter_dtype or autocast or (compute if a is None else a.dtype)
+        autocast = self.autocast
+        compute = self.compute_dtype or (None if packed or resident else autocast) or self.x.dtype
+        adapter = self.adapter_dtype or autocast or (compute if a is None else a.dtype)
         packing = (weight.shape, weight.blocksize, weight.quant_type) if packed else None
         shape = tuple(weight.shape) if resident else None
-        projections.append(Projection(packing, scale, compute, adapter, out_dtype or compute, shape))
-        operands.append(Operands(*tensors_of(weight), bias, own, a, b))
-    return projections, operands
-
-
-def _autocast_dtype(device: str) -> torch.dtype | None:
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
+        return Projection(packing, scale, compute, adapter, self.out_dtype or compute, shape)
 
 
 def _check(x, shape, bias, a, b, own) -> None:
