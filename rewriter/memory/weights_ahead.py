@@ -88,16 +88,9 @@ class WeightsAhead:
         weights = [here[name] for name in names]
         if not (backward or returns):
             self._once.add(_key(weights))
-        buffer = self._buffer_of(_key(weights))
-        if buffer is None:
-            self.late += 1
-            buffer = self._fetch(weights)
-        self._streams.compute().wait_event(buffer.arrived)
         following = self._following(weights, backward)
-        if following and self._buffer_of(_key(following)) is None:
-            self._fetch_ahead(following, buffer)
-        here.update(zip(names, buffer.tensors, strict=True))
         try:
+            here.update(zip(names, self._arrived(weights, following), strict=True))
             yield
         except BaseException:
             # The step is over, and where memory was short two layers' weights would stay. Copies may have
@@ -107,6 +100,17 @@ class WeightsAhead:
             raise
         if not following and not returns:
             self.let_go()
+
+    def _arrived(self, weights: Sequence[Tensor], following: Sequence[Tensor]) -> list[Tensor]:
+        """``weights`` on the device, for what is computed from now on; those ``following`` are on their way."""
+        buffer = self._buffer_of(_key(weights))
+        if buffer is None:
+            self.late += 1
+            buffer = self._fetch(weights)
+        self._streams.compute().wait_event(buffer.arrived)
+        if following and self._buffer_of(_key(following)) is None:
+            self._fetch_ahead(following, buffer)
+        return buffer.tensors
 
     def let_go(self) -> None:
         """Give up the buffers: whoever computes in their memory comes after the copies into it."""

@@ -140,6 +140,22 @@ def test_where_the_second_buffer_finds_no_memory_a_copy_begins_at_its_use():
     step(weights, layers)
 
 
+def test_a_layer_whose_own_weights_find_no_memory_leaves_nothing_behind():
+    streams, layers = _Streams(), layers_of(3)
+    larger = layers_of(2, size=5000)
+    weights = WeightsAhead(CPU, streams)
+    weights.begin(layers)
+    run(weights, layers[0])
+    assert len(weights._buffers) == 2
+    with (
+        patch.object(WeightsAhead, "_empty", side_effect=torch.OutOfMemoryError("as the test wants it")),
+        pytest.raises(torch.OutOfMemoryError),
+    ):
+        run(weights, larger[0])
+    assert not weights._buffers and streams.log[-1] == ("compute", "waits for all of", "back")
+    step(weights, larger)
+
+
 def test_a_layer_that_fails_lets_go_once_what_is_being_copied_has_arrived():
     streams, layers = _Streams(), layers_of(3)
     weights = WeightsAhead(CPU, streams)
