@@ -102,7 +102,7 @@ class WeightsAhead:
             self.let_go()
 
     def _arrived(self, weights: Sequence[Tensor], following: Sequence[Tensor]) -> list[Tensor]:
-        """``weights`` on the device, for what is computed from now on; those ``following`` are on their way."""
+        """``weights`` on the device, for what is computed from now on; those ``following`` on their way."""
         buffer = self._buffer_of(_key(weights))
         if buffer is None:
             self.late += 1
