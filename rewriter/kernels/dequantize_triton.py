@@ -15,7 +15,6 @@ changes nothing for the weight.
 # options, numbers for constexpr parameters and loops look like errors.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false
 
-import torch
 import triton
 import triton.language as tl
 
@@ -216,38 +215,37 @@ def launch(packed, out, matrix, start, scale) -> None:
         return
     nested = absmax_8bit is not None
     matrix = absmax.reshape(1, -1) if matrix is None else matrix
-    with torch.cuda.device_of(out):
-        _dequantize_kernel[(programs + filling,)](
-            octets,
-            absmax.contiguous(),
-            absmax_8bit.contiguous() if nested else octets,
-            absmax_code.contiguous() if nested else absmax,
-            absmax_offset if nested else absmax,
-            out,
-            programs,
-            n * k,
-            k,
-            room,
-            vacant,
-            *vacant.shape,
-            matrix,
-            scale,
-            *matrix.shape,
-            0 if room else start,
-            start if room else 0,
-            *matrix.stride(),
-            BLOCK=blocksize,
-            NF4=quant_type == "nf4",
-            NESTED=nested,
-            # The last word may be read past the weights, never past the tensor.
-            ALIGNED=octets.data_ptr() % 4 == 0 and octets.numel() % 4 == 0,
-            BESIDE=room > 0,
-            WHOLE=k % 8 == 0 and room % 8 == 0,
-            FILLED=filling > 0,
-            WORDS=_WORDS,
-            TILES=_TILES,
-            SPAN=_SPAN,
-            num_warps=_WARPS,
-            # A scale of double quantisation is a product and a sum, each rounded.
-            enable_fp_fusion=False,
-        )
+    _dequantize_kernel[(programs + filling,)](
+        octets,
+        absmax.contiguous(),
+        absmax_8bit.contiguous() if nested else octets,
+        absmax_code.contiguous() if nested else absmax,
+        absmax_offset if nested else absmax,
+        out,
+        programs,
+        n * k,
+        k,
+        room,
+        vacant,
+        *vacant.shape,
+        matrix,
+        scale,
+        *matrix.shape,
+        0 if room else start,
+        start if room else 0,
+        *matrix.stride(),
+        BLOCK=blocksize,
+        NF4=quant_type == "nf4",
+        NESTED=nested,
+        # The last word may be read past the weights, never past the tensor.
+        ALIGNED=octets.data_ptr() % 4 == 0 and octets.numel() % 4 == 0,
+        BESIDE=room > 0,
+        WHOLE=k % 8 == 0 and room % 8 == 0,
+        FILLED=filling > 0,
+        WORDS=_WORDS,
+        TILES=_TILES,
+        SPAN=_SPAN,
+        num_warps=_WARPS,
+        # A scale of double quantisation is a product and a sum, each rounded.
+        enable_fp_fusion=False,
+    )

@@ -6,7 +6,6 @@ Over the bus what counts is how much is asked for at once: a program asks for 4 
 # Triton types a kernel as the plain function below its decorator: launch options look like errors.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -33,5 +32,4 @@ def launch(ids: Tensor, weight: Tensor, out: Tensor) -> None:
     rows, hidden = weight.shape
     block = min(triton.next_power_of_2(hidden), _BYTES // weight.element_size())
     grid = (ids.numel(), triton.cdiv(hidden, block))
-    with torch.cuda.device_of(out):
-        _gather_kernel[grid](ids, weight, out, rows, hidden, *weight.stride(), BLOCK=block, num_warps=_WARPS)
+    _gather_kernel[grid](ids, weight, out, rows, hidden, *weight.stride(), BLOCK=block, num_warps=_WARPS)

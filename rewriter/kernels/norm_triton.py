@@ -200,12 +200,11 @@ def launch_forward(
     hidden = x.shape[-1]
     rows = x.numel() // hidden
     tile = divide_forward(hidden, residual is not None)
-    with torch.cuda.device_of(x):
-        norm_forward_kernel[(triton.cdiv(rows, tile.rows),)](
-            x, *x_strides, residual, *residual_strides, weight, bias, y, h, mean, rstd,
-            rows, inner, eps, offset, hidden, _heads(weight), tile.columns, tile.rows, round_before_weight,
-            num_warps=tile.warps,
-        )  # fmt: skip
+    norm_forward_kernel[(triton.cdiv(rows, tile.rows),)](
+        x, *x_strides, residual, *residual_strides, weight, bias, y, h, mean, rstd,
+        rows, inner, eps, offset, hidden, _heads(weight), tile.columns, tile.rows, round_before_weight,
+        num_warps=tile.warps,
+    )  # fmt: skip
 
 
 def launch_backward(
@@ -243,11 +242,10 @@ def launch_backward(
     partials = list(torch.empty(shape, dtype=torch.float32, device=x.device)) if wanted else []
     weight_partial = partials[0] if dweight is not None else None
     bias_partial = partials[-1] if dbias is not None else None
-    with torch.cuda.device_of(x):
-        norm_backward_kernel[(programs,)](
-            dy, *dy_strides, dh, *dh_strides, x, *x_strides, weight, mean, rstd, None if dx.is_meta else dx,
-            weight_partial, bias_partial, rows, inner, offset, hidden, heads, tile.columns, tile.rows,
-            stages, num_warps=tile.warps, maxnreg=REGISTERS,
-        )  # fmt: skip
-        for partial, gradient in zip(partials, wanted, strict=True):
-            sum_columns(partial.view(-1, gradient.numel()), gradient)
+    norm_backward_kernel[(programs,)](
+        dy, *dy_strides, dh, *dh_strides, x, *x_strides, weight, mean, rstd, None if dx.is_meta else dx,
+        weight_partial, bias_partial, rows, inner, offset, hidden, heads, tile.columns, tile.rows,
+        stages, num_warps=tile.warps, maxnreg=REGISTERS,
+    )  # fmt: skip
+    for partial, gradient in zip(partials, wanted, strict=True):
+        sum_columns(partial.view(-1, gradient.numel()), gradient)

@@ -8,9 +8,11 @@ that passes put into a graph) is what routes tensors of other devices to the op'
 which a step has a few hundred.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 library = torch.library.Library("rewriter", "DEF")
 
@@ -40,7 +42,7 @@ def define(
     """
     name = schema.partition("(")[0]
     library.define(schema, tags=tuple(tags))
-    library.impl(name, kernel, "CompositeExplicitAutograd")
+    library.impl(name, on_its_device(kernel) if launches else kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"rewriter::{name}", fake, lib=library)
     op = getattr(torch.ops.rewriter, name).default
     operators[op] = tags[0]
@@ -53,3 +55,21 @@ def differentiate(op: torch._ops.OpOverload, backward: Callable, setup_context: 
     """Give ``op`` its explicit backward, as ``torch.library.register_autograd`` takes it."""
     name = op._schema.name
     torch.library.register_autograd(name, backward, setup_context=setup_context, lib=library)
+
+
+def on_its_device(kernel: Callable) -> Callable:
+    """``kernel`` with the GPU of its tensors as the current one, on which Triton launches whatever it is given.
+
+    Some of the tensors may be in host memory.
+    """
+
+    @functools.wraps(kernel)
+    def launching(*arguments, **named):
+        given = (*arguments, *named.values())
+        on_gpu = next((x for x in given if isinstance(x, Tensor) and x.is_cuda), None)
+        if on_gpu is None:
+            return kernel(*arguments, **named)
+        with torch.cuda.device_of(on_gpu):
+            return kernel(*arguments, **named)
+
+    return launching
