@@ -58,7 +58,7 @@ def differentiate(op: torch._ops.OpOverload, backward: Callable, setup_context: 
 
 
 def on_its_device(kernel: Callable) -> Callable:
-    """``kernel`` with the GPU of its tensors as the current one, on which Triton launches whatever it is given.
+    """``kernel`` with the GPU of its tensors as the current one, on which Triton launches.
 
     Some of the tensors may be in host memory.
     """

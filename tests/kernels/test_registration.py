@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from rewriter.kernels import registration
+from rewriter.kernels import registration, rms_norm  # noqa: F401
 from rewriter.kernels.registration import launchers
 
 
