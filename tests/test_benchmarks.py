@@ -21,7 +21,8 @@ def benchmarks(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["8x2x2048", "32x2x128-255", "8x2x2048_16bit", "2x2x2048_full", "16x4x2048_1b_16bit"]
+    "name",
+    ["8x2x2048", "32x2x128-255", "8x2x2048_16bit", "2x2x2048_full", "16x4x2048_1b_16bit", "80x1x4096_70b"],
 )
 def test_a_case_is_its_name(name):
     from models import Case
@@ -34,6 +35,46 @@ def test_a_name_that_is_no_case_is_an_error_with_the_form():
 
     with pytest.raises(ValueError, match="'8x2' is not <layers>x<rows>x<tokens>"):
         Case.parse("8x2")
+
+
+@pytest.mark.parametrize("name", ["2x1x32_70b", "2x1x32_1b_16bit", "2x1x32_full"])
+def test_all_of_a_models_tensors_have_values_and_its_ties_stay(name):
+    import torch
+    from models import Case, model_of
+
+    model = model_of(Case.parse(name), "cpu", tiny=True)
+    tensors = [*model.parameters(), *model.buffers()]
+    assert not any(t.is_meta for t in tensors) and all(torch.isfinite(t.float()).all() for t in tensors)
+    whole = dict(model.named_parameters(remove_duplicate=False))
+    head, embedding = (next(p for n, p in whole.items() if part in n) for part in ("lm_head", "embed_tokens"))
+    assert (head is embedding) == ("1b" in name)
+    assert head.std().item() == pytest.approx(0.02, rel=0.02)
+    packed = [n for n, p in whole.items() if p.dtype == torch.uint8]
+    assert len(packed) == (14 if "70b" in name else 0)
+
+
+def test_a_layer_is_done_with_before_the_next_has_weights_and_its_weights_are_the_same(monkeypatch):
+    import models
+    import torch
+
+    order, made = [], []
+
+    def fill(model, part, device, filled=models.fill):
+        order.append("filled")
+        filled(model, part, device)
+
+    def keep_and_drop(layer):
+        order.append("made")
+        made.append([p.clone() for p in layer.parameters()])
+        layer.to("meta")
+
+    case = models.Case.parse("3x1x32")
+    plain = models.base_model(case, "cpu", tiny=True)
+    monkeypatch.setattr(models, "fill", fill)
+    models.base_model(case, "cpu", tiny=True, made=keep_and_drop)
+    assert order == [*["filled", "made"] * 3, "filled"]
+    for layer, weights in zip(plain.model.layers, made, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), weights, strict=True))
 
 
 def test_every_suite_names_cases_and_systems_that_there_are():

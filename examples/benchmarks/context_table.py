@@ -10,7 +10,7 @@ import json
 
 from models import Case
 from peers import SYSTEMS
-from results import FOLDER
+from results import FOLDER, layers
 from table import README, insert, machines, row
 
 HEAD = (
@@ -30,14 +30,20 @@ def markdown(runs: list[dict]) -> str:
 
 def place(run: dict) -> tuple:
     case = Case.parse(run["case"])
-    return -case.layers, run["card_gib"] or float("inf"), case.tokens, run["system"] != "rewriter"
+    return (
+        case.shape != "8b",
+        -case.layers,
+        run["card_gib"] or float("inf"),
+        case.tokens,
+        run["system"] != "rewriter",
+    )
 
 
 def cells(run: dict) -> tuple[str, ...]:
     case, plan = Case.parse(run["case"]), run["plan"]
     return (
         f"{run['card_gib']:g}" if run["card_gib"] else "–",
-        f"{case.layers} layers, {case.rows} × {case.tokens[1]:,}",
+        f"{layers(case)}, {case.rows} × {case.tokens[1]:,}",
         SYSTEMS[run["system"]],
         f"{min(run['seconds']):.2f}" if run["seconds"] else f"{run['first_step_s']:.0f} *",
         f"{run['tokens_per_s']:,.0f}",

@@ -213,7 +213,7 @@ def parse() -> argparse.Namespace:
     what = parser.add_argument_group("what runs")
     what.add_argument("--suite", nargs="+", choices=[*suites.SUITES, "all"], help="cases and their systems")
     what.add_argument(
-        "--case", help="<layers>x<rows>x<tokens or a range>[_1b][_16bit|_full]; default 8x2x2048"
+        "--case", help="<layers>x<rows>x<tokens or a range>[_1b|_70b][_16bit|_full]; default 8x2x2048"
     )
     what.add_argument("--system", choices=peers.SYSTEMS, help="default rewriter")
     own = [f"{suite}:{system}" for suite, all_jobs in suites.SUITES.items() for jobs in all_jobs

@@ -1,11 +1,12 @@
 """The models that ``end_to_end.py`` trains: Llama's structure, random weights, the same for every system.
 
-A case is ``<layers>x<rows>x<tokens>[_1b][_16bit|_full]``: layers of Llama-3.1-8B's shape or Llama-3.2-1B's,
-and a batch; ``tokens`` may be a range, ``128-255``. The base is NF4 with double quantisation under LoRA on
-all seven linears, or 16-bit under LoRA, or all of it is trained.
+A case is ``<layers>x<rows>x<tokens>[_1b|_70b][_16bit|_full]``: layers of the shape of Llama-3.1-8B,
+Llama-3.2-1B or Llama-3.3-70B, and a batch; ``tokens`` may be a range, ``128-255``. The base is NF4 with
+double quantisation under LoRA on all seven linears, or 16-bit under LoRA, or all of it is trained.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +14,10 @@ from torch import nn
 
 RANK = 32
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-NAME = re.compile(r"(\d+)x(\d+)x(\d+)(?:-(\d+))?(_1b)?(?:_(16bit|full))?")
+# Hidden and inner width, heads, and heads of keys and values.
+SHAPES = {"8b": (4096, 14336, 32, 8), "1b": (2048, 8192, 32, 8), "70b": (8192, 28672, 64, 8)}
+TINY = (128, 256, 4, 2)
+NAME = re.compile(r"(\d+)x(\d+)x(\d+)(?:-(\d+))?(?:_(1b|70b))?(?:_(16bit|full))?")
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class Case:
 
     Attributes:
         tokens: the fewest and the most of a row.
-        shape: "8b" or "1b".
+        shape: of ``SHAPES``.
         weights: "nf4" and "16bit" under adapters, or "full", where all of them are trained.
     """
 
@@ -41,11 +45,11 @@ class Case:
         found = NAME.fullmatch(name)
         if not found:
             raise ValueError(
-                f"case {name!r} is not <layers>x<rows>x<tokens>[_1b][_16bit|_full], as in 8x2x2048_16bit"
+                f"case {name!r} is not <layers>x<rows>x<tokens>[_1b|_70b][_16bit|_full], as in 8x2x2048_16bit"
             )
-        layers, rows, least, most, small, weights = found.groups()
-        shape = "1b" if small else "8b"
-        return cls(int(layers), int(rows), (int(least), int(most or least)), shape, weights or "nf4")
+        layers, rows, least, most, shape, weights = found.groups()
+        tokens = (int(least), int(most or least))
+        return cls(int(layers), int(rows), tokens, shape or "8b", weights or "nf4")
 
     @property
     def batch(self) -> str:
@@ -55,7 +59,7 @@ class Case:
     def name(self) -> str:
         parts = [
             self.batch,
-            "1b" if self.shape == "1b" else "",
+            "" if self.shape == "8b" else self.shape,
             "" if self.weights == "nf4" else self.weights,
         ]
         return "_".join(filter(None, parts))
@@ -76,9 +80,7 @@ def configuration(case: Case, tiny: bool = False):
     """The shape of the model, in transformers' words."""
     from transformers import LlamaConfig
 
-    hidden, inner, heads, groups = (2048, 8192, 32, 8) if case.shape == "1b" else (4096, 14336, 32, 8)
-    if tiny:
-        hidden, inner, heads, groups = 128, 256, 4, 2
+    hidden, inner, heads, groups = TINY if tiny else SHAPES[case.shape]
     return LlamaConfig(
         vocab_size=1024 if tiny else 128256,
         hidden_size=hidden,
@@ -94,25 +96,49 @@ def configuration(case: Case, tiny: bool = False):
     )
 
 
-def base_model(case: Case, device: str, tiny: bool = False) -> nn.Module:
-    """In bf16, made on ``device``: equal on equal devices."""
+def left_in_16_bits(layer: nn.Module) -> None:
+    """What becomes of a layer that nothing becomes of."""
+
+
+def base_model(
+    case: Case, device: str, tiny: bool = False, made: Callable[[nn.Module], None] = left_in_16_bits
+) -> nn.Module:
+    """In bf16, made on ``device``: equal on equal devices.
+
+    Args:
+        made: called with each layer as soon as it has its weights, before the next one has any: in 16 bits,
+            those of 70B's shape would not fit a card.
+    """
     from transformers import LlamaForCausalLM
 
+    with torch.device("meta"):
+        model = LlamaForCausalLM._from_config(configuration(case, tiny), dtype=torch.bfloat16)
     torch.manual_seed(0)
-    with torch.device(device):
-        return LlamaForCausalLM._from_config(configuration(case, tiny), dtype=torch.bfloat16)
+    for layer in model.model.layers:
+        fill(model, layer, device)
+        made(layer)
+    fill(model, model, device)
+    model.tie_weights()
+    return model
+
+
+def fill(model: nn.Module, part: nn.Module, device: str) -> None:
+    """Random weights, as the model's own code draws them, to what in ``part`` has no memory yet."""
+    for module in part.modules():
+        tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        if any(tensor.is_meta for tensor in tensors):
+            module.to_empty(device=device, recurse=False)
+            model._init_weights(module)  # pyright: ignore[reportCallIssue]
 
 
 def model_of(case: Case, device: str, tiny: bool = False) -> nn.Module:
     """The case's model, ready to be trained."""
     from peft import LoraConfig, get_peft_model
 
-    model = base_model(case, device, tiny)
+    model = base_model(case, device, tiny, quantise if case.weights == "nf4" else left_in_16_bits)
     if case.weights == "full":
         return model.train()
     model.requires_grad_(False)
-    if case.weights == "nf4":
-        quantise(model)
     rank = 8 if tiny else RANK
     adapters = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=list(LINEARS))
     return with_random_adapters(get_peft_model(model, adapters))
@@ -139,11 +165,11 @@ def with_random_adapters(model: nn.Module) -> nn.Module:
     return model.train()
 
 
-def quantise(model: nn.Module) -> None:
-    """Every linear but the head to NF4 with double quantisation."""
+def quantise(layer: nn.Module) -> None:
+    """Its linears to NF4 with double quantisation."""
     import bitsandbytes as bnb
 
-    for parent in list(model.modules()):
+    for parent in list(layer.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear) and name in LINEARS:
                 linear = bnb.nn.Linear4bit(

@@ -12,31 +12,20 @@ import json
 import time
 from pathlib import Path
 
+from models import Case, configuration
 from transformers import LlamaConfig
 
 import rewriter
 
 RESULTS = Path(__file__).parent / "results"
 GIB = 2**30
-SHAPES = {
-    "8b": (4096, 14336, 32, 32, 8),
-    "70b": (8192, 28672, 80, 64, 8),
-}
+LAYERS = {"8b": 32, "70b": 80}
 CARDS = {"8b": (12, 16, 24, 40, 48, 80), "70b": (48, 80)}
 
 
-def configuration(shape: str) -> LlamaConfig:
-    hidden, inner, layers, heads, groups = SHAPES[shape]
-    return LlamaConfig(
-        vocab_size=128256,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=groups,
-        max_position_embeddings=1 << 20,
-        use_cache=False,
-    )
+def whole(shape: str) -> LlamaConfig:
+    """The configuration of all of a model's layers."""
+    return configuration(Case(LAYERS[shape], 1, (1, 1), shape))
 
 
 def foreseen(shape: str, card: float, host: float) -> dict:
@@ -46,7 +35,7 @@ def foreseen(shape: str, card: float, host: float) -> dict:
     start = time.perf_counter()
     budgets = {"memory_budget": int(card * GIB), "host_budget": int(host * GIB)}
     try:
-        found = rewriter.plan(configuration(shape), machine="H200", lora_rank=32, quantise="nf4", **budgets)
+        found = rewriter.plan(whole(shape), machine="H200", lora_rank=32, quantise="nf4", **budgets)
     except Infeasible as error:
         return {"model": shape, "card_gib": card, "host_gib": host, "infeasible": str(error)}
     return {
@@ -75,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--models", nargs="+", choices=LAYERS, default=list(LAYERS))
     parser.add_argument("--cards", nargs="+", type=float, help="GiB; default: those that suit the model")
     parser.add_argument("--host", type=float, default=120.0, help="GiB of host memory for offloads")
     parser.add_argument("--results", type=Path, default=RESULTS)

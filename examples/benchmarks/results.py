@@ -30,9 +30,14 @@ def place(run: dict) -> tuple[int, str]:
 
 def words(case: Case) -> str:
     """As "8 layers, 2 × 2048, QLoRA"."""
-    small = " of the 1B shape" if case.shape == "1b" else ""
     tokens = " to ".join(map(str, dict.fromkeys(case.tokens)))
-    return f"{case.layers} layers{small}, {case.rows} × {tokens}, {WEIGHTS[case.weights]}"
+    return f"{layers(case)}, {case.rows} × {tokens}, {WEIGHTS[case.weights]}"
+
+
+def layers(case: Case) -> str:
+    """As "8 layers", or "16 layers of the 1B shape"."""
+    shape = "" if case.shape == "8b" else f" of the {case.shape.upper()} shape"
+    return f"{case.layers} layers{shape}"
 
 
 def name(run: dict) -> str:

@@ -12,7 +12,7 @@ import time
 from dataclasses import replace
 
 import torch
-from plans import GIB, configuration
+from plans import GIB, whole
 
 from rewriter.foresee.question import Question
 from rewriter.memory.budgets import usable_bytes
@@ -34,7 +34,7 @@ def main() -> None:
         if shape not in parser.parse_args().models:
             continue
         bf16 = torch.bfloat16
-        asked = Question(configuration(shape), 32, "nf4", bf16, bf16, 1, cards[-1] * GIB, HOST * GIB, H200)
+        asked = Question(whole(shape), 32, "nf4", bf16, bf16, 1, cards[-1] * GIB, HOST * GIB, H200)
         problems, _ = asked.problems(tokens)
         for card in cards:
             within = [replace(problem, device_budget=usable_bytes(card * GIB)) for problem in problems]
