@@ -2,7 +2,8 @@
 
 ``torch.addmm`` of a compiled graph has a result of its own: a compiler copies ``total`` there before cuBLAS
 adds to it, 2·M·N reads and writes that move every byte of a LoRA linear's result once more. Here the product
-adds to ``total`` where it lies, as cuBLAS can (β = 1). The op says that it writes, so that a compiler
+adds to ``total`` where it lies, as cuBLAS can (β = 1). Of two products the longer one should add: it reads
+``total`` while others of its tiles compute. The op says that it writes, so that a compiler
 orders it, and gives it a copy where somebody else still reads ``total``.
 
 Rounded once, as ``torch.addmm`` is, with sums in fp32. No gradient: it is used inside backwards and autograd

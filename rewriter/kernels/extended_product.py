@@ -4,12 +4,12 @@
     dy W + v A   ->  [dy | v] · [W ; A]                        v = scale · dy B
     dy W, dy B   ->  dy · [W | B]
 
-Adding the update by a product of its own (``add_product``) reads and writes the whole result once more: 4
-bytes an element in 16 bits, 235 MB of an 8B Llama's gate at 4,096 tokens. Here it is some more columns of the
-product, 1.6% of its operations for 64 beside 4,096; what is paid instead is the input copied beside ``u``,
-once for all projections of it. So it pays where the result is clearly wider than the input (gate and up
-forward, down backward), and where the weight is made anew anyway, as from 4 bits: one that is there would be
-copied.
+The update as a product of its own, to which the base's adds (``add_product``), writes and reads the whole
+result once more: 4 bytes an element in 16 bits, 235 MB of an 8B Llama's gate at 4,096 tokens. Here it is some
+more columns of the product, 1.6% of its operations for 64 beside 4,096; what is paid instead is the input
+copied beside ``u``, once for all projections of it. So it pays where the result is clearly wider than the
+input (gate and up forward, down backward), and where the weight is made anew anyway, as from 4 bits: one that
+is there would be copied.
 
 Sums run over both in fp32 and are rounded once, a rounding less than by two products. ``u`` is scaled before
 it is rounded, so that its scale adds none. Of a scale above 1 it is B that gets a power of two, exactly, and

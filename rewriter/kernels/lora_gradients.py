@@ -4,9 +4,10 @@ With v = scale · dy B, (tokens, r), of each projection:
 
     dx = Σ dy W + v A     dW = dyᵀ x     dB = scale · dyᵀ (x Aᵀ)     dA = vᵀ x     dbias = Σ dy
 
-The sum for dx is taken in one of three ways: product after product into one total; in one product with the
-adapter's part (``[dy | v] · [W ; A]``); or with v for all projections read beside it
-(``[dx | dy B] = Σ dy · [W | B]``). ``extended_product`` says when the last two pay.
+The sum for dx is taken in one of three ways: product after product into one total, the adapters' short one
+first (``with_update`` says why); in one product with the adapter's part (``[dy | v] · [W ; A]``); or with v
+for all projections read beside it (``[dx | dy B] = Σ dy · [W | B]``). ``extended_product`` says when the last
+two pay.
 """
 
 from collections.abc import Sequence
@@ -83,7 +84,7 @@ class _WideGradient:
 
 
 class LoraGradients:
-    """The gradients of one call: first every result's is added, then those of all operands are there.
+    """The gradients of one call, from those of its results.
 
     Args:
         saved: the rows of x that gradients read or None; ``x Aᵀ`` of each projection; operands, flat.
@@ -105,18 +106,28 @@ class LoraGradients:
         self._v: dict[int, Tensor] = {}
         self._found: list[dict[str, Slot]] = [dict.fromkeys(Operands._fields) for _ in needs]
 
-    def add(self, i: int, dy: Tensor) -> None:
-        """What the gradient ``dy``, (tokens, N), of projection i's result gives."""
-        self._add_base(i, dy)
-        if self._operands[i].b is not None:
-            self._add_adapter(i, dy.to(self._call.projections[i].adapter))
+    def of_all(self, gradients: dict[int, Tensor]) -> tuple[Slot, ...]:
+        """The gradient of x, and of each operand, flat; each in its dtype.
 
-    def of_all(self) -> tuple[Slot, ...]:
-        """The gradient of x, and of each operand, flat; each in its dtype."""
-        self._add_shared()
+        Args:
+            gradients: (tokens, N) of the results that have one, by projection.
+        """
+        call = self._call
+        for i, dy in gradients.items():
+            if self._operands[i].b is not None:
+                self._add_adapter(i, dy.to(call.projections[i].adapter))
+        groups = self._sharing()
+        computed = {call.projections[i].compute for i in gradients}
+        # In another dtype they would make the total as wide, for the base's products too.
+        first = {dtype: members for dtype, members in groups.items() if {dtype} == computed}
+        for dtype, members in first.items():
+            self._add_shared(dtype, members)
+        for i, dy in gradients.items():
+            self._add_base(i, dy)
+        for dtype in groups.keys() - first.keys():
+            self._add_shared(dtype, groups[dtype])
         if self._wide is not None and self._wide.total is not None:
             self._finish_wide(self._wide)
-        call = self._call
         dx = None if self._dx is None else self._dx.to(call.dtype).view(call.shape)
         found = [
             None if g is None else g.to(dtype)
@@ -161,21 +172,24 @@ class LoraGradients:
         if need.dropped:
             self._found[i]["dropped"] = (self._v[i] @ p.a.to(projection.adapter)).view(self._call.shape)
 
-    def _add_shared(self) -> None:
-        """Of each A that reads x, and what those hand to it: a product for all that compute in one dtype."""
+    def _sharing(self) -> dict[torch.dtype, list[int]]:
+        """The projections whose A reads x, by the dtype in which their adapters compute."""
         groups: dict[torch.dtype, list[int]] = {}
         for i in self._v:
             if not self._call.own[i]:
                 groups.setdefault(self._call.projections[i].adapter, []).append(i)
-        for dtype, members in groups.items():
-            stack = stacked([self._v[i] for i in members], 1)
-            if any(self._needs[i].a for i in members):
-                ranks = [self._v[i].shape[1] for i in members]
-                parts = (stack.t() @ self._rows.to(dtype)).split(ranks, 0)
-                self._keep_a(members, parts)
-            if self._needs_x and not self._beneath:
-                a = stacked([self._operands[i].a.to(dtype) for i in members], 0)
-                self._dx = accumulate(self._dx, stack, a, self._call.dtype)
+        return groups
+
+    def _add_shared(self, dtype: torch.dtype, members: Sequence[int]) -> None:
+        """Of each A of ``members``, and what those hand to x: one product for all."""
+        stack = stacked([self._v[i] for i in members], 1)
+        if any(self._needs[i].a for i in members):
+            ranks = [self._v[i].shape[1] for i in members]
+            parts = (stack.t() @ self._rows.to(dtype)).split(ranks, 0)
+            self._keep_a(members, parts)
+        if self._needs_x and not self._beneath:
+            a = stacked([self._operands[i].a.to(dtype) for i in members], 0)
+            self._dx = accumulate(self._dx, stack, a, self._call.dtype)
 
     def _finish_wide(self, wide: _WideGradient) -> None:
         """Of each A from the columns beside dx, and then the adapters' part of it."""

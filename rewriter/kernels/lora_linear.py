@@ -5,8 +5,8 @@ autograd function (``lora_products``) made of PyTorch's own products and ops tha
 ``dequantize_4bit``, so that Inductor and a partitioner see every product. What it saves against the model's
 own code, for M tokens, a weight (N, K) and rank r:
 
-- the update is added by the product that makes it, where dtypes allow (``add_product``): ``update``,
-  ``update * scale`` and their gradients, M·N each, are not made;
+- the base's product adds to the update in place, where dtypes allow (``add_product``): ``update * scale``,
+  the sum and their gradients, M·N each, are not made;
 - over a 4-bit weight whose result is much wider than its input, or the other way round in the backward, the
   base's own product adds it (``extended_product``), and the wide result is written once;
 - projections of one input (q, k, v; gate and up) share the product with their stacked A matrices, so that

@@ -20,10 +20,10 @@ from .lora_projection import (
     Operands,
     Projection,
     Slot,
-    add_update,
     scaled_product,
     stacked,
     unflatten,
+    with_update,
 )
 
 
@@ -81,11 +81,8 @@ class LoraProducts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads):
         needs_x, needs = ctx.needs_input_grad[1], unflatten(ctx.needs_input_grad[2:])
-        gradients = LoraGradients(ctx.call, ctx.saved_tensors, needs_x, needs)
-        for i, dy in enumerate(grads):
-            if dy is not None:
-                gradients.add(i, dy.reshape(-1, dy.shape[-1]))
-        return None, *gradients.of_all()
+        gradients = {i: dy.reshape(-1, dy.shape[-1]) for i, dy in enumerate(grads) if dy is not None}
+        return None, *LoraGradients(ctx.call, ctx.saved_tensors, needs_x, needs).of_all(gradients)
 
 
 def _results(
@@ -102,9 +99,10 @@ def _results(
             y = F.linear(
                 wide, projection.weight_beside(p, vacant, down.starts[i], projection.shares[1], FORWARD), bias
             )
+        elif p.a is None:
+            y = F.linear(left, projection.weight(p, FORWARD), bias).to(projection.out)
         else:
-            y = F.linear(left, projection.weight(p, FORWARD), bias)
-            y = y.to(projection.out) if p.a is None else add_update(projection, y, down.parts[i], p.b)
+            y = with_update(projection, left, projection.weight(p, FORWARD), bias, down.parts[i], p.b)
         outputs.append(y)
     return outputs
 

@@ -6,6 +6,7 @@ from math import ceil, log2
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .add_product import add_product
@@ -121,13 +122,28 @@ def stacked(matrices: list[Tensor], dim: int) -> Tensor:
     return matrices[0] if len(matrices) == 1 else torch.cat(matrices, dim)
 
 
-def add_update(projection: Projection, base: Tensor, down: Tensor, b: Tensor) -> Tensor:
-    """``base + scale · down Bᵀ``: added inside the product where all dtypes are one, else in the widest."""
+def with_update(
+    projection: Projection, left: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, b: Tensor
+) -> Tensor:
+    """``left weightᵀ + bias + scale · down Bᵀ``, in the projection's ``out``.
+
+    Where all dtypes are one, the update is made first and the base's own product adds to it: it reads that
+    while it computes, where the update's short product, added to the base, would wait for every byte. Else
+    they are summed in the widest.
+    """
     up = b.to(projection.adapter).t()
     if projection.compute == projection.adapter == projection.out:
-        return add_product(base, down, up, projection.scale)
+        return add_product(_update(down, up, projection.scale, bias), left, weight.t())
     wide = torch.promote_types(torch.promote_types(projection.compute, projection.adapter), projection.out)
+    base = F.linear(left, weight, bias)
     return (base.to(wide) + (down @ up).to(wide) * projection.scale).to(projection.out)
+
+
+def _update(down: Tensor, up: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """``scale · down up + bias``, rounded once."""
+    if bias is None:
+        return scaled_product(down, up, scale, down.narrow(1, 0, 1))
+    return torch.addmm(bias, down, up, alpha=scale)
 
 
 def accumulate(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

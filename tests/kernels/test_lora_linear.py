@@ -311,8 +311,8 @@ def test_aot_autograd_traces_every_product_and_dequantises_twice(kind, monkeypat
     forward, backward = recorder.count(torch.ops.aten.mm.default)
     added = recorder.count(torch.ops.aten.addmm.default)
     ops = torch.ops.rewriter
-    # Forward: the bases and one product with the stacked A; each update is added by its own product.
-    assert (forward, added[0]) == (count + 1, count)
+    # Forward: one product with the stacked A; each update, scaled as it is made; each base adds to one.
+    assert (forward, added[0]) == (1, 2 * count)
     if kind == "nested":
         assert recorder.count(ops.dequantize_4bit.default) == [3, 0]
         assert recorder.count(ops.dequantize_4bit_extended.default) == [0, 3]
@@ -320,8 +320,8 @@ def test_aot_autograd_traces_every_product_and_dequantises_twice(kind, monkeypat
         # each B, and of all A at once. The adapters' part is added in place.
         assert (backward, added[1]) == (1, 2 + 3 + 1)
     else:
-        # Backward: the first gradient of x, and that of both A at once; added to the former the other's and
-        # the adapters'; each B has a product for its gradient and one for its input's, scaled as they are
+        # Backward: the adapters' part of the gradient of x, and that of both A at once; added to the former
+        # both weights'; each B has a product for its gradient and one for its input's, scaled as they are
         # made.
         assert (backward, added[1]) == (2, 2 + 4)
     if kind == "nested":
@@ -341,7 +341,8 @@ def written_in_place(total, left, right, alpha=1.0):
     return total
 
 
-# Updates in the forward. In the backward the other weights' gradients of x, and the adapters' part.
+# The base's products in the forward. In the backward the weights' gradients of x, to the adapters' part where
+# there is one by itself.
 @pytest.mark.parametrize(
     ("kind", "widths", "added", "folded"),
     [("dense", (96, 96), 2 + 2, 0), ("nested", (192, 192, 192), 3 + 2, 1)],
