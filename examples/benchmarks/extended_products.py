@@ -21,7 +21,7 @@ from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
 RANK, ROOM, ROUNDS = 32, 64, 3
-Form = Callable[..., object]
+Form = Callable[..., dict[str, Callable[[], object]]]
 
 
 def forward(x: Tensor, weight: Tensor, wide: Tensor, down: Tensor, b: Tensor, columns: Tensor, *_: Tensor):
