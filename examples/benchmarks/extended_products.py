@@ -11,7 +11,7 @@ For the reasons and bounds see ``rewriter/kernels/extended_product.py``, whose f
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
 RANK, ROOM, ROUNDS = 32, 64, 3
-Form = Callable[..., dict[str, Callable[[], object]]]
+Form = Callable[..., Mapping[str, Callable[[], object]]]
 
 
 def forward(x: Tensor, weight: Tensor, wide: Tensor, down: Tensor, b: Tensor, columns: Tensor, *_: Tensor):
