@@ -166,6 +166,25 @@ def test_the_results_that_are_here_make_the_readmes_tables():
         assert table in README.read_text()
 
 
+def long_run(card, tokens, peak, host, case=None):
+    plan = {"peak_gib": peak, "host_gib": host}
+    return {"system": "rewriter", "case": case or f"32x1x{tokens}", "card_gib": card, "tokens": tokens,
+            "seconds": [1.0], "tokens_per_s": tokens, "peak_gib": peak, "reserved_gib": peak, "plan": plan,
+            "device": "H200", "versions": {"torch": "2.11.0"}}  # fmt: skip
+
+
+def test_what_a_token_takes_is_the_slope_over_the_longest_rows_of_three_cards():
+    from context_table import markdown
+
+    hidden = 2**13 / 2**30
+    runs = [long_run(card, n, 6.5 + 10 * n * hidden, 64 * n * hidden)
+            for card, n in ((12, 50_000), (16, 100_000), (24, 200_000))]  # fmt: skip
+    others = [long_run(24, 50_000, 22, 100), long_run(16, 200_000, 90, 100, "8x1x200000")]
+    text = "over 50,000, 100,000 and 200,000 tokens, a token takes 10.0 hidden states of bf16 on the device"
+    assert text in markdown(runs + others) and "and 64.0 in host memory" in markdown(runs + others)
+    assert "a token takes" not in markdown(runs[1:] + others)
+
+
 def test_every_case_of_the_kernels_is_in_one_share_of_what_is_compiled_ahead():
     import ahead
 
