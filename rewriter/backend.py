@@ -35,6 +35,7 @@ from rewriter.regions.program import Program
 from rewriter.replay.plan import Plan, plan_recordings
 from rewriter.report import GraphRecord, forget, record_graph
 from rewriter.saved_hooks import without_saved_hooks
+from rewriter.seconds_text import seconds_text
 from rewriter.verify import Stage, verified
 from rewriter.whole_under_ddp import keep_graphs_whole
 
@@ -71,7 +72,7 @@ def rewriter(
     record.notes += advice(module)
     record.seconds["tracing"] = seconds_since_beginning()
     with progress_line() as line, without_saved_hooks():
-        line.finished(f"traced {record.nodes_before} operations in {record.seconds['tracing']:.1f} s")
+        line.finished(f"traced {record.nodes_before} operations in {seconds_text(record.seconds['tracing'])}")
         return _compile(module, example_inputs, chosen, record, line)
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+from rewriter.seconds_text import seconds_text
+
 _ERASE = "\r\x1b[2K"
 
 
@@ -25,7 +27,7 @@ class ProgressLine:
     def now(self, text: str) -> None:
         """Show ``text`` after what has been done."""
         if self.shown:
-            elapsed = f"{time.perf_counter() - self.began:.1f} s"
+            elapsed = seconds_text(time.perf_counter() - self.began)
             self.stream.write(_ERASE + "rewriter: " + " · ".join((*self.done, text, elapsed)))
             self.stream.flush()
 

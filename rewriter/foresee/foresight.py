@@ -24,6 +24,7 @@ from rewriter.memory.planner import roomy
 from rewriter.memory.resident_choice import Offer, staying
 from rewriter.memory.timeline import text
 from rewriter.options import parse_budget
+from rewriter.seconds_text import seconds_text
 from rewriter.size_text import size_text
 
 _GIB = 2**30
@@ -85,7 +86,7 @@ class Foresight:
                 f"{self.model}, {_count(self.parameters)} parameters, {_count(self.trained)} trained: "
                 f"{self.rows} × {self.tokens:,} tokens in "
                 f"{size_text(self.memory_budget, 1)} of {self.machine}",
-                f"  {self.seconds:.3g} s a step, {self.tokens_per_second:,.0f} tokens/s",
+                f"  {seconds_text(self.seconds)} a step, {self.tokens_per_second:,.0f} tokens/s",
                 *ways,
                 *(f"  {note}" for note in self.notes),
                 text(plan),

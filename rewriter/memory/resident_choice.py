@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from rewriter.memory.plan import Choice, MemoryPlan
+from rewriter.seconds_text import seconds_text
 from rewriter.size_text import size_text
 
 # Of a step's seconds, what has to be gained: a class of which some layers' weights stay is compiled twice.
@@ -47,7 +48,7 @@ class Staying:
         count = sum(offer is not None for offer in offers)
         return (
             f"resident: {len(self.calls)} of {count} layers' weights, {size_text(self.nbytes)}, "
-            f"{_seconds(self.seconds)} a step spared: dequantised once, not at each use"
+            f"{seconds_text(self.seconds)} a step spared: dequantised once, not at each use"
         )
 
 
@@ -86,7 +87,3 @@ def _spared(choice: Choice, offer: Offer) -> Choice:
         forward_seconds=max(choice.forward_seconds - offer.forward_seconds, 0.0),
         backward_seconds=max(choice.backward_seconds - offer.backward_seconds, 0.0),
     )
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-4 else f"{seconds * 1e6:.2f} µs"

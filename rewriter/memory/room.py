@@ -29,6 +29,7 @@ from rewriter.memory.operations import int_hint
 from rewriter.memory.plan import roomy_bytes
 from rewriter.nested import graphs_of
 from rewriter.regions.program import Program
+from rewriter.size_text import size_text
 
 if TYPE_CHECKING:
     from rewriter.memory.plan import MemoryPlan
@@ -98,7 +99,7 @@ def fits_unplanned(
     need = Need(given.static, int(most_bytes(program) * growth.tokens), roomy_bytes(given.device))
     if not need.fits:
         need = _planners(program, replace(given, growth=growth), device)
-    size = f"{_gib(need.static + need.beside)} of the {_gib(need.usable)} GiB that may be filled"
+    size = f"{size_text(need.static + need.beside)} of the {size_text(need.usable)} that may be filled"
     if not need.fits:
         notes.append(f"memory: planned, since keeping everything takes {size}")
         return False
@@ -182,7 +183,3 @@ def made_bytes(module: GraphModule, counts: Callable[[Tensor], bool] = lambda _:
 
 def _storage(value: Any) -> int | None:
     return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f}"

@@ -48,7 +48,7 @@ def _bars(values: Sequence[int], top: int, height: int) -> list[str]:
     lines = []
     for row in reversed(range(height)):
         eighths = [round(value / top * height * 8) - row * 8 for value in values]
-        label = _size(top * (row + 1) / height).rjust(_MARGIN - 2)
+        label = _size(top * (row + 1) / height, like=top).rjust(_MARGIN - 2)
         lines.append(f"{label} ┤" + "".join(_BLOCKS[min(8, max(0, e))] for e in eighths))
     return lines
 
@@ -117,7 +117,9 @@ def _band(low: Sequence[int], high: Sequence[int], top: int, base: int, height: 
 
 
 def _axis(base: int, height: int, top: int) -> list[str]:
-    marks = [_label(_LEFT - 6, base - height * i / 4 + 4, _size(top * i / 4), "end") for i in range(5)]
+    marks = [
+        _label(_LEFT - 6, base - height * i / 4 + 4, _size(top * i / 4, like=top), "end") for i in range(5)
+    ]
     return [
         *marks,
         _line(_LEFT, base - height, _LEFT, base, "#333"),

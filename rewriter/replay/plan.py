@@ -34,6 +34,7 @@ from rewriter.replay.program import Replayed
 from rewriter.replay.room import Limits
 from rewriter.replay.sizes import is_batch
 from rewriter.replay.step import Recorder
+from rewriter.size_text import size_text
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class Plan:
     def within(self, room: int, step: int, notes: list[str]) -> "Plan":
         """Recordings of short steps alone, in ``room`` bytes; none where a step's ``step`` bytes are more."""
         assert self.limits is not None
-        what = f"of {room / 2**30:.1f} GiB that the memory plan leaves" if step <= room else "none"
+        what = f"of {size_text(room)} that the memory plan leaves" if step <= room else "none"
         notes.append(f"CUDA graphs: under a memory_budget those of short steps alone, {what}")
         tokens = self.limits.tokens if step <= room else 0
         return replace(self, limits=Limits(tokens, min(self.limits.bytes, room), free=room + step))

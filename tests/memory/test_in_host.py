@@ -21,12 +21,12 @@ def _graph(*values):
 
 
 @pytest.mark.parametrize(
-    ("trained", "said"), [(True, "twice a step, 1.00 GiB"), (False, "once a step, 0.50")]
+    ("trained", "said"), [(True, "twice a step, 1.00 GiB"), (False, "once a step, 512.00 MiB")]
 )
 def test_bytes_are_told_that_a_step_reads_over_the_bus(trained, said):
     packed, x = torch.empty(GIB // 4, 1, dtype=torch.uint8), torch.empty(2, 2, requires_grad=trained)
     (note,) = over_the_bus(_graph(packed, x, packed), torch.device("cuda"))
-    assert "0.50 GiB in 4 bits" in note and said in note and ("memory_budget" in note) == trained
+    assert "512.00 MiB in 4 bits" in note and said in note and ("memory_budget" in note) == trained
     assert over_the_bus(_graph(packed, x), torch.device("cpu")) == []
 
 

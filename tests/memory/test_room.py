@@ -60,7 +60,7 @@ def test_where_sizes_alone_show_that_all_fits_no_planner_is_asked(free, monkeypa
     monkeypatch.setattr("rewriter.memory.planned.kept_plan", lambda *_: pytest.fail("the planner was asked"))
     (graph,) = _trained()
     assert graph.notes == [
-        "memory: nothing to plan, a step takes at most 1.0 of the 3.8 GiB that may be filled"
+        "memory: nothing to plan, a step takes at most 1.00 GiB of the 3.76 GiB that may be filled"
     ]
     assert graph.memory is None
 
