@@ -16,9 +16,8 @@ import torch
 
 from rewriter.foresee.longest import longest
 from rewriter.foresee.question import Question
-from rewriter.host_weights import could_live_in_host_memory
-from rewriter.memory.budgets import card_bytes
 from rewriter.memory.machine import H200, KNOWN, Machine, machine_for
+from rewriter.memory.movable import in_cards
 from rewriter.memory.plan import Infeasible, MemoryPlan, Problem
 from rewriter.memory.planner import roomy
 from rewriter.memory.resident_choice import Offer, staying
@@ -144,7 +143,7 @@ def plan(
             "layers"; beside those of a model that is prepared so already.
 
     Raises:
-        Infeasible: nothing fits; says what would.
+        Infeasible: nothing fits; ``least_device`` is the ``memory_budget`` that would do.
         Untraceable: the model is not one graph, or no part of it repeats.
         ValueError: for arguments that are malformed or contradict each other.
     """
@@ -160,10 +159,7 @@ def plan(
     try:
         found = roomy(problems)
     except Infeasible as error:
-        if (least := error.least_device) is None:
-            raise
-        could = could_live_in_host_memory(made.host.could, lambda spared: card_bytes(least - spared))
-        raise Infeasible(f"{error}{could}", least, error.least_host) from None
+        raise in_cards(error, made.host.could) from None
     found, stays = _with_residents(found, problems[0], ask.offers(tokens))
     update = _UPDATE_PASSES * made.trained_bytes / chosen.bandwidth
     bus = made.host.read_over_the_bus(rows * tokens) / chosen.to_device

@@ -1,13 +1,18 @@
 """Frozen weights on the device that could be in host memory: what to say where a step does not fit."""
 
+from collections.abc import Mapping
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
 from rewriter.canonical import value_of
-from rewriter.host_weights import EMBEDDING, LAYERS
+from rewriter.host_weights import EMBEDDING, LAYERS, could_live_in_host_memory
+from rewriter.memory.budgets import card_bytes
 from rewriter.memory.costs import value_bytes
 from rewriter.memory.in_host import is_packed
+from rewriter.memory.plan import Infeasible
 from rewriter.regions.program import Program
 
 
@@ -23,6 +28,22 @@ def movable_bytes(program: Program) -> dict[str, int]:
         elif is_packed(value) and value.device.type != "cpu":
             sizes[LAYERS] += value_bytes(value)
     return {kind: size for kind, size in sizes.items() if size}
+
+
+def in_cards(error: Infeasible, movable: Mapping[str, int], device: torch.device | None = None) -> Infeasible:
+    """``error`` with what to ask for: its ``least_device`` is the least ``memory_budget`` that would do.
+
+    Args:
+        error: the planner's, whose budgets are what tensors may take of a card.
+        movable: bytes by kind of the weights that could leave the device.
+        device: None for a GPU.
+    """
+    if (least := error.least_device) is None:
+        return error
+    card = card_bytes(least, device)
+    could = could_live_in_host_memory(movable, lambda spared: card_bytes(least - spared, device))
+    would = f"With what driver and allocator take, memory_budget={card} is the least that would do."
+    return Infeasible(f"{error} {would}{could}", card, error.least_host)
 
 
 def _reads_rows(user: Node, weight: Node) -> bool:

@@ -150,8 +150,10 @@ def _infeasible(problem: Problem) -> Infeasible:
     lowest = least(problem)
     worst = lowest.worst
     amount, largest_part = max(_pieces(problem, worst))
+    given = _size(problem.device_budget)
+    holds = f"{given} cannot hold" if problem.device_budget else "the budget leaves no device memory for"
     return Infeasible(
-        f"rewriter: {_size(problem.device_budget)} cannot hold {problem.name}: "
+        f"rewriter: {holds} {problem.name}: "
         f"at least {_size(lowest.peak)} are needed, of which {_size(amount)} are {largest_part}, "
         f"at the {worst.name}, with {_size(lowest.hosted)} of {_size(problem.host_budget)} of host memory. "
         "Raise memory_budget or host_budget, or train on fewer tokens at once.",

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from rewriter.host_weights import could_live_in_host_memory
 from rewriter.memory import timeline
 from rewriter.memory.borders import parted_at_borders
-from rewriter.memory.budgets import Budgets, budgets, card_bytes, device_of
+from rewriter.memory.budgets import Budgets, budgets, device_of
 from rewriter.memory.choices import Link
 from rewriter.memory.lengths import (
     growth_of,
@@ -24,7 +23,7 @@ from rewriter.memory.lengths import (
 )
 from rewriter.memory.longer import Longer
 from rewriter.memory.machine import ASSUMED, machine_for
-from rewriter.memory.movable import movable_bytes
+from rewriter.memory.movable import in_cards, movable_bytes
 from rewriter.memory.plan import Infeasible, MemoryPlan
 from rewriter.memory.planned import PlannedProgram, everything_kept, planned
 from rewriter.memory.resident_program import with_residents
@@ -162,22 +161,14 @@ def _planned_within(
     try:
         return choose(given)
     except Infeasible as error:
-        if error.least_device is None:
+        if (least := error.least_device) is None:
             raise
-        least = error.least_device
-        card = card_bytes(least, device)
-        could = could_live_in_host_memory(
-            movable_bytes(whole), lambda spared: card_bytes(least - spared, device)
-        )
-        message = (
-            f"{error} With what driver and allocator take, memory_budget={card} is the least that would do."
-            f"{could}"
-        )
+        said = in_cards(error, movable_bytes(whole), device)
         if asked:
-            raise Infeasible(message, card, error.least_host) from None
-    warnings.warn(f"rewriter: this step may run out of memory. {message}", stacklevel=2)
+            raise said from None
+    warnings.warn(f"rewriter: this step may run out of memory. {said}", stacklevel=2)
     found = choose(replace(given, device=least))
-    return replace(found, notes=(f"memory: this step may run out of it. {message}", *found.notes))
+    return replace(found, notes=(f"memory: this step may run out of it. {said}", *found.notes))
 
 
 def memory_record(plan: MemoryPlan) -> MemoryRecord:
