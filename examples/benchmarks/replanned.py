@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import rewriter
-from rewriter.backend import outline_regions, rewrite_graph
+from rewriter.arrangement import outline_regions
+from rewriter.backend import rewrite_graph
 from rewriter.deferred import split_deferred
 from rewriter.lower_planned import PlanLowering
 from rewriter.memory.borders import parted_at_borders

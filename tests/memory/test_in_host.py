@@ -32,7 +32,7 @@ def test_bytes_are_told_that_a_step_reads_over_the_bus(trained, said):
 
 def test_the_report_of_a_graph_without_a_plan_has_the_line(monkeypatch):
     torch._dynamo.reset()
-    monkeypatch.setattr("rewriter.backend.device_of", lambda _: torch.device("cuda"))
+    monkeypatch.setattr("rewriter.arrangement.device_of", lambda _: torch.device("cuda"))
     model = build("llama", layers=2, lora=True, nf4=True)
     prepare(model, host="layers")
     model.compile(backend="rewriter", options={"lowering": "eager", "memory_budget": "off"})

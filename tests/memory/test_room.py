@@ -132,7 +132,7 @@ def test_the_most_tokens_that_are_said_have_to_fit(free):
 
 def test_where_memory_is_planned_no_steps_are_recorded(free, monkeypatch):
     monkeypatch.setattr(
-        "rewriter.backend.plan_recordings", lambda module, inputs, _: Plan(duplicate(module), inputs)
+        "rewriter.arrangement.plan_recordings", lambda module, inputs, _: Plan(duplicate(module), inputs)
     )
     free(200_000)
     (graph,) = _trained()

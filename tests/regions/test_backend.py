@@ -43,7 +43,7 @@ def test_outlining_that_fails_is_reported_and_the_graph_is_compiled_whole(monkey
     def broken(*_):
         raise ValueError("no")
 
-    monkeypatch.setattr("rewriter.backend.outline", broken)
+    monkeypatch.setattr("rewriter.arrangement.outline", broken)
     with rewriter.inspect() as report:
         loss = run(options={"lowering": "eager"})
     assert loss.isfinite()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-import rewriter.backend
+import rewriter.arrangement
 from rewriter.replay.plan import Plan, planned
 from tests.replay.standin import StandInRecorder
 
@@ -45,7 +45,7 @@ def recorded(monkeypatch) -> Iterator[Recorded]:
         found.plans.append(mine)
         return mine
 
-    monkeypatch.setattr(rewriter.backend, "plan_recordings", plan)
+    monkeypatch.setattr(rewriter.arrangement, "plan_recordings", plan)
     torch._dynamo.reset()
     yield found
     torch._dynamo.reset()
