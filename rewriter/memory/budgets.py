@@ -19,8 +19,9 @@ from rewriter.canonical import value_of
 from rewriter.memory.costs import value_bytes
 from rewriter.memory.growth import AS_TRACED, Growth
 from rewriter.memory.host_share import host_share, machine_memory
-from rewriter.memory.residents import shelf_of
+from rewriter.memory.shelf import shelf_of
 from rewriter.regions.program import Program
+from rewriter.replay.recorded import recorded_bytes
 
 _CONTEXT = 600 << 20
 # Of it, what comes after the first allocation: kernels are loaded at their first launch.
@@ -130,7 +131,7 @@ def static_bytes(program: Program, device: torch.device, inputs: Sequence[Any] |
     held = sum(value_bytes(gradient) for gradient in gradients)
     # Weights that stay dequantised give way to a plan that needs their room.
     allocated = torch.cuda.memory_allocated(device) - shelf_of(str(device)).nbytes
-    return with_what_comes(allocated, given, trained, held)
+    return with_what_comes(allocated, given, trained, held) + recorded_bytes(device)
 
 
 def with_what_comes(allocated: int, given: int, trained: int, gradients: int) -> int:

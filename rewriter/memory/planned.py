@@ -23,7 +23,7 @@ from rewriter.memory.layer_graphs import LayerGraphs
 from rewriter.memory.made_once import made_once
 from rewriter.memory.plan import Infeasible, MemoryPlan, Part, Problem
 from rewriter.memory.planner import least, roomy
-from rewriter.memory.residents import Residents, WithResidents, shelf_of
+from rewriter.memory.residents import Residents, WithResidents, residents_beside
 from rewriter.memory.spare import Spare, spare_of
 from rewriter.memory.transfer import Transfers
 from rewriter.memory.ways import Aside, Ways, owns_gradient
@@ -251,8 +251,7 @@ def _transfers(given: Budgets, device: torch.device) -> Callable[[], Transfers]:
 
 
 def _no_residents(found: MemoryPlan, device: torch.device) -> Callable[[], Residents]:
-    room = max(found.problem.device_budget - found.peak, 0)
-    return functools.partial(Residents, (), shelf_of(str(device)), room)
+    return residents_beside(found.problem.device_budget - found.peak, device)
 
 
 def _problem(

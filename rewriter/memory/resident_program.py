@@ -1,6 +1,5 @@
 """A program that keeps everything to one of which some layers' weights stay dequantised."""
 
-import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
@@ -13,7 +12,7 @@ from rewriter.memory.plan import MemoryPlan
 from rewriter.memory.planned import PlannedProgram
 from rewriter.memory.resident_choice import Offer, staying
 from rewriter.memory.resident_weights import Given, Lasting, dequantised_source, given_dequantised, lasting
-from rewriter.memory.residents import Residents, Wanted, shelf_of
+from rewriter.memory.residents import Wanted, residents_beside
 from rewriter.memory.weights_ahead import buffer_bytes
 from rewriter.nested import duplicate
 from rewriter.regions.program import Program, Region, RegionCall
@@ -36,7 +35,7 @@ def with_residents(
     if chosen is None:
         return found
     program, wanted = _rewritten(program, chosen.calls, weights)
-    make = functools.partial(Residents, wanted, shelf_of(str(device)))
+    make = residents_beside(chosen.plan.problem.device_budget - chosen.plan.peak, device, wanted)
     note = chosen.note(offers)
     return replace(found, program=program, plan=chosen.plan, notes=(*found.notes, note), residents=make)
 

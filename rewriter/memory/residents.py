@@ -3,27 +3,35 @@
     residents.given(inputs)       # one tensor for each, made at the first call
 
 Before each call the packed weights are looked at: one that is another tensor, lies elsewhere or was written
-since is dequantised again, into the same memory. The matrices of adapters, which every update writes, are
-copied into their rooms at each call; a weight that two adapters share is there once for each. Autograd is
-told where either changed, as it would be of the weights themselves: a backward of a call before is then
-refused. (Not seen are writes past PyTorch's counter, as through ``.data``.)
+since is dequantised again, into the same memory. To look at 32 layers of seven takes the host 0.5 ms.
 
-Of all programs on a device, one has them at a time: what another one has of the same weights in the same form
-is taken over, and the rest given up. A program that has none gives them up where it needs their room. They go
-with the program that has them.
+The matrices of adapters are copied into their rooms at each call, written or not. Nothing says for sure that
+one was not: fused optimizers, PyTorch's own and those of bitsandbytes, write past PyTorch's counter. One
+launch copies all (``kernels/resident_rooms.py``), and is part of what a recording of the program repeats: as
+right there as before it, and without a launch of its own. A weight that two adapters share is there once for
+each.
+
+Autograd is told where either was seen to change, as it would be of the weights themselves: a backward of a
+call before is then refused. (Not seen are writes to packed weights past the counter, as through ``.data``.)
+
+What programs have together, and which gives way, is the shelf's (``shelf.py``).
 """
 
-import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, _foreach_copy_, _foreach_mul  # pyright: ignore[reportPrivateImportUsage]
+from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from rewriter.kernels.dequantize import Packed4bit
+from rewriter.kernels.resident_rooms import Rooms
 from rewriter.kernels.resident_weight import Form
-from rewriter.memory.made_once import made_once
+from rewriter.memory.seen import Seen, addresses, versions
+from rewriter.memory.shelf import Kept, Key, Shelf, shelf_of
+from rewriter.replay.recorded import recorded_bytes
 
 
 class Source(Protocol):
@@ -43,73 +51,53 @@ class Wanted:
     matrix: int | None
 
 
-@dataclass(eq=False)
-class _Kept:
-    """One that is there, and what it was made of."""
-
-    whole: Tensor
-    origin: list[tuple[Any, int, int]]
-    # Version of the matrix that was copied last.
-    drawn: int = -1
-    place: Tensor | None = None
-    # The same memory, whose writes autograd is not told of.
-    unseen: Tensor | None = field(default=None, repr=False)
-
-
-_Key = tuple[int, int | None, Form]
-
-
-class Shelf:
-    """What is there on one device, for all programs.
+@dataclass(frozen=True, eq=False)
+class _Held:
+    """What a program was given, and what has to be as it was for it to be given that again.
 
     Attributes:
-        kept: by the addresses of the packed weight and of the matrix in its room, and its form.
-        turn: how many times something was made or given up: what is recorded holds for one turn.
-        owner: the program that has them.
+        packed: all tensors of the packed weights; matrices: where the adapters' lay.
+        filled: of the weights, those that have a room.
+        changes: of the shelf.
     """
 
-    def __init__(self):
-        self.kept: dict[_Key, _Kept] = {}
-        self.turn = 0
-        self.owner: weakref.ref[Residents] | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(kept.whole.nbytes for kept in self.kept.values())
-
-    def hold_to(self, room: int) -> None:
-        """Give all up where they take more than ``room`` bytes."""
-        if self.kept and self.nbytes > room:
-            self.clear()
-
-    def clear(self) -> None:
-        self.kept.clear()
-        self.turn += 1
-
-    def clear_of(self, owner: "weakref.ref[Residents] | None") -> None:
-        """The same where the program ``owner`` still has them."""
-        if self.owner is owner:
-            self.clear()
+    wholes: list[Tensor]
+    packed: Seen
+    matrices: list[int]
+    filled: list[Kept]
+    rooms: Rooms
+    changes: int
 
 
 class Residents:
     """Those of one program.
 
     Args:
-        room: bytes that those of other programs may take beside one that wants none.
+        room: bytes for those of other programs and for recordings, beside the program.
+
+    Attributes:
+        turn: what is recorded of the program holds for one: in another, something that it read is gone.
     """
 
     def __init__(self, wanted: Sequence[Wanted], shelf: Shelf, room: int = 0):
+        self.asked: set[Key] = set()
+        self.turn = 0
         self._wanted, self._shelf, self._room = tuple(wanted), shelf, room
-        self._self: weakref.ref[Residents] = weakref.ref(self)
-        weakref.finalize(self, shelf.clear_of, self._self).atexit = False
+        self._packed = [i for one in self._wanted for i in one.takes]
+        self._matrices = [one.matrix for one in self._wanted if one.matrix is not None]
+        self._keys: list[Key] = []
+        self._held: _Held | None = None
+        self._rooms: Rooms | None = None
+        shelf.enter(self)
 
     def given(self, inputs: Sequence[Any]) -> list[Tensor]:
         """Each in its form, for a call of the program with ``inputs``; adapters' matrices in their rooms."""
         with torch.inference_mode(False), torch.no_grad():
-            kept = self._settled(inputs)
-            self._fill(kept, inputs)
-        return [one.whole for one in kept]
+            held = self._current(inputs)
+            matrices = [inputs[i] for i in self._matrices]
+            _tell_autograd(held.filled, versions(matrices))
+            held.rooms.fill(matrices)
+        return held.wholes
 
     def settle(self, inputs: Sequence[Any]) -> tuple[int, list[Tensor]]:
         """Make each be what the packed weights say now.
@@ -118,80 +106,103 @@ class Residents:
             the turn that recordings of the program hold for, and what they read.
         """
         with torch.inference_mode(False), torch.no_grad():
-            kept = self._settled(inputs)
-        return self._shelf.turn, [one.whole for one in kept]
+            held = self._current(inputs)
+        return self.turn, held.wholes
 
-    def _settled(self, inputs: Sequence[Any]) -> list[_Kept]:
-        shelf = self._shelf
-        if not self._wanted:
-            shelf.hold_to(self._room)
-            return []
-        keys = [_key(one, inputs) for one in self._wanted]
-        shelf.owner = self._self
-        for key in set(shelf.kept).difference(keys):
-            del shelf.kept[key]
-            shelf.turn += 1
-        return [self._one(key, one, inputs) for key, one in zip(keys, self._wanted, strict=True)]
+    def lost(self, key: Key) -> None:
+        """To be told by the shelf what is there no more."""
+        if key in self._keys:
+            self._turn_over()
 
-    def _one(self, key: _Key, one: Wanted, inputs: Sequence[Any]) -> _Kept:
+    def _turn_over(self) -> None:
+        self.turn += 1
+        self._held = None
+        # Until then recordings read its tables.
+        self._rooms = None
+
+    def _current(self, inputs: Sequence[Any]) -> _Held:
+        held = self._held
+        if (
+            held is not None
+            and held.changes == self._shelf.changes
+            and held.matrices == addresses([inputs[i] for i in self._matrices])
+            and held.packed.are([inputs[i] for i in self._packed])
+        ):
+            return held
+        self._held = held = self._looked_up(inputs)
+        return held
+
+    def _looked_up(self, inputs: Sequence[Any]) -> _Held:
+        shelf, keys = self._shelf, [_key(one, inputs) for one in self._wanted]
+        self._held = None
+        if keys != self._keys:
+            self._keys = keys
+            self._turn_over()
+        shelf.give_up(self._room - recorded_bytes(shelf.device), but=keys)
+        kept = [self._one(key, one, inputs) for key, one in zip(keys, self._wanted, strict=True)]
+        shelf.touch(keys)
+        matrices = [inputs[i] for i in self._matrices]
+        return _Held(
+            [one.whole for one in kept],
+            Seen([inputs[i] for i in self._packed]),
+            addresses(matrices),
+            [one for one in kept if one.place is not None],
+            self._rooms_of(kept, matrices),
+            shelf.changes,
+        )
+
+    def _rooms_of(self, kept: Sequence[Kept], matrices: Sequence[Tensor]) -> Rooms:
+        if self._rooms is None:
+            # Of the same memory, whose writes autograd is not told of.
+            places = [one.place.data for one in kept if one.place is not None]
+            scales = [one.source.form.scale for one in self._wanted if one.matrix is not None]
+            self._rooms = Rooms(places, matrices, scales)
+        return self._rooms
+
+    def _one(self, key: Key, one: Wanted, inputs: Sequence[Any]) -> Kept:
         sources = [inputs[i] for i in one.takes]
         kept = self._shelf.kept.get(key)
-        if kept is not None and _is_of(kept.origin, sources):
+        if kept is not None and kept.origin.are(sources):
+            self.asked.add(key)
             return kept
         matrix = None if one.matrix is None else inputs[one.matrix]
+        origin = Seen(sources)
         whole = one.source.form.made(one.source.packed(sources), matrix)
         if kept is not None and kept.whole.shape == whole.shape:
             kept.whole.copy_(whole)
-            kept.origin = _origin(sources)
-            return kept
-        place = None if matrix is None else one.source.form.place(whole)
-        kept = _Kept(whole, _origin(sources), -1, place, None if place is None else place.data)
-        self._shelf.kept[key] = kept
-        self._shelf.turn += 1
+            kept.origin = origin
+        else:
+            self._shelf.drop(key)
+            place = None if matrix is None else one.source.form.place(whole)
+            kept = Kept(whole, origin, None if matrix is None else Seen([matrix]), place)
+            self._shelf.put(key, kept)
+        self._shelf.drop_with(sources[0], key)
+        self.asked.add(key)
         return kept
 
-    def _fill(self, kept: Sequence[_Kept], inputs: Sequence[Any]) -> None:
-        by_scale: dict[float, list[tuple[Tensor, Tensor]]] = {}
-        for one, wanted in zip(kept, self._wanted, strict=True):
-            if wanted.matrix is None or one.place is None or one.unseen is None:
-                continue
-            matrix = inputs[wanted.matrix].detach()
-            # Not by the tensor itself: who records a program gives it others of the same memory.
-            is_new, one.drawn = one.drawn != _version(matrix), _version(matrix)
-            by_scale.setdefault(wanted.source.form.scale, []).append(
-                (one.place if is_new else one.unseen, matrix)
-            )
-        for scale, pairs in by_scale.items():
-            places, matrices = ([pair[i] for pair in pairs] for i in (0, 1))
-            # A power of two: nothing is rounded in the matrix's own dtype that would not be in the weight's.
-            scaled = matrices if scale == 1 else _foreach_mul(matrices, scale)
-            _foreach_copy_(places, scaled)
+
+def residents_beside(
+    free: int, device: torch.device, wanted: Sequence[Wanted] = ()
+) -> Callable[[], Residents]:
+    """Makes those of a program whose plan leaves ``free`` bytes of ``device``, recordings there counted."""
+    room = max(free, 0) + recorded_bytes(device)
+    return functools.partial(Residents, wanted, shelf_of(str(device)), room)
 
 
-def _key(one: Wanted, inputs: Sequence[Any]) -> _Key:
+def _key(one: Wanted, inputs: Sequence[Any]) -> Key:
     matrix = None if one.matrix is None else inputs[one.matrix].data_ptr()
     return inputs[one.takes[0]].data_ptr(), matrix, one.source.form
 
 
-def _origin(sources: Sequence[Tensor]) -> list[tuple[Any, int, int]]:
-    return [(weakref.ref(x), x.data_ptr(), _version(x)) for x in sources]
-
-
-def _is_of(origin: Sequence[tuple[Any, int, int]], sources: Sequence[Tensor]) -> bool:
-    return all(
-        ref() is x and address == x.data_ptr() and version == _version(x)
-        for (ref, address, version), x in zip(origin, sources, strict=True)
-    )
-
-
-def _version(x: Tensor) -> int:
-    return -1 if x.is_inference() else x._version
-
-
-@made_once
-def shelf_of(device: str) -> Shelf:
-    """The process's own: all programs share the device."""
-    return Shelf()
+def _tell_autograd(filled: Sequence[Kept], drawn: Sequence[int]) -> None:
+    """Of matrices that were written since. Their versions, since recorders give others of their memory."""
+    new = []
+    for one, version in zip(filled, drawn, strict=True):
+        if one.drawn != version:
+            one.drawn = version
+            new.append(one.whole)
+    if new:
+        increment_version(new)
 
 
 class WithResidents:

@@ -31,6 +31,7 @@ from rewriter.nested import count_operations, graphs_of
 from rewriter.replay.capture import CudaRecorder
 from rewriter.replay.padding import Reading, read, separate_labels
 from rewriter.replay.program import Replayed
+from rewriter.replay.recorded import count, recorded_bytes
 from rewriter.replay.room import Limits
 from rewriter.replay.sizes import is_batch
 from rewriter.replay.step import Recorder
@@ -64,17 +65,28 @@ class Plan:
         if self.reading is None or self.limits is None or self.device is None:
             return program
         recorder = recorder or CudaRecorder(self.device)
+        count(recorder, self.device)
         settle = getattr(program, "settle", lambda inputs: (0, ()))
         replayed = Replayed(program, self.reading, self.limits, recorder, notes, settle)
         return lambda *inputs: replayed(*inputs)
 
     def within(self, room: int, step: int, notes: list[str]) -> "Plan":
-        """Recordings of short steps alone, in ``room`` bytes; none where a step's ``step`` bytes are more."""
-        assert self.limits is not None
+        """Recordings of short steps alone, in ``room`` bytes; none where a step's ``step`` bytes are more.
+
+        Recordings of other programs that are made from now on take of the same room.
+        """
+        assert self.limits is not None and self.device is not None
+        device, counted = self.device, recorded_bytes(self.device)
         what = f"of {size_text(room)} that the memory plan leaves" if step <= room else "none"
         notes.append(f"CUDA graphs: under a memory_budget those of short steps alone, {what}")
         tokens = self.limits.tokens if step <= room else 0
-        return replace(self, limits=Limits(tokens, min(self.limits.bytes, room), free=room + step))
+        limits = Limits(
+            tokens,
+            min(self.limits.bytes, room),
+            free=room + step,
+            held=lambda: recorded_bytes(device) - counted,
+        )
+        return replace(self, limits=limits)
 
 
 def plan_recordings(module: GraphModule, example_inputs: Sequence[Any], notes: list[str]) -> Plan:

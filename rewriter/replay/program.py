@@ -122,7 +122,7 @@ class Replayed:
         turn, ticket.reads = self._settle(inputs)
         if turn != self._recorded_turn:
             self._recorded_turn = turn
-            self._forget()
+            self._give_up_moved("what it reads was made anew some times")
         size = self._sizes.of(inputs)
         self._sightings.add(size.key)
         step = self._steps.get(size.key)
@@ -137,6 +137,9 @@ class Replayed:
 
     def _may_record(self, size: Size, inputs: tuple) -> bool:
         if self._off or self._full or not 0 < size.tokens <= self._room.most:
+            return False
+        # By those of others by now, perhaps.
+        if self._room.is_full():
             return False
         if not self._sightings.is_time(size.key, short=size.short, is_bucket=size.is_bucket):
             return False
@@ -165,11 +168,15 @@ class Replayed:
         if not moved:
             return True
         self._copied |= {i for i in moved if not isinstance(self._reading.values[i], nn.Parameter)}
-        self._forget()
-        self._moves += 1
-        if self._moves > _MOST_MOVES:
-            self._stop(f"{len(moved)} of its inputs lie elsewhere in memory at each step")
+        self._give_up_moved(f"{len(moved)} of its inputs lie elsewhere in memory at each step")
         return False
+
+    def _give_up_moved(self, reason: str) -> None:
+        """Forget all that is recorded, since what it reads is gone; after some times for good."""
+        self._moves += bool(self._steps)
+        self._forget()
+        if self._moves > _MOST_MOVES:
+            self._stop(reason)
 
     def _record(self, size: Size, inputs: tuple) -> Step | None:
         if len(self._steps) >= _MOST_SIZES:

@@ -5,6 +5,7 @@ held to a share of the device. A long step's has to fit twice: beside the model,
 that was seen to run as compiled. One that comes later and is larger takes the memory of all.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from rewriter.replay.capture import NoRoom
@@ -24,12 +25,14 @@ class Limits:
         bytes: the most that recordings hold.
         long: calls of at most so many may be recorded where they come back.
         free: bytes for calls as compiled and recordings together; None for all that the device has.
+        held: of these bytes, what recordings of all programs hold now; None where they are the program's own.
     """
 
     tokens: int
     bytes: int
     long: int = 0
     free: int | None = None
+    held: Callable[[], int] | None = None
 
 
 class Room:
@@ -70,7 +73,7 @@ class Room:
 
     def is_full(self) -> bool:
         """Whether recordings hold more than they may."""
-        return self._recorder.bytes() > self._limits.bytes
+        return self._held() > self._limits.bytes
 
     def is_needed(self, tokens: int) -> bool:
         """Whether a step of ``tokens`` that is to run as compiled may need what the recordings hold."""
@@ -80,4 +83,7 @@ class Room:
         need = int(_WORKING_MEMORY * self._bytes_a_token * tokens)
         room = self._recorder.room()
         free = room if self._limits.free is None else min(room, self._limits.free)
-        return need + self._recorder.bytes() > free
+        return need + self._held() > free
+
+    def _held(self) -> int:
+        return self._recorder.bytes() if self._limits.held is None else self._limits.held()

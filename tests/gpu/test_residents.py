@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rewriter.memory.residents import shelf_of
+from rewriter.memory.shelf import shelf_of
 from tests.gpu.recorded import notes
 from tests.memory.budgeted import write_other_weights
 from tests.memory.on_device import Sizes, compiled, distance, plan, small_llama, step, tokens

@@ -18,7 +18,7 @@ from rewriter.memory.plan import Choice, MemoryPlan, Part, Problem
 from rewriter.memory.resident_choice import Offer
 from rewriter.memory.resident_choice import staying as staying_beside
 from rewriter.memory.resident_weights import lasting
-from rewriter.memory.residents import shelf_of
+from rewriter.memory.shelf import shelf_of
 from rewriter.regions.program import Program, Region, RegionCall
 from tests.families import build
 from tests.memory.budgeted import batches_of, compiled, last_plan, write_other_weights

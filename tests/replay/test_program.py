@@ -257,6 +257,16 @@ def test_recordings_are_made_anew_in_another_turn_of_what_the_program_keeps():
     assert len(bench.recorder.recorded) == 2 and not turns
 
 
+def test_where_what_the_program_keeps_is_made_anew_again_and_again_nothing_is_recorded_any_more():
+    bench, calls = Bench(), iter(range(1000))
+    limits = Limits(4096, 100)
+    bench.replayed = Replayed(
+        program, bench.reading, limits, bench.recorder, bench.notes, lambda inputs: (next(calls) // 3, ())
+    )
+    bench.train(*[12] * 40)
+    assert len(bench.recorder.recorded) == 9 and "made anew" in bench.notes[-1]
+
+
 def test_what_a_recording_reads_lives_until_its_backward_and_no_longer():
     bench, kept = Bench(), [torch.ones(2)]
     given = (program, bench.reading, Limits(4096, 100), bench.recorder, bench.notes)
