@@ -7,7 +7,7 @@ With v = scale · dy B, (tokens, r), of each projection:
 The sum for dx is taken in one of three ways: product after product into one total, the adapters' short one
 first (``with_update`` says why); in one product with the adapter's part (``[dy | v] · [W ; A]``); or with v
 for all projections read beside it (``[dx | dy B] = Σ dy · [W | B]``). ``extended_product`` says when the last
-two pay.
+two pay. Gradients of A of projections on one input are one product: rows of one tensor, whose memory they share.
 """
 
 from collections.abc import Sequence
@@ -58,7 +58,7 @@ class _WideGradient:
 
     def __init__(self, projections: Sequence[Projection], operands: Sequence[Operands]):
         self._projections, self._operands = projections, operands
-        self._ranks = [p.a.shape[0] for p in operands]
+        self.ranks = [p.a.shape[0] for p in operands]
         self._a = stacked([p.a.to(projections[0].compute) for p in operands], 0)
         # As the forward has it: of the two, one weight may stay.
         self._scale, self._share = projections[0].shares
@@ -66,16 +66,16 @@ class _WideGradient:
 
     def add(self, i: int, dy: Tensor) -> None:
         projection, p = self._projections[i], self._operands[i]
-        vacant = room(self._a.shape[1], self._ranks)
-        weight = projection.weight_beside(p, vacant, sum(self._ranks[:i]), self._share, BACKWARD)
+        vacant = room(self._a.shape[1], self.ranks)
+        weight = projection.weight_beside(p, vacant, sum(self.ranks[:i]), self._share, BACKWARD)
         self.total = accumulate(self.total, dy, weight, dy.dtype)
 
-    def gradients(self, rows: Tensor) -> Sequence[Tensor]:
-        """Of each A, with the input ``rows``."""
+    def gradients(self, rows: Tensor) -> Tensor:
+        """Of each A, one beneath the other, with the input ``rows``."""
         assert self.total is not None
         rank, inner = self._a.shape
         columns = self.total.narrow(1, inner, rank)
-        return scaled_product(columns.t(), rows, self._scale, self._a).split(self._ranks)
+        return scaled_product(columns.t(), rows, self._scale, self._a)
 
     def folded(self) -> Tensor:
         """The whole gradient of the input; what else is read of the sum has to be read before."""
@@ -185,8 +185,7 @@ class LoraGradients:
         stack = stacked([self._v[i] for i in members], 1)
         if any(self._needs[i].a for i in members):
             ranks = [self._v[i].shape[1] for i in members]
-            parts = (stack.t() @ self._rows.to(dtype)).split(ranks, 0)
-            self._keep_a(members, parts)
+            self._keep_a(members, ranks, stack.t() @ self._rows.to(dtype))
         if self._needs_x and not self._beneath:
             a = stacked([self._operands[i].a.to(dtype) for i in members], 0)
             self._dx = accumulate(self._dx, stack, a, self._call.dtype)
@@ -194,9 +193,15 @@ class LoraGradients:
     def _finish_wide(self, wide: _WideGradient) -> None:
         """Of each A from the columns beside dx, and then the adapters' part of it."""
         if self._rows is not None:
-            self._keep_a(range(len(self._needs)), wide.gradients(self._rows))
+            self._keep_a(range(len(self._needs)), wide.ranks, wide.gradients(self._rows))
         self._dx = wide.folded()
 
-    def _keep_a(self, members: Sequence[int], gradients: Sequence[Tensor]) -> None:
-        for i, gradient in zip(members, gradients, strict=True):
+    def _keep_a(self, members: Sequence[int], ranks: Sequence[int], gradients: Tensor) -> None:
+        """Of each A of ``members``: so many rows of ``gradients``."""
+        dtypes = {self._call.dtypes[i].a for i in members}
+        if len(dtypes) == 1:
+            # Before they are parted: one launch, and one block of memory. Allocators keep tensors of up to
+            # 1 MiB where no larger one can use their room.
+            gradients = gradients.to(dtypes.pop())
+        for i, gradient in zip(members, gradients.split(list(ranks)), strict=True):
             self._found[i]["a"] = gradient if self._needs[i].a else None

@@ -134,6 +134,16 @@ def test_projections_of_one_input_share_their_products(kind, adapter):
     compare(projections, randn(*TOKENS, K, dtype=torch.bfloat16))
 
 
+def test_gradients_of_adapters_on_one_input_are_cast_and_kept_in_one_piece():
+    projections = [Projection(n, kind="nested") for n in (96, 32, 48)]
+    with torch.autocast(device, torch.bfloat16):
+        ys = fused(randn(*TOKENS, K, dtype=torch.bfloat16), projections)
+    found = torch.autograd.grad(ys, [p.a for p in projections], list(map(torch.ones_like, ys)))
+    assert all(g.dtype == torch.float32 and g.is_contiguous() for g in found)
+    assert {g.untyped_storage().data_ptr() for g in found} == {found[0].data_ptr()}
+    assert found[0].untyped_storage().nbytes() == sum(g.nbytes for g in found)
+
+
 def test_adapters_of_different_dtypes_keep_their_own():
     projections = [Projection(adapter=torch.bfloat16), Projection(adapter=torch.float32)]
     compare(projections, randn(*TOKENS, K, dtype=torch.bfloat16))
