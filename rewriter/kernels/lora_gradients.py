@@ -7,7 +7,9 @@ With v = scale · dy B, (tokens, r), of each projection:
 The sum for dx is taken in one of three ways: product after product into one total, the adapters' short one
 first (``with_update`` says why); in one product with the adapter's part (``[dy | v] · [W ; A]``); or with v
 for all projections read beside it (``[dx | dy B] = Σ dy · [W | B]``). ``extended_product`` says when the last
-two pay. Gradients of A of projections on one input are one product: rows of one tensor, whose memory they share.
+two pay.
+
+Gradients of A of projections on one input are one product: rows of one tensor, whose memory they share.
 """
 
 from collections.abc import Sequence
