@@ -66,23 +66,38 @@ def check(pattern: Rewrite, *example_inputs: Any) -> Checked:
             compared of those that require one; of every floating tensor where none does.
 
     Raises:
-        CheckError: the pattern does not match its own function, with the nearest miss; or the replacement
-            raises, cannot be traced, or gives another shape, dtype, value or gradient.
-        PatternError: not a rewrite, or not one input a parameter.
+        CheckError: the pattern does not match its own function, with the nearest miss; that, its guard or the
+            replacement raises; or the replacement cannot be traced, or gives another shape, dtype, value or
+            gradient.
+        PatternError: not a rewrite, not one input a parameter, or inputs without values.
     """
     if not isinstance(pattern, Rewrite):
-        raise PatternError(f"check: takes what @rewrite returns, got {type(pattern).__name__} {pattern!r}.")
+        raise PatternError(
+            f"check: takes what @rewrite returns, got {type(pattern).__name__} {pattern!r}; write "
+            "@rewriter.rewrite(to=...) above the function first."
+        )
     if len(example_inputs) != len(pattern.holes):
         expected = f"{len(pattern.holes)} inputs ({', '.join(pattern.holes)})"
         raise PatternError(f"check: {pattern.name} takes {expected}, got {len(example_inputs)}.")
-    module, inputs = _capture(pattern, _with_gradients(example_inputs))
+    if any(isinstance(value, Tensor) and value.is_meta for value in example_inputs):
+        raise PatternError(
+            f"check: {pattern.name} is given tensors on meta, which have no values to compare."
+        )
+    values = _with_gradients(example_inputs)
+    # Dynamo's words for a function that fails are about Dynamo.
+    _attempt(pattern, "its own function raises on the example inputs", lambda: pattern.function(*values))
+    module, inputs = _capture(pattern, values)
     rewritten, operations = _rewrite(pattern, module)
     eager, (truth, _) = run(module, inputs), true_results(module, inputs)
     allowed = Allowed.of(eager, truth, unit_of(inputs, eager))
-    ours = _attempt(pattern, "raises on the example inputs", lambda: run(rewritten, inputs))
+    ours = _attempt(pattern, f"{_name(pattern)} raises on the example inputs", lambda: run(rewritten, inputs))
     if difference := allowed.difference(ours):
         raise CheckError(f"{pattern.name}: {_name(pattern)} changes the result: {difference}.")
-    _attempt(pattern, "cannot be traced", lambda: lower(rewritten, inputs, Options(lowering="eager")))
+    _attempt(
+        pattern,
+        f"{_name(pattern)} cannot be traced",
+        lambda: lower(rewritten, inputs, Options(lowering="eager")),
+    )
     errors, errors_without = allowed.errors(ours), allowed.errors(eager)
     results = tuple(Compared(n, errors[n], errors_without[n], limit) for n, limit in allowed.limits.items())
     return Checked(pattern.name, _name(pattern), operations, results)
@@ -95,9 +110,10 @@ def _name(pattern: Rewrite) -> str:
 def _attempt(pattern: Rewrite, failure: str, step: Callable[[], Any]) -> Any:
     try:
         return step()
+    except PatternError:
+        raise
     except Exception as error:
-        what = f"{type(error).__name__}: {error}"
-        raise CheckError(f"{pattern.name}: {_name(pattern)} {failure}: {what}") from error
+        raise CheckError(f"{pattern.name}: {failure}: {type(error).__name__}: {error}") from error
 
 
 def _with_gradients(values: Sequence[Any]) -> list[Any]:
@@ -145,10 +161,12 @@ def _rewrite(pattern: Rewrite, module: GraphModule) -> tuple[GraphModule, int]:
     """The graph with the replacement in it, and how many operations it replaces."""
     work = duplicate(module)
     effects = Effects.of(work.graph)
-    found = find(work.graph, [pattern], (), effects).matches
+    found = _attempt(pattern, "its guard raises", lambda: find(work.graph, [pattern], (), effects).matches)
     if not found:
         raise CheckError(f"{pattern.name}: does not match its own function: {_nearest_miss(pattern, work)}.")
-    outcome = _attempt(pattern, "raises on fake tensors", lambda: put(work.graph, found[0], effects))
+    outcome = _attempt(
+        pattern, f"{_name(pattern)} raises on fake tensors", lambda: put(work.graph, found[0], effects)
+    )
     if isinstance(outcome, Miss):
         raise CheckError(f"{pattern.name}: cannot be put in: {outcome.reason}.")
     sweep(work)

@@ -211,7 +211,7 @@ def profile(step: Callable[[], object], *, steps: int = 3, warmup: int = 2) -> P
 
     Raises:
         TypeError: ``step`` is no function.
-        ValueError: ``steps`` is not positive.
+        ValueError: ``steps`` is no whole number above 0, or ``warmup`` none from 0 on.
     """
     import torch
 
@@ -223,8 +223,9 @@ def profile(step: Callable[[], object], *, steps: int = 3, warmup: int = 2) -> P
             f"profile: step is of type {type(step).__name__}; give the function that takes a step, not its "
             "result: profile(lambda: train(batch))."
         )
-    if steps < 1:
-        raise ValueError(f"profile: steps is {steps}; at least one step must be profiled")
+    for name, count, least in (("steps", steps, 1), ("warmup", warmup, 0)):
+        if not isinstance(count, int) or isinstance(count, bool) or count < least:
+            raise ValueError(f"profile: {name} is {count!r}; give a whole number from {least} on.")
     for _ in range(warmup):
         step()
     wall = _seconds(step, steps)

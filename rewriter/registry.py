@@ -38,8 +38,8 @@ def rewrite(
         The decorator; the decorated name becomes the ``Rewrite``, which can be called like the function.
 
     Raises:
-        PatternError: for a pattern that is no function, cannot be traced, or whose names do not fit ``to``;
-            and where ``to`` is missing.
+        PatternError: for a pattern that is no function, cannot be traced, has the name of one of the
+            package's passes, or whose names do not fit ``to``; and where ``to`` is missing.
     """
     if function is not None:
         given = getattr(function, "__name__", repr(function))
@@ -54,7 +54,15 @@ def rewrite(
         )
 
     def decorate(function: Callable) -> Rewrite:
+        # The passes of the package import this module.
+        from rewriter.passes import package_passes
+
         declared = declare(function, to=to, where=where, name=name, **constants)
+        if declared.name in package_passes():
+            raise PatternError(
+                f"rewrite: {declared.name!r} is a pass of the package, and reports and the option passes go "
+                "by name; give the pattern another: @rewriter.rewrite(to=..., name=...)."
+            )
         _patterns[declared.name] = declared
         return declared
 

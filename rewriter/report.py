@@ -247,13 +247,24 @@ def forget() -> None:
     _listeners[0] = Report()
 
 
-@contextmanager
-def inspect() -> Iterator[Report]:
+def inspect() -> "Inspection":
     """Collect the graphs compiled inside the block: ``with inspect() as report: step(batch)``."""
-    collected = Report()
-    _listeners.append(collected)
-    try:
-        yield collected
-    finally:
+    return Inspection()
+
+
+class Inspection:
+    """A block's own report."""
+
+    def __enter__(self) -> Report:
+        self._collected = Report()
+        _listeners.append(self._collected)
+        return self._collected
+
+    def __exit__(self, *_: object) -> None:
         # By identity: two empty reports are equal.
-        _listeners[:] = [listener for listener in _listeners if listener is not collected]
+        _listeners[:] = [listener for listener in _listeners if listener is not self._collected]
+
+    def __repr__(self) -> str:
+        return (
+            "rewriter.inspect() is a block's: with rewriter.inspect() as report: step(batch); print(report)"
+        )

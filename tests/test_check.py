@@ -107,6 +107,27 @@ def test_a_pattern_that_cannot_match_itself_is_said_with_the_nearest_miss():
         rewriter.check(declared(mixed, mixed), torch.randn(4), torch.randn(4))
 
 
+def test_a_guard_that_raises_is_said():
+    def positive(match):
+        rewriter.require(match.x > 0, "positive")
+
+    guarded = declared(squared_relu, lambda x: F.relu(x) ** 2, where=positive)
+    with pytest.raises(CheckError, match="squared_relu: its guard raises: TypeError"):
+        rewriter.check(guarded, torch.randn(4, 8))
+
+
+def test_examples_that_the_pattern_itself_does_not_take_are_said_in_pytorchs_own_words():
+    with pytest.raises(
+        CheckError, match="its own function raises on the example inputs: .*The size of tensor"
+    ):
+        rewriter.check(declared(llama_norm, rms_norm), torch.randn(4, 8), torch.randn(3), 1e-6)
+
+
+def test_examples_on_meta_are_refused():
+    with pytest.raises(PatternError, match="squared_relu is given tensors on meta, which have no values"):
+        rewriter.check(declared(squared_relu, lambda x: F.relu(x) ** 2), torch.randn(4, device="meta"))
+
+
 def test_a_replacement_that_raises_is_said():
     def broken(x):
         raise ValueError("no such kernel")

@@ -142,6 +142,12 @@ def test_a_users_pattern_is_a_pass_of_its_name_until_it_is_removed():
     assert "my_pattern" not in pass_names()
 
 
+def test_a_pattern_of_the_name_of_a_pass_of_the_package_is_refused():
+    with pytest.raises(PatternError, match="'norm' is a pass of the package, .* give the pattern another"):
+        rewriter.rewrite(to=op, name="norm")(norm)
+    assert pass_names().count("norm") == 1
+
+
 def test_a_pattern_declared_again_replaces_the_older_one():
     first = rewriter.rewrite(to=op, name="again")(norm)
     second = rewriter.rewrite(to=op, name="again")(norm)

@@ -231,6 +231,15 @@ def test_the_result_of_a_step_instead_of_the_step_is_an_error_that_shows_how():
         rewriter.profile(torch.zeros(()))  # pyright: ignore[reportArgumentType]
 
 
-def test_no_steps_is_an_error():
-    with pytest.raises(ValueError, match="steps is 0"):
-        rewriter.profile(lambda: None, steps=0)
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"steps": 0}, "steps is 0; give a whole number from 1 on"),
+        ({"steps": "3"}, "steps is '3'; give a whole number"),
+        ({"steps": 2.0}, "steps is 2.0; give"),
+        ({"warmup": -1}, "warmup is -1; give a whole number from 0 on"),
+    ],
+)
+def test_a_number_of_steps_that_is_none_is_an_error(given, said):
+    with pytest.raises(ValueError, match=said):
+        rewriter.profile(lambda: None, **given)

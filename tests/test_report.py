@@ -50,6 +50,10 @@ def test_a_block_in_which_nothing_was_compiled_says_where_earlier_graphs_are():
     forget()
 
 
+def test_an_inspection_outside_of_a_with_statement_prints_how_it_is_used():
+    assert "with rewriter.inspect() as report: step(batch)" in str(rewriter.inspect())
+
+
 def test_counts_sum_the_rewrites_of_each_pass_over_the_graphs():
     assert Report([graph(), graph()]).counts() == {"norm": 6, "gated_mlp": 0}
 

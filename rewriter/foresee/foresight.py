@@ -33,6 +33,8 @@ _UPDATE_PASSES = 7
 _IDLE = 4e-3
 # What a machine with one GPU has to spare, where it is not said.
 _HOST = 128 * _GIB
+# Of weights that are trained or adapted; 4-bit ones are asked for by ``quantise``.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -200,8 +202,9 @@ def _check_numbers(**given: Any) -> None:
 
 
 def _check_dtypes(dtype: Any, autocast: Any) -> None:
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"plan: dtype is {dtype!r}; give a dtype of weights, as torch.bfloat16.")
+    if dtype not in _DTYPES:
+        known = ", ".join(map(str, _DTYPES))
+        raise ValueError(f"plan: dtype is {dtype!r}; give a dtype of weights, as torch.bfloat16 ({known}).")
     if autocast not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"plan: autocast is {autocast!r}; give torch.bfloat16, torch.float16 or None.")
 
@@ -214,12 +217,17 @@ def _machine(given: Machine | str | Path | None) -> Machine:
     if str(given) in KNOWN:
         return KNOWN[str(given)]
     if not isinstance(given, (str, Path)) or not Path(given).exists():
-        known = ", ".join(KNOWN)
+        near = [name for name in KNOWN if _squeezed(str(given)) in _squeezed(name)]
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
         raise ValueError(
-            f"plan: machine is {str(given)!r}, neither a known card ({known}) nor a file; "
-            "Machine.save writes one."
+            f"plan: machine is {str(given)!r}, neither a known card ({', '.join(KNOWN)}) nor a file, as "
+            f"Machine.save writes one{hint}"
         )
     return Machine.load(given)
+
+
+def _squeezed(name: str) -> str:
+    return name.upper().replace(" ", "")
 
 
 def _bytes(name: str, value: Any, whole: int) -> int:

@@ -1,5 +1,6 @@
 """A model of fake tensors to the rewritten program of its step, by the passes that a compilation runs."""
 
+import inspect
 import types
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -61,6 +62,12 @@ class _Done(BaseException):
 
 def _captured(model: nn.Module, ids: Tensor, made: Blueprint) -> tuple[GraphModule, list[Any]]:
     found: list[tuple[GraphModule, list[Any]]] = []
+    try:
+        inspect.signature(model.forward).bind(input_ids=ids, labels=ids)
+    except TypeError as error:
+        raise Untraceable(
+            f"plan: {made.name} is no model of tokens and labels, model(input_ids=..., labels=...): {error}."
+        ) from error
 
     def record(module: GraphModule, inputs: list[Any]) -> Callable:
         found.append((module, list(inputs)))

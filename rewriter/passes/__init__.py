@@ -18,6 +18,11 @@ def ordered_passes() -> tuple[Pass, ...]:
     return (*own, *_PASSES)
 
 
+def package_passes() -> list[str]:
+    """The names of the package's own passes."""
+    return [p.name for p in _PASSES]
+
+
 def pass_names() -> list[str]:
-    """Theirs, in that order: what the option ``passes`` takes."""
+    """Of all passes, in the order in which they run: what the option ``passes`` takes."""
     return [p.name for p in ordered_passes()]

@@ -226,7 +226,10 @@ def test_attention_is_traced_as_a_gpu_runs_it():
         ({"host_budget": 0.5}, "a fraction of an unknown amount"),
         ({"memory_budget": "lots"}, "'memory_budget' is 'lots'"),
         ({"machine": "/nowhere/machine.json"}, "'/nowhere/machine.json', neither a known card"),
-        ({"machine": "H100"}, r"'H100', neither a known card \(H200, .*\) nor a file; Machine.save"),
+        ({"machine": "H100"}, r"'H100', neither a known card \(H200, .*\) nor a file, .*mean 'H100 80GB'"),
+        ({"machine": "a100"}, "did you mean 'A100 80GB' or 'A100 40GB'?"),
+        ({"machine": "RTX4090"}, "did you mean 'RTX 4090'?"),
+        ({"dtype": torch.float8_e4m3fn}, "dtype is torch.float8_e4m3fn; give a dtype of weights"),
         ({"tokens": 0}, "tokens is 0; give a whole number above 0, or None"),
         ({"tokens": "200k"}, "tokens is '200k'; give a whole number"),
         ({"rows": None}, r"rows is None; give a whole number above 0\."),
@@ -253,6 +256,11 @@ def test_what_is_no_model_is_refused():
         from fractions import Fraction
 
         rewriter.plan(Fraction(1), tokens=512, memory_budget="1GiB")
+
+
+def test_a_module_that_takes_no_labels_is_refused():
+    with pytest.raises(Untraceable, match="Linear is no model of tokens and labels"):
+        rewriter.plan(nn.Linear(4, 4), tokens=512, memory_budget="1GiB", machine="H200")
 
 
 def test_a_model_that_breaks_the_graph_is_refused():
