@@ -3,7 +3,7 @@
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from rewriter.memory.longer import Longer
 from rewriter.memory.machine import ASSUMED, machine_for
 from rewriter.memory.movable import in_cards, movable_bytes
 from rewriter.memory.plan import Infeasible, MemoryPlan
-from rewriter.memory.planned import PlannedProgram, everything_kept, planned
+from rewriter.memory.planned import Choosing, PlannedProgram, everything_kept, planned
 from rewriter.memory.resident_program import with_residents
 from rewriter.memory.room import Need, cannot_keep_all
 from rewriter.memory.stage_graphs import LONG
@@ -59,116 +59,138 @@ def under_budget(
         Infeasible: the budget is too small for any plan; ``least_device`` is what to ask for.
     """
     device = device_of(example_inputs)
-    machine, given = machine_for(device), budgets(program, memory_budget, host_budget, device)
+    given = budgets(program, memory_budget, host_budget, device)
     growth = growth_of(program, max_tokens)
     given = replace(given, growth=growth, reach=reach_of(program, growth.tokens, LONG))
-    whole, notes = program, []
+    machine, notes = machine_for(device), []
+    asked = _Asked(
+        program, given, memory_budget, host_budget, max_tokens is not None, recorded, machine, device
+    )
     if machine.name.endswith(ASSUMED):
         notes.append(f"memory: too little was free to measure this device; planned for {machine.name}")
     if (unwrapped := without_checkpoints(program)) is not None:
         program = outline(unwrapped, example_inputs) or program
         notes.append("gradient checkpointing: what is computed again is as the memory plan says")
-    # Without a budget, that it does not fit as it is was seen before.
-    asked = memory_budget is not None or program is not whole
-    beside = functools.partial(
-        _with_residents, max_tokens=max_tokens, recorded=recorded, machine=machine, device=device
-    )
-    asked = asked and not cannot_keep_all(program, example_inputs, given)
-    if asked and (found := everything_kept(program, given, machine, device)):
-        if memory_budget is not None:
-            found = beside(found, program, given)
-        hold_to(whole, Need.of(found.plan).growth(program, given.growth.tokens))
-        return replace(found, notes=(*notes, *found.notes))
-    if (parted := parted_at_borders(program)) is not None:
-        program = outline(parted, example_inputs) or program
+    found = asked.kept(program, example_inputs)
+    if found is None:
+        if (parted := parted_at_borders(program)) is not None:
+            program = outline(parted, example_inputs) or program
+        found = asked.chosen(program)
+    return replace(found, notes=(*notes, *found.notes))
 
-    def within(choose: Callable[[Budgets], PlannedProgram], given: Budgets) -> PlannedProgram:
-        return _planned_within(choose, given, memory_budget is not None, whole, device)
 
-    found = within(lambda given: planned(program, given, machine, device), given)
-    longer = None
-    if (count := tokens_of(program)) is not None and (choosing := found.choosing) is not None:
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked for, and with what.
+
+    Attributes:
+        whole: the program as it came, to which the compilation is held.
+        given: what there is to plan with, for the batch that the plan holds for.
+        memory_budget, host_budget: the options.
+        bounded: whether the longest batch was said.
+        recorded: whether steps as long as the one at hand are recorded where everything is kept.
+    """
+
+    whole: Program
+    given: Budgets
+    memory_budget: int | float | None
+    host_budget: int | float | None
+    bounded: bool
+    recorded: bool
+    machine: Link
+    device: torch.device
+
+    def kept(self, program: Program, example_inputs: Sequence[Any]) -> PlannedProgram | None:
+        """``program`` with everything kept; None where that does not fit."""
+        # Without a budget, that the whole does not fit as it is was seen before.
+        if self.memory_budget is None and program is self.whole:
+            return None
+        if cannot_keep_all(program, example_inputs, self.given):
+            return None
+        found = everything_kept(program, self.given, self.machine, self.device)
+        return None if found is None else self._held(found, program)
+
+    def chosen(self, program: Program) -> PlannedProgram:
+        """``program``, whose layers begin with their own norms, as the planner has it.
+
+        Raises:
+            Infeasible: as ``under_budget``.
+        """
+        found = self._within(lambda given: planned(program, given, self.machine, self.device), self.given)
+        if found.choosing is None:
+            return self._held(found, program)
+        longer = self._longer(program, found.choosing)
+        hold_to(self.whole, self.given.growth.tokens if longer is None else self.given.reach)
+        return replace(found, longer=longer)
+
+    def _held(self, found: PlannedProgram, program: Program) -> PlannedProgram:
+        """``found``, which keeps everything, for batches that fit so; longer ones are compiled anew."""
+        if self.memory_budget is not None:
+            found = self._with_residents(found, program)
+        hold_to(self.whole, Need.of(found.plan).growth(program, self.given.growth.tokens))
+        return found
+
+    def _with_residents(self, found: PlannedProgram, program: Program) -> PlannedProgram:
+        """``found``, which keeps everything, with dequantised weights in room that nothing else will need.
+
+        A recording needs as much again as a step. Where lengths vary, and nobody said how far, batches four
+        times as long need theirs, if those fit at all.
+        """
+        here = reach = self.given.growth.tokens
+        if tokens_of(program) is not None and not self.bounded:
+            reach = min(_REACH * reach, Need.of(found.plan).growth(program, here))
+
+        def fits(plan: MemoryPlan) -> bool:
+            needed = (2 if self.recorded else 1) * plan.beside
+            return (
+                plan.problem.static + needed <= plan.problem.roomy
+                and Need.of(plan).growth(program, here) >= reach
+            )
+
+        return with_residents(found, self.machine, self.device, fits)
+
+    def _longer(self, program: Program, choosing: Choosing) -> Longer | None:
+        """How longer batches are planned for; None where lengths do not vary."""
+        if (count := tokens_of(program)) is None:
+            return None
 
         def now(inputs: Sequence[Any]) -> Budgets:
+            found = budgets(program, self.memory_budget, self.host_budget, self.device, inputs)
             # Host memory is one arena's, for all plans.
-            return replace(budgets(program, memory_budget, host_budget, device, inputs), host=given.host)
+            return replace(found, host=self.given.host)
 
         def chosen(given: Budgets) -> PlannedProgram:
             return replace(choosing, given=given).chosen()
 
-        at_worst = functools.partial(within, chosen)
-        longer = Longer(
+        return Longer(
             count,
             length_of(program),
             tokens_at_hand(program),
             length_at_hand(program),
-            given.growth.tokens,
-            given.reach,
+            self.given.growth.tokens,
+            self.given.reach,
             now,
             chosen,
-            at_worst,
-        )
-    most = given.growth.tokens if longer is None else given.reach
-    if found.choosing is None:  # everything is kept
-        if memory_budget is not None:
-            found = beside(found, program, given)
-        most = Need.of(found.plan).growth(program, given.growth.tokens)
-    hold_to(whole, most)
-    return replace(found, notes=(*notes, *found.notes), longer=longer)
-
-
-def _with_residents(
-    found: PlannedProgram,
-    program: Program,
-    given: Budgets,
-    *,
-    max_tokens: int | None,
-    recorded: bool,
-    machine: Link,
-    device: torch.device,
-) -> PlannedProgram:
-    """``found``, which keeps everything, with dequantised weights in the room that nothing else will need.
-
-    A recording needs as much again as a step. Where lengths vary, and nobody said how far, batches four times
-    as long need theirs, if those fit at all.
-    """
-    reach = given.growth.tokens
-    if tokens_of(program) is not None and max_tokens is None:
-        reach = min(_REACH * reach, Need.of(found.plan).growth(program, given.growth.tokens))
-
-    def fits(plan: MemoryPlan) -> bool:
-        needed = (2 if recorded else 1) * plan.beside
-        return (
-            plan.problem.static + needed <= plan.problem.roomy
-            and Need.of(plan).growth(program, given.growth.tokens) >= reach
+            functools.partial(self._within, chosen),
         )
 
-    return with_residents(found, machine, device, fits)
+    def _within(self, choose: Callable[[Budgets], PlannedProgram], given: Budgets) -> PlannedProgram:
+        """What is chosen within ``given``; where no budget was asked for, within the least that would do.
 
-
-def _planned_within(
-    choose: Callable[[Budgets], PlannedProgram],
-    given: Budgets,
-    asked: bool,
-    whole: Program,
-    device: torch.device,
-) -> PlannedProgram:
-    """What is chosen within ``given``; unless they are ``asked`` for, within the least that would do.
-
-    Raises:
-        Infeasible: with the card that would do, and what could leave the device.
-    """
-    try:
-        return choose(given)
-    except Infeasible as error:
-        if (least := error.least_device) is None:
-            raise
-        said = in_cards(error, movable_bytes(whole), device)
-        if asked:
-            raise said from None
-    warnings.warn(f"rewriter: this step may run out of memory. {said}", stacklevel=2)
-    found = choose(replace(given, device=least))
-    return replace(found, notes=(f"memory: this step may run out of it. {said}", *found.notes))
+        Raises:
+            Infeasible: with the card that would do, and what could leave the device.
+        """
+        try:
+            return choose(given)
+        except Infeasible as error:
+            if (least := error.least_device) is None:
+                raise
+            said = in_cards(error, movable_bytes(self.whole), self.device)
+            if self.memory_budget is not None:
+                raise said from None
+        warnings.warn(f"rewriter: this step may run out of memory. {said}", stacklevel=2)
+        found = choose(replace(given, device=least))
+        return replace(found, notes=(f"memory: this step may run out of it. {said}", *found.notes))
 
 
 def memory_record(plan: MemoryPlan) -> MemoryRecord:
