@@ -29,7 +29,12 @@ def with_residents(
     program = found.program
     if not torch.is_grad_enabled() or not any(_is_trained(region) for region in program.regions):
         return found
-    weights = weights_of(program)
+    weights = {
+        region: some
+        for region, some in weights_of(program).items()
+        # Those of another device are not in this one's budget.
+        if all(weight.device == device for weight in some)
+    }
     offers = [offer(weights.get(call.region, ()), machine) for call in program.calls]
     chosen = staying(found.plan, offers, fits)
     if chosen is None:
