@@ -51,8 +51,8 @@ class StagedChoice:
     """A choice, and how it is run: a layer's stages by a schedule, in tiles of at most ``tile`` tokens.
 
     Without a layer and a schedule: as it is run without a plan. ``in_tiles`` are values that leave and return
-    in tiles, ``window`` the bytes of copies that may be under way; None: those of a whole layer. ``in_host``:
-    its weights in host memory.
+    in tiles, ``window`` the bytes that are set aside for copies under way, beside those of a whole layer.
+    ``in_host``: its weights in host memory.
     """
 
     choice: Choice
@@ -60,7 +60,7 @@ class StagedChoice:
     tile: int | None = None
     layer: LayerGraphs | None = None
     in_tiles: frozenset[str] = frozenset()
-    window: int | None = None
+    window: int = 0
     in_host: InHost = NONE
 
 
@@ -144,8 +144,7 @@ def _costed(
         max(0, whole - walk.window),
     )
     in_tiles = walk.in_tiles.intersection(plan.offloaded)
-    window = max(walk.window, whole) if walk.window else None
-    return StagedChoice(choice, plan, tile, layer, in_tiles, window, walk.in_host)
+    return StagedChoice(choice, plan, tile, layer, in_tiles, walk.window, walk.in_host)
 
 
 class _Walk:

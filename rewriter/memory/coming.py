@@ -7,29 +7,30 @@ from rewriter.memory.groups import Group
 from rewriter.memory.tickets import Copy
 
 
-def coming(groups: Sequence[Group], wanted: Copy | None) -> list[Copy]:
-    """The copies to begin, in the order of need, as far as there is room for them.
+def coming(groups: Sequence[Group], running: Group, wanted: Copy | None) -> tuple[list[Copy], float]:
+    """The copies to begin, in the order of need, as far as there is room for them; and the room that is left.
 
-    While a layer runs, what is back for it is bounded by its window and its spare bytes; what is back for
-    those below it by the window of the next one, and the same bytes.
+    What is back early is bounded at each layer that runs until its use, by what is spare there.
 
     Args:
-        groups: in the order of the forward, the last that of the layer that runs.
+        groups: in the order of the forward, none after that of the layer that runs.
+        running: of the layer that runs, which may have nothing to come.
         wanted: what is asked for now, and has its place.
     """
-    ahead, allowed, within, above = 0, inf, inf, inf
+    ahead, most, before = 0, inf, running.spare
     due: list[Copy] = []
     for group in reversed(groups):
-        if group.window is not None:
-            within = min(within, above + group.window)
-            above = ahead + group.spare.back
-            allowed = min(within, above + group.window)
+        most = min(most, ahead + group.spare.until(before))
+        own, before = ahead + group.spare.back, group.spare
         for copy in group.copies:
             if copy is wanted or copy.given >= copy.uses:
                 continue
+            if group.has_place_for(copy):
+                own += copy.layout.nbytes
+            if ahead + copy.layout.nbytes > min(most, own):
+                return due, min(most, own) - ahead
             ahead += copy.layout.nbytes
-            if ahead > max(allowed, copy.layout.nbytes):
-                return due
             if copy.device is None:
                 due.append(copy)
-    return due
+        most = min(most, own)
+    return due, most - ahead

@@ -49,7 +49,9 @@ class Copier:
         self.arena, self.device, self.streams, self.poison = arena, device, streams, poison
         self.stats = TransferStats()
 
-    def send(self, tensor: torch.Tensor, layout: Layout, group: Group, epoch: int, owner: object) -> Copy:
+    def send(
+        self, tensor: torch.Tensor, layout: Layout, group: Group, epoch: int, tile: bool, owner: object
+    ) -> Copy:
         """The copy of ``tensor`` to a block of ``owner``'s, begun once the computing stream has made it.
 
         Raises:
@@ -57,7 +59,7 @@ class Copier:
         """
         source = tensor.detach()
         block = self.arena.allocate(layout.nbytes, owner=owner) if layout.nbytes else None
-        copy = Copy(source, layout, block, version_of(tensor), group, epoch)
+        copy = Copy(source, layout, block, version_of(tensor), group, epoch, tile)
         out = self.streams.out
         out.wait_stream(self.streams.compute())
         if block is not None:

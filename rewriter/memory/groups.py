@@ -14,22 +14,21 @@ if TYPE_CHECKING:
 class Group:
     """Tensors that are offloaded, given up and reloaded together; offloads in its context are its.
 
-    ``window``: as ``Transfers.group`` says, ``spare``: bytes beyond it, ``bound``: all that may be held on
-    its way out when one of its tensors leaves. ``copies`` are in the order in which the backward asks for
-    them, where somebody has said which it is, else in that of the offloads.
+    Attributes:
+        number: groups that are made later have higher ones.
+        window: as ``Transfers.group`` says.
+        spare: what of its copies and of others' may be under way.
+        copies: in the order in which the backward asks for them, where somebody has said which it is, else in
+            that of the offloads.
+        whole: bytes of those that were not sent in tiles.
     """
 
-    def __init__(
-        self,
-        transfers: "Transfers",
-        window: int | None = None,
-        spare: Spare | None = None,
-        bound: int | None = None,
-    ):
+    def __init__(self, transfers: "Transfers", number: int, window: int | None, spare: Spare):
         self._transfers = weakref.ref(transfers)
-        self.window, self.spare, self.bound = window, spare or Spare(), bound
+        self.number, self.window, self.spare = number, window, spare
         self._outer: Group | None = None
         self.copies: list[Copy] = []
+        self.whole = 0
         self.closed = self.returning = False
 
     def __enter__(self) -> "Group":
@@ -50,6 +49,10 @@ class Group:
         if transfers is not None and not self.closed:
             self.closed = True
             transfers._complete(self)
+
+    def has_place_for(self, copy: Copy) -> bool:
+        """Whether the backward counts ``copy`` from its beginning: one that does not fit into the window."""
+        return self.window is not None and self.whole > self.window and not copy.tile
 
     def will_need(self, tickets: Sequence[Ticket]) -> None:
         """Say in which order the backward asks for them."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewriter.memory.groups import Group
 from rewriter.memory.randomness import device_of, random_state, replaying
 from rewriter.memory.schedule import Schedule, Wiring
 from rewriter.memory.stage_run import StageRun, Tiles
@@ -68,7 +69,7 @@ class ScheduledLayer:
         transfers: to host memory and back.
         owns_gradient: whether nobody else reads the gradients that the layer is given.
         in_tiles: of what is offloaded, what leaves and returns tile by tile.
-        window: bytes of copies that may be under way, as ``Transfers.group`` says.
+        window: bytes that are set aside for copies under way, as ``Transfers.group`` says.
         ahead: names of the weights that come from host memory while the layer before runs.
     """
 
@@ -118,10 +119,11 @@ class ScheduledLayer:
         tickets: dict[str, Any],
         gradients: dict[str, Tensor],
         transfers: Transfers,
+        group: Group,
     ) -> dict[str, Tensor | None]:
         """Gradients of the layer's inputs by name; ``here``, ``tickets`` and ``gradients`` are used up."""
         given = set(gradients)
-        transfers.prefetch_latest()
+        transfers.begin_backward(group)
         lent = _sharing(gradients) if self.owns_gradient else given
         with self._weights(here, backward=True):
             for step in self.schedule.backward:
@@ -193,9 +195,9 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layer: ScheduledLayer, *inputs: Any) -> tuple[Any, ...]:
         transfers = layer.transfers()
-        with transfers.group(layer.window) as group:
+        with transfers.group(layer.window) as ctx.group:
             results, kept, ctx.tickets = layer.forward(inputs, transfers)
-            group.will_need(layer.in_order_of_need(ctx.tickets))
+            ctx.group.will_need(layer.in_order_of_need(ctx.tickets))
         names = layer.stages.wiring.inputs
         shared = [x if n in layer.shared else None for n, x in zip(names, inputs, strict=True)]
         ctx.numbers = {
@@ -230,14 +232,14 @@ class _Layer(torch.autograd.Function):
         here |= ctx.numbers
         names = zip(layer.stages.wiring.outputs, above, strict=True)
         gradients = {n: g for n, g in names if n in layer.stages.wiring.differentiable}
-        found = layer.backward(here, ctx.tickets, gradients, layer.transfers())
+        found = layer.backward(here, ctx.tickets, gradients, layer.transfers(), ctx.group)
         wanted = zip(layer.stages.wiring.inputs, ctx.needs_input_grad[1:], ctx.dtypes, strict=True)
         return None, *(_as(found[name], dtype) if need else None for name, need, dtype in wanted)
 
 
 def _send(transfers: Transfers | None, tickets: list[Any], tile: Tensor) -> None:
     if transfers is not None:
-        tickets.append(transfers.offload(tile))
+        tickets.append(transfers.offload(tile, tile=True))
 
 
 def _state_of(index: int) -> str:

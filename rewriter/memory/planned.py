@@ -150,16 +150,16 @@ class PlannedProgram:
         return program
 
     def _spares(self) -> list[Spare]:
-        """Of the calls whose copies are bounded by a window, in order, what is free beside it."""
+        """Of the calls that bound copies, in order, what is spare for those."""
         bounds = [_bounds(call.region, self.staged.get(call.region)) for call in self.program.calls]
-        found = spare_of(self.plan, bounds)
-        return [spare for spare, bound in zip(found, bounds, strict=True) if bound]
+        window = max((staged.way.window for staged in self.staged.values()), default=0)
+        return spare_of(self.plan, bounds, window)
 
 
 def _bounds(region: Region, staged: StagedRegion | None) -> bool:
-    """Whether a call of ``region`` bounds its copies by a window; one without gradients has none to send."""
+    """Whether a call of ``region`` bounds copies; one without gradients has none to send."""
     trained = any(isinstance(x, torch.Tensor) and x.requires_grad for x in region.inputs)
-    return trained and staged is not None and staged.way.window is not None
+    return trained and staged is not None
 
 
 def planned(program: Program, given: Budgets, machine: Link, device: torch.device) -> PlannedProgram:

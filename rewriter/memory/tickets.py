@@ -23,6 +23,7 @@ class Copy:
         given: how often the current backward has had it while it is kept.
         written: whether somebody wrote to the source after it was offloaded.
         epoch: how many resets came before it.
+        tile: whether it is a part of something that is never on the device as a whole.
     """
 
     source: torch.Tensor | None
@@ -31,6 +32,7 @@ class Copy:
     version: int
     group: Any
     epoch: int
+    tile: bool = False
     device: torch.Tensor | None = None
     left: Any = None
     arrived: Any = None

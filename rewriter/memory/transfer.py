@@ -16,9 +16,9 @@ computing stream:
   copy done: with the host far ahead, for ever;
 - the first reload of a group starts those of the group before it, which the backward comes to next. Their
   memory is the computing stream's, so each copy waits for what was computed in it before;
-- a group with a ``window`` bounds both by bytes: of what is on its way out no more than that is held, the
-  oldest given up first; and each reload starts those that come next, as far as the window allows. Where a
-  plan leaves more free, it says so before the forward (``expect``);
+- a group with a ``window`` bounds both by bytes: of what is on its way out the oldest is given up first; and
+  as a layer's backward begins (``begin_backward``), and at each reload, what comes next is started, of
+  whichever group. Where a plan leaves more free, it says so (``expect``);
 - a host block is freed after the computing stream has been told to wait for the copy from it; the next
   offload into it waits for the computing stream.
 
@@ -29,6 +29,7 @@ The source must not be written between its offload and its reload. One ``Transfe
 thread at a time. Refuses tensors that are sparse or lazily conjugated or negated, and tickets used twice.
 """
 
+import itertools
 import weakref
 from collections import deque
 from collections.abc import Iterable
@@ -72,13 +73,14 @@ class Transfers:
         self._completed: deque[Group] = deque()
         self._leaving = Leaving(self._copier.give_up)
         self._group: Group | None = None
+        self._numbers = itertools.count()
         self._tickets: weakref.WeakValueDictionary[tuple, Ticket] = weakref.WeakValueDictionary()
         self._abandoned: deque[Copy] = deque()
         # Of what is not over, only what was offloaded since the last reset is good.
         self._epoch = 0
 
     def expect(self, spares: Iterable[Spare]) -> None:
-        """Say what is free beside their windows for the next groups that have one, in order."""
+        """Say what is spare for the next groups that have a window, in order."""
         self._leaving.expect(spares)
 
     def group(self, window: int | None = None) -> Group:
@@ -88,12 +90,13 @@ class Transfers:
             window: bytes on their way out that may be held when one of its tensors leaves, and that may be
                 back on the device before they are asked for. None: whole groups are.
         """
-        return Group(self, window, *self._leaving.allowed(window))
+        return Group(self, next(self._numbers), window, self._leaving.spare(window))
 
-    def offload(self, tensor: torch.Tensor, group: Group | None = None) -> Ticket:
+    def offload(self, tensor: torch.Tensor, group: Group | None = None, *, tile: bool = False) -> Ticket:
         """Copy ``tensor`` (any shape and strides) to the arena.
 
-        It belongs to ``group``, else to the group around the call, else to one of its own.
+        It belongs to ``group``, else to the group around the call, else to one of its own. What is no
+        ``tile`` has a place beside the group's window until the group is complete.
 
         A tensor that is on its way already gets the same ticket, which is then reloaded once for each
         offload. Strides are kept; the bytes between the first element and the last are copied, so a slice of
@@ -104,7 +107,7 @@ class Transfers:
         target = group or self._group
         if target is None:
             with self.group() as alone:
-                return self.offload(tensor, alone)
+                return self.offload(tensor, alone, tile=tile)
         if target.closed:
             raise ValueError("offload: the group is closed; offload into a group that is not complete yet.")
         if tensor.device != self.device:
@@ -114,7 +117,7 @@ class Transfers:
         layout = Layout.of(tensor)
         self._find_lost()
         ticket = self._share(tensor, target)
-        return self._send(tensor, layout, target) if ticket is None else ticket
+        return self._send(tensor, layout, target, tile) if ticket is None else ticket
 
     def reload(self, ticket: Ticket, keep: bool = False) -> torch.Tensor:
         """The tensor of ``ticket``, equal in values, shape and strides; detached.
@@ -153,24 +156,19 @@ class Transfers:
             self._finish(copy)
         return tensor
 
-    def prefetch(self, ticket: Ticket) -> None:
-        """Start the copy back now, if there is room. What has begun, or was reloaded, is left as it is."""
-        self._drain()
-        if self._is_good(ticket._copy):
-            self._try([ticket._copy])
+    def begin_backward(self, group: Group) -> None:
+        """The backward of ``group``'s layer begins: what it and those before it ask for is started.
 
-    def prefetch_latest(self) -> None:
-        """Start the copies back of what was offloaded last, within its window: a backward begins."""
-        self._drain()
-        if self._groups and self._groups[-1].window is not None:
-            self._fill_window(self._groups[-1], None)
-
-    def settle(self) -> None:
-        """Give up the device memory of all complete groups: the computation waits for their copies.
-
-        For the end of a forward, where something large comes next and the last groups would stay beside it.
+        Also where the layer has sent nothing. What is still on its way out has its place among that.
         """
         self._drain()
+        if group.window is not None:
+            self._leaving.hold_at_most(self._fetch_ahead(group, None))
+
+    def settle(self) -> None:
+        """Give up the device memory of all complete groups: the computation waits for their copies."""
+        self._drain()
+        self._leaving.hold_at_most(0)
         while self._completed:
             self._give_up_all(self._completed.popleft())
 
@@ -197,9 +195,8 @@ class Transfers:
     def _share(self, tensor: torch.Tensor, group: Group) -> Ticket | None:
         ticket = self._tickets.get(identity(tensor))
         # Once the source is given up, the same address is another tensor.
-        if ticket is None or ticket._copy.source is None:
+        if ticket is None or (copy := ticket._copy).source is None:
             return None
-        copy = ticket._copy
         copy.uses += 1
         # The backward comes to the latest group first.
         copy.group.copies.remove(copy)
@@ -207,12 +204,13 @@ class Transfers:
         self._enter(copy, group)
         return ticket
 
-    def _send(self, tensor: torch.Tensor, layout: Layout, group: Group) -> Ticket:
-        copy = self._copier.send(tensor, layout, group, self._epoch, owner=self)
+    def _send(self, tensor: torch.Tensor, layout: Layout, group: Group, tile: bool) -> Ticket:
+        copy = self._copier.send(tensor, layout, group, self._epoch, tile, owner=self)
         # Before anything holds the copy: an interrupt from here on abandons it, as dropping the ticket does.
         ticket = Ticket(copy, self._abandoned)
         self._enter(copy, group)
         self._tickets[identity(tensor)] = ticket
+        group.whole += 0 if tile else layout.nbytes
         self._leaving.add(copy, group)
         return ticket
 
@@ -224,6 +222,9 @@ class Transfers:
 
     def _complete(self, group: Group) -> None:
         self._drain()
+        if group.window is not None:
+            self._leaving.hold_at_most(group.spare.left)
+            return
         self._completed.append(group)
         while len(self._completed) > self.depth:
             self._give_up_all(self._completed.popleft())
@@ -235,17 +236,19 @@ class Transfers:
 
     def _look_ahead(self, wanted: Copy) -> None:
         group = wanted.group
-        if group.window is None:
-            if group.returning:
-                return
+        if group.window is not None:
+            self._fetch_ahead(group, wanted)
+        elif not group.returning:
             group.returning = True
             place = self._groups.index(group)
             self._try([*group.copies, *(self._groups[place - 1].copies if place else ())])
-        else:
-            self._fill_window(group, wanted)
 
-    def _fill_window(self, group: Group, wanted: Copy | None) -> None:
-        self._try(coming(self._groups[: self._groups.index(group) + 1], wanted))
+    def _fetch_ahead(self, running: Group, wanted: Copy | None) -> float:
+        """Begin what comes next while the layer of ``running`` runs; bytes that are free beside it."""
+        groups = [group for group in self._groups if group.number <= running.number]
+        due, room = coming(groups, running, wanted)
+        self._try(due)
+        return room
 
     def _try(self, copies: list[Copy]) -> None:
         try:

@@ -97,8 +97,8 @@ def test_what_exceeds_the_window_is_in_flight(windowed):
             w for v, w in windowed[0].sizes().items() if v in way.schedule.offloaded and v not in way.in_tiles
         )
         assert way.choice.flight == max(0, size - window)
-        assert way.window == max(window, size)
-        assert without[name].choice.flight == without[name].choice.hosted and without[name].window is None
+        assert way.window == window
+        assert without[name].choice.flight == without[name].choice.hosted and without[name].window == 0
 
 
 def test_tiles_wait_for_what_a_small_window_cannot_hold():

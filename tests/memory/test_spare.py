@@ -1,6 +1,7 @@
 """What a plan leaves free beside its window, part by part."""
 
 from collections.abc import Sequence
+from math import inf
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,115 +17,128 @@ from rewriter.memory.transfer import Transfers
 from rewriter.regions.program import Region
 
 
-def _plan(forward: list[int], backward: list[int], hosted: Sequence[int] = ()) -> MemoryPlan:
+def _plan(
+    forward: list[int], backward: list[int], hosted: Sequence[int] = (), flight: Sequence[int] = ()
+) -> MemoryPlan:
     """One part for each number, which is all that its forward or backward needs beside a window of 10."""
-    peaks = enumerate(zip(forward, backward, hosted or [1] * len(forward), strict=True))
+    nothing = [0] * len(forward)
+    numbers = zip(forward, backward, hosted or [1] * len(forward), flight or nothing, strict=True)
     choices = [
-        Choice(f"way {i}", 0, host, ahead, back, 1.0, 1.0, flight=0) for i, (ahead, back, host) in peaks
+        Choice(f"way {i}", 0, host, ahead, back, 1.0, 1.0, flight=sent)
+        for i, (ahead, back, host, sent) in enumerate(numbers)
     ]
     parts = tuple(Part(f"part {i}", f"kind {i}", (c,)) for i, c in enumerate(choices))
-    return MemoryPlan(Problem(parts, 0, 107, 10, window=10), tuple(choices))
+    return MemoryPlan(Problem(parts, 0, 107, 99, window=10), tuple(choices))
 
 
-def test_copies_out_may_fill_what_a_layer_leaves_free():
-    plan = _plan([20, 50, 80, 30], [0, 0, 0, 0])
-    assert [s.out for s in spare_of(plan, [True] * 4)] == [70, 40, 10, 60]
+def _spares(plan: MemoryPlan, bounds: Sequence[bool] = (True,) * 4, window: int = 10) -> list[Spare]:
+    return spare_of(plan, bounds, window)
 
 
-def test_copies_back_may_fill_what_the_layer_leaves_free_that_they_are_for():
-    plan = _plan([0, 0, 0, 0], [50, 20, 60, 10])
-    assert [s.back for s in spare_of(plan, [True] * 4)] == [40, 70, 30, 80]
+def test_copies_out_may_fill_what_a_layer_leaves_free_and_the_window():
+    found = _spares(_plan([20, 50, 80, 30], [0, 0, 0, 0]))
+    assert [(s.out, s.left) for s in found] == [(80, inf), (50, inf), (20, inf), (70, inf)]
 
 
-def test_copies_back_leave_room_for_the_layers_above_that_have_none():
-    plan = _plan([0, 0, 0, 0], [50, 20, 60, 10], hosted=[1, 1, 0, 1])
-    assert [s.back for s in spare_of(plan, [True] * 4)] == [40, 30, 30, 80]
+def test_copies_back_may_fill_what_a_layer_leaves_free_and_the_window():
+    assert [s.back for s in _spares(_plan([0] * 4, [50, 20, 60, 10]))] == [50, 80, 40, 90]
+
+
+def test_what_is_in_flight_for_a_layer_has_its_place_beside_the_one_that_runs():
+    plan = _plan([20, 50, 80, 30], [50, 20, 60, 10], flight=[3, 5, 0, 7])
+    assert [(s.out, s.back) for s in _spares(plan)] == [(80, 50), (50, 80), (20, 40), (70, 90)]
+    full = _plan([90, 87, 85, 90], [90, 87, 85, 90], flight=[3, 5, 0, 7])
+    assert [(s.out, s.back) for s in _spares(full)] == [(10, 10), (13, 13), (15, 15), (10, 10)]
+
+
+def test_of_what_is_set_aside_the_part_for_weights_is_not_for_copies():
+    assert [s.out for s in _spares(_plan([20, 50, 80, 30], [0, 0, 0, 0]), window=4)] == [74, 44, 14, 64]
+
+
+def test_copies_back_leave_room_for_the_layers_above_that_run_meanwhile():
+    first, second, third, fourth = _spares(_plan([0] * 4, [50, 20, 60, 10]))
+    assert first.until(first) == inf and first.until(second) == 80
+    assert first.until(third) == first.until(fourth) == 40 and second.until(fourth) == 40
+    assert third.until(fourth) == 90
+
+
+def test_copies_back_leave_room_for_parts_between_that_do_not_bound_them():
+    first, third = _spares(_plan([0] * 4, [50, 70, 60, 10]), [True, False, True, False])
+    assert third.back == 40 and first.until(third) == 30
 
 
 def test_copies_out_leave_room_for_parts_that_do_not_bound_them():
-    plan = _plan([20, 70, 30, 20], [0, 0, 0, 0])
-    assert spare_of(plan, [True, False, True, False]) == [Spare(20, 90), Spare(), Spare(60, 90), Spare()]
+    found = _spares(_plan([20, 70, 30, 20], [0, 0, 0, 0]), [True, False, True, False])
+    assert [(s.out, s.left) for s in found] == [(80, 30), (70, 80)]
 
 
-def test_what_is_still_on_its_way_out_when_the_backward_begins_leaves_room_for_the_backward():
-    plan = _plan([20, 20, 20], [10, 10, 85])
-    assert [s.out for s in spare_of(plan, [True, True, False])] == [70, 5, 0]
+def test_what_is_still_on_its_way_out_when_the_backward_begins_leaves_room_for_its_first_part():
+    found = _spares(_plan([20, 20, 20], [10, 10, 85]), [True, True, False])
+    assert [(s.out, s.left) for s in found] == [(80, inf), (80, 15)]
 
 
 def test_layers_without_gradients_announce_nothing_since_they_send_nothing():
     inputs = [(torch.ones(1, requires_grad=trained),) for trained in (False, True, True)]
     regions = [Region(f"layer_{i}", GraphModule({}, Graph()), given) for i, given in enumerate(inputs)]
     program: Any = SimpleNamespace(calls=[SimpleNamespace(region=region) for region in regions])
-    windows: list[Any] = [SimpleNamespace(way=SimpleNamespace(window=w)) for w in (10, 10, None)]
+    staged: Any = {region: SimpleNamespace(way=SimpleNamespace(window=10)) for region in regions[:2]}
     plan = _plan([20, 50, 80], [0, 0, 0])
-    staged = dict(zip(regions, windows, strict=True))
     found = PlannedProgram(program, staged, plan, (), lambda: pytest.fail("not asked for"))._spares()
-    assert [spare.out for spare in found] == [10]
+    assert [spare.out for spare in found] == [50]
 
 
-def test_nothing_is_spare_where_a_part_fills_the_budget():
-    plan = _plan([90, 97], [97, 90])
-    assert spare_of(plan, [True, True]) == [Spare(7, 0), Spare(0, 7)]
+def test_a_window_is_what_is_spare_where_a_part_fills_the_budget():
+    found = _spares(_plan([90, 97], [97, 90]), [True, True])
+    assert [(s.out, s.back) for s in found] == [(17, 10), (10, 17)]
 
 
-def test_a_group_holds_and_fetches_what_is_spare_beside_its_window():
-    transfers = Transfers(HostArena(1 << 20), "cpu")
-    transfers.expect([Spare(800, 800), Spare(0, 400)])
-    with transfers.group(window=400) as group:
-        first = [transfers.offload(torch.randn(100)) for _ in range(4)]
-        assert transfers._leaving.held == 1200
-        group.will_need(first[::-1])
-    with transfers.group(window=400) as group:
-        assert transfers._leaving.held == 400
-        second = [transfers.offload(torch.randn(100)) for _ in range(4)]
-        assert transfers._leaving.held == 400
-        group.will_need(second[::-1])
+def test_a_group_holds_and_fetches_what_is_spare():
+    transfers, made = Transfers(HostArena(1 << 20), "cpu"), []
+    above = Spare(400, inf, 800, 800)
+    transfers.expect([Spare(1200, inf, 1200, 1200, above), above])
+    for held in (1200, 400):
+        with transfers.group(window=400) as group:
+            assert transfers._leaving.held <= held
+            tickets = [transfers.offload(torch.randn(100), tile=True) for _ in range(4)]
+            assert transfers._leaving.held == held
+            group.will_need(tickets[::-1])
+            made.append((group, tickets[::-1]))
     transfers.settle()
-    transfers.prefetch_latest()
+    transfers.begin_backward(made[1][0])
     assert transfers.stats.bytes_in == 800
-    for ticket in second[::-1] + first[::-1]:
+    for ticket in made[1][1] + made[0][1]:
         transfers.reload(ticket)
     assert transfers.stats.bytes_in == 3200
 
 
-def test_groups_beyond_those_that_were_announced_have_nothing_spare():
-    transfers = Transfers(HostArena(1 << 20), "cpu")
-    transfers.expect([Spare(800, 800)])
-    assert [transfers.group(400).spare for _ in range(2)] == [Spare(800, 800), Spare()]
-    transfers.expect([Spare(800, 800)])
+def test_groups_beyond_those_that_were_announced_have_their_window():
+    transfers, said = Transfers(HostArena(1 << 20), "cpu"), Spare(800, 700, 600, 500)
+    transfers.expect([said])
+    assert [transfers.group(400).spare for _ in range(2)] == [said, Spare(400, 400, 400)]
+    transfers.expect([said])
     assert transfers.group().spare == Spare()
     transfers.reset()
-    assert transfers.group(400).spare == Spare()
+    assert transfers.group(400).spare == Spare(400, 400, 400)
 
 
-def test_what_is_spare_for_one_layer_is_not_for_those_below_it():
-    transfers = Transfers(HostArena(1 << 20), "cpu")
-    transfers.expect([Spare(0, 0), Spare(0, 800), Spare(0, 400)])
-    order = []
-    for _ in range(3):
+def test_what_is_spare_for_one_layer_is_not_for_those_above_it():
+    """The last one has nothing to come: while it runs, as much is back for the first as is spare there."""
+    transfers, made = Transfers(HostArena(1 << 20), "cpu"), []
+    last = Spare(inf, inf, 300, 800)
+    middle = Spare(inf, inf, 1200, 1200, last)
+    transfers.expect([Spare(inf, inf, 1600, 1600, middle), middle, last])
+    for count in (4, 4, 0):
         with transfers.group(window=400) as group:
-            own = [transfers.offload(torch.randn(100)) for _ in range(4)]
-            group.will_need(own[::-1])
-            order = own[::-1] + order
+            tickets = [transfers.offload(torch.randn(100), tile=True) for _ in range(count)]
+            group.will_need(tickets[::-1])
+            made.append((group, tickets[::-1]))
     transfers.settle()
-    transfers.prefetch_latest()
     came = []
-    for ticket in order:
-        transfers.reload(ticket)
+    for group, tickets in reversed(made):
+        transfers.begin_backward(group)
         came.append(transfers.stats.bytes_in // 400)
-    # Beside the one asked for: two while the last layer runs, three while the one below it does, then one.
-    assert came == [3, 4, 5, 6, 8, 9, 9, 9, 10, 11, 12, 12]
-
-
-def test_what_a_layer_sent_beyond_the_window_has_its_place_while_the_next_one_runs():
-    transfers = Transfers(HostArena(1 << 20), "cpu")
-    transfers.expect([Spare(), Spare(), Spare()])
-    tickets = []
-    for window, most in ((1600, 1600), (400, 1600), (400, 400)):
-        with transfers.group(window=window):
-            tickets += [transfers.offload(torch.randn(100)) for _ in range(2)]
-            assert transfers._leaving.held <= most
-            tickets += [transfers.offload(torch.randn(100)) for _ in range(3)]
-            assert transfers._leaving.held == most
-    for ticket in tickets[::-1]:
-        transfers.reload(ticket)
+        for ticket in tickets:
+            transfers.reload(ticket)
+            came.append(transfers.stats.bytes_in // 400)
+    # Two, then three beside the one asked for.
+    assert came == [2, 3, 4, 5, 6, 7, 8, 8, 8, 8, 8]

@@ -10,6 +10,7 @@ import torch
 
 from rewriter.memory.arena import HostArena, HostMemoryError
 from rewriter.memory.layout import Layout
+from rewriter.memory.spare import Spare
 from rewriter.memory.transfer import Group, Ticket, Transfers
 from tests.memory.late_copies import late_transfers, leave_all_streams
 
@@ -112,34 +113,75 @@ def test_the_first_reload_of_a_group_brings_it_and_the_one_before():
     assert transfers.stats.bytes_in == sizes[3] + sizes[2] + sizes[1]
 
 
+def _windowed(
+    transfers: Transfers, window: int, tile: bool, groups: int = 3
+) -> list[tuple[Group, list[Ticket]]]:
+    """Groups of four tensors of 400 bytes, each with the tickets in the order of the backward."""
+    made = []
+    for _ in range(groups):
+        with transfers.group(window) as group:
+            tickets = [transfers.offload(torch.randn(100), tile=tile) for _ in range(4)]
+            group.will_need(tickets[::-1])
+        made.append((group, tickets[::-1]))
+    return made
+
+
 def test_a_window_bounds_what_is_held_on_its_way_out_and_what_is_back_early():
     transfers = _transfers()
-    tickets = []
-    for _ in range(3):
-        with transfers.group(window=1000) as group:
-            own = [transfers.offload(torch.randn(100)) for _ in range(4)]
-            assert transfers._leaving.held <= 1000
-            group.will_need(own[::-1])
-            tickets += own
+    made = _windowed(transfers, 1000, tile=True)
+    assert transfers._leaving.held == 800
     transfers.settle()
-    transfers.prefetch_latest()
-    order = [t for i in (8, 4, 0) for t in tickets[i : i + 4][::-1]]
+    transfers.begin_backward(made[-1][0])
     assert transfers.stats.bytes_in == 800
-    for number, ticket in enumerate(order):
+    for number, ticket in enumerate(t for _, own in reversed(made) for t in own):
         transfers.reload(ticket)
         assert transfers.stats.bytes_in == min(400 * (number + 3), 400 * 12)
     assert transfers.arena.in_use == 0
 
 
-def test_a_prefetch_is_the_reload_begun_earlier():
-    transfers = _transfers(depth=0)
-    tickets, expected = _forward(transfers)
-    transfers.prefetch(tickets[0][0])
-    assert transfers.stats.bytes_in == tickets[0][0].nbytes
-    transfers.prefetch(tickets[0][0])
-    assert transfers.stats.bytes_in == tickets[0][0].nbytes
-    assert torch.equal(transfers.reload(tickets[0][0]), expected[0][0])
-    transfers.prefetch(tickets[0][0])
+def test_what_leaves_whole_has_its_place_beside_the_window_until_its_group_is_complete():
+    transfers = _transfers()
+    with transfers.group(1000):
+        tickets = []
+        for count in range(1, 5):
+            tickets.append(transfers.offload(torch.randn(100)))
+            assert transfers._leaving.held == 400 * count
+    assert transfers._leaving.held == 800
+
+
+def test_a_backward_begins_with_what_its_layer_asks_for_and_the_one_below_it():
+    transfers = _transfers()
+    (_, first), (group, second) = _windowed(transfers, 800, tile=False, groups=2)
+    transfers.settle()
+    # Those of its own have their place, since they exceed the window.
+    transfers.begin_backward(group)
+    assert transfers.stats.bytes_in == 1600 + 800
+    for ticket in second + first:
+        transfers.reload(ticket)
+    assert transfers.stats.bytes_in == 3200
+
+
+def test_a_layer_that_sent_nothing_has_those_below_it_begin():
+    transfers = _transfers()
+    ((_, tickets),) = _windowed(transfers, 1000, tile=True, groups=1)
+    with transfers.group(1000) as nothing:
+        pass
+    transfers.settle()
+    transfers.begin_backward(nothing)
+    assert transfers.stats.bytes_in == 800
+    for ticket in tickets:
+        transfers.reload(ticket)
+
+
+def test_what_is_on_its_way_out_when_a_backward_begins_stays_for_it_or_is_given_up():
+    transfers = _transfers()
+    transfers.expect([Spare(back=1000), Spare(back=1000)])
+    made = _windowed(transfers, 0, tile=True, groups=2)
+    assert transfers._leaving.held == 3200
+    transfers.begin_backward(made[-1][0])
+    assert transfers._leaving.held == 0 and transfers.stats.bytes_spared == 800
+    for ticket in [t for _, own in reversed(made) for t in own]:
+        transfers.reload(ticket)
 
 
 @pytest.mark.parametrize("window", [None, 8000])
@@ -162,10 +204,9 @@ def test_where_memory_runs_out_ahead_of_need_copies_back_begin_at_their_use(wind
     transfers.settle()
     monkeypatch.setattr(Layout, "empty", one_at_a_time)
     for ticket, tensor in zip(reversed(tickets), reversed(expected), strict=True):
-        transfers.prefetch(ticket)
         room[0] = 1
         assert torch.equal(transfers.reload(ticket), tensor)
-    assert transfers.stats.prefetches_skipped > 6 and transfers.stats.bytes_in == 2400
+    assert transfers.stats.prefetches_skipped > 1 and transfers.stats.bytes_in == 2400
 
 
 def test_groups_can_be_made_by_hand_and_offloads_have_their_own_otherwise():
