@@ -142,60 +142,80 @@ def layer_graphs(
     Raises:
         Unstaged: it cannot run in stages.
     """
-    placeholders = region.module.graph.find_nodes(op="placeholder")
-    (output,) = region.module.graph.find_nodes(op="output")
-    needs = {
-        node.name: isinstance(x, Tensor) and x.requires_grad
-        for node, x in zip(placeholders, region.inputs, strict=True)
-    }
-    fakes = dict(zip((n.name for n in placeholders), region.inputs, strict=True))
-    found, takes, gives, reads_back = [], [], [], []
-    parts = stages(region)
+    traced, parts = _Traced(region), stages(region)
     tokens = _tokens(parts)
     most = longest_tile(ceil(tokens * reach))
-    for index, stage in enumerate(parts):
-        names = [n.name for n in stage.inputs]
-        values, wanted = [fakes[n] for n in names], [needs[n] for n in names]
+    for stage in parts:
+        traced.add(stage, most, saving=saving, silent=silent)
+    outputs = _outputs(region)
+    if unanswered := traced.unanswered().difference(outputs):
+        return layer_graphs(region, shared, saving=saving, silent=silent | unanswered, reach=reach)
+    living = frozenset(name for i, name in enumerate(traced.inputs) if i in shared)
+    return LayerGraphs(region, tokens, tuple(traced.graphs), traced.wiring(outputs), living)
+
+
+class _Traced:
+    """The stages of a region that are traced so far, and what passes between them, by name."""
+
+    def __init__(self, region: Region):
+        self.inputs = tuple(n.name for n in region.module.graph.find_nodes(op="placeholder"))
+        self.graphs: list[StageGraphs] = []
+        self._takes: list[tuple[str, ...]] = []
+        self._gives: list[tuple[str, ...]] = []
+        self._reads_back: list[tuple[str, ...]] = []
+        # Of each value: what it is like in the whole region, and whether it gets a gradient.
+        self._fakes = dict(zip(self.inputs, region.inputs, strict=True))
+        self._needs = {n: isinstance(x, Tensor) and x.requires_grad for n, x in self._fakes.items()}
+
+    def add(self, stage: Stage, most: int, *, saving: bool, silent: frozenset[str]) -> None:
+        """Trace ``stage``, the next one, for tiles of at most ``most`` tokens, as ``layer_graphs`` says."""
+        names, results = [n.name for n in stage.inputs], [n.name for n in stage.outputs]
+        values, wanted = [self._fakes[n] for n in names], [self._needs[n] for n in names]
         graphs = stage_graphs(stage, values, wanted, most, saving=saving, silent=silent)
-        results = [n.name for n in stage.outputs]
-        if aliased := [n for n in results if n in fakes]:
+        if aliased := [n for n in results if n in self._fakes]:
             raise Unstaged(f"`{aliased[0]}` is handed through")
-        if untiled := [
-            n for n, r in zip(results, stage.rows_out, strict=True) if stage.row_wise and r is None
-        ]:
+        rows = zip(results, stage.rows_out, strict=True)
+        if stage.row_wise and (untiled := [n for n, row in rows if row is None]):
             raise Unstaged(f"`{untiled[0]}` of a stage that runs in tiles does not depend on tokens")
         # As the whole region has them: a stage's own fakes have a tile's length.
         for node, has in zip(stage.outputs, graphs.signature.differentiable, strict=True):
-            fakes[node.name] = _without_gaps(value_of(node))
-            needs[node.name] = has
-        extras = [f"saved_{index + 1}_{i}" for i in range(graphs.saved.extras if graphs.saved else 0)]
-        found.append(graphs)
-        takes.append(tuple(names))
-        gives.append((*results, *extras))
-        reads_back.append(_reads_back(graphs, names, results, extras))
-    outputs = [n.name for n in output.args[0]]
-    if given := [n for n in outputs if n in {p.name for p in placeholders}]:
+            self._fakes[node.name] = _without_gaps(value_of(node))
+            self._needs[node.name] = has
+        number = len(self.graphs) + 1
+        extras = [f"saved_{number}_{i}" for i in range(graphs.saved.extras if graphs.saved else 0)]
+        self.graphs.append(graphs)
+        self._takes.append(tuple(names))
+        self._gives.append((*results, *extras))
+        self._reads_back.append(_reads_back(graphs, names, results, extras))
+
+    def unanswered(self) -> frozenset[str]:
+        """Values between stages that could have a gradient, and that no stage's backward makes one of."""
+        taken = zip(self.graphs, self._takes, strict=True)
+        given = zip(self.graphs, self._gives, strict=True)
+        answered = {name for graphs, names in taken for name in _answered(graphs, names)}
+        return frozenset(n for graphs, names in given for n in _differentiable(graphs, names)) - answered
+
+    def wiring(self, outputs: tuple[str, ...]) -> Wiring:
+        """Of all stages, the region's results being ``outputs``."""
+        trained = frozenset(n for n in outputs if self._needs[n])
+        between = tuple(self._takes), tuple(self._gives), tuple(self._reads_back)
+        return Wiring(*between, self.inputs, outputs, trained)
+
+
+def _outputs(region: Region) -> tuple[str, ...]:
+    """The names of its results.
+
+    Raises:
+        Unstaged: one of them is an input, or part of a larger tensor.
+    """
+    (output,) = region.module.graph.find_nodes(op="output")
+    results = output.args[0]
+    if given := [n.name for n in results if n.op == "placeholder"]:
         raise Unstaged(f"its input `{given[0]}` is also its result")
-    if gaps := [
-        n.name for n in output.args[0] if isinstance(value_of(n), Tensor) and not is_dense(value_of(n))
-    ]:
+    values = {n.name: value_of(n) for n in results}
+    if gaps := [name for name, x in values.items() if isinstance(x, Tensor) and not is_dense(x)]:
         raise Unstaged(f"its result `{gaps[0]}` is part of a larger tensor")
-    answered = {name for graphs, names in zip(found, takes, strict=True) for name in _answered(graphs, names)}
-    unanswered = {
-        n for graphs, names in zip(found, gives, strict=True) for n in _differentiable(graphs, names)
-    }
-    if unanswered := unanswered.difference(answered, outputs):
-        return layer_graphs(region, shared, saving=saving, silent=silent | unanswered, reach=reach)
-    wiring = Wiring(
-        tuple(takes),
-        tuple(gives),
-        tuple(reads_back),
-        tuple(n.name for n in placeholders),
-        tuple(outputs),
-        frozenset(n for n in outputs if needs[n]),
-    )
-    living = frozenset(n.name for i, n in enumerate(placeholders) if i in shared)
-    return LayerGraphs(region, tokens, tuple(found), wiring, living)
+    return tuple(n.name for n in results)
 
 
 def _without_gaps(value: Any) -> Any:
