@@ -26,7 +26,7 @@ from rewriter.options import Options
 from rewriter.passes import ordered_passes, pass_names
 from rewriter.progress import ProgressLine, progress_line, seconds_since_beginning
 from rewriter.regions.describe import describe
-from rewriter.report import GraphRecord, forget, record_graph
+from rewriter.report import GraphRecord, MemoryRecord, forget, record_graph
 from rewriter.saved_hooks import without_saved_hooks
 from rewriter.seconds_text import seconds_text
 from rewriter.verify import Stage, verified
@@ -92,7 +92,9 @@ def _compile(
             backward = partial(line.while_at, "compiling the backward")
             compiled = lower(recorded.module, recorded.example_inputs, options, backward)
         elif plan is not None:
-            compiled = lower_planned(plan, options, line.now, lambda made: record_plan(made, record))
+            compiled = lower_planned(
+                plan, options, line.now, lambda made: line.lasting(f"rewriter: {record_plan(made, record)}")
+            )
         else:
             compiled = lower_program(program, options, line)
         compiled = finish(recorded.replayed(compiled, record.notes))
@@ -121,7 +123,7 @@ def rewrite_graph(module: GraphModule, options: Options, record: GraphRecord) ->
     return [Stage("", module), *(Stage(name, stage) for name, stage in done.stages)]
 
 
-def record_plan(plan: "PlannedProgram", record: GraphRecord) -> None:
+def record_plan(plan: "PlannedProgram", record: GraphRecord) -> MemoryRecord:
     """Write down what runs how; of a plan that is made later, in the place of the one before."""
     from rewriter.memory.longer import PLANNED_ANEW
     from rewriter.memory.steps import steps_of
@@ -132,6 +134,7 @@ def record_plan(plan: "PlannedProgram", record: GraphRecord) -> None:
     record.memory = memory_record(plan.plan)
     steps = {region: steps_of(staged.way) for region, staged in plan.staged.items()}
     record.program = describe(plan.program, steps)
+    return record.memory
 
 
 def _graph_name() -> str:

@@ -2,7 +2,8 @@
 
 rewriter: traced 2310 operations in 18.2 s · 224 rewrites · compiling layer_a, 2 of 4 · 21.5 s
 
-Nothing is shown while Dynamo traces, which happens before it calls a backend.
+Nothing is shown while Dynamo traces, which happens before it calls a backend. A memory plan stays on the
+terminal.
 """
 
 import sys
@@ -43,6 +44,12 @@ class ProgressLine:
             yield
         finally:
             self.clear()
+
+    def lasting(self, text: str) -> None:
+        """Show ``text``, which stays on the terminal, above the line."""
+        if self.shown:
+            self.stream.write(f"{_ERASE}{text}\n")
+            self.stream.flush()
 
     def clear(self) -> None:
         if self.shown:

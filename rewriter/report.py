@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from rewriter.report_text import graph_text
+from rewriter.seconds_text import seconds_text
 from rewriter.size_text import size_text
 
 
@@ -124,7 +125,7 @@ class MemoryRecord:
         lines = [
             f"memory: {size_text(self.peak)} of {size_text(self.device_budget)} on the device, at the "
             f"{self.where}; {size_text(self.static)} of it all the time; "
-            f"{size_text(self.hosted)} in host memory"
+            f"{size_text(self.hosted)} in host memory; {seconds_text(self.seconds)} forward and backward"
         ]
         lines += [f"  {kind} × {count}: {way}" for kind, way, count in self.ways]
         if self.slack > _TOLD * self.seconds:

@@ -21,7 +21,7 @@ from rewriter.memory.movable import in_cards
 from rewriter.memory.plan import Infeasible, MemoryPlan, Problem
 from rewriter.memory.planner import roomy
 from rewriter.memory.resident_choice import Offer, staying
-from rewriter.memory.timeline import text
+from rewriter.memory.timeline import svg, text
 from rewriter.options import parse_budget
 from rewriter.seconds_text import seconds_text
 from rewriter.size_text import size_text
@@ -78,6 +78,11 @@ class Foresight:
     def hosted(self) -> int:
         """Host bytes that offloads take."""
         return self.plan.hosted
+
+    @property
+    def picture(self) -> str:
+        """Memory over the step, as SVG."""
+        return svg(self.plan)
 
     def __str__(self) -> str:
         plan = self.plan

@@ -12,6 +12,7 @@ import torch
 import rewriter
 from rewriter.memory.budgets import card_bytes
 from rewriter.memory.transfer import Transfers
+from tests.memory.budgeted import ending
 from tests.memory.kinds import KINDS, only
 from tests.memory.on_device import (
     MiB,
@@ -19,7 +20,6 @@ from tests.memory.on_device import (
     compiled,
     distance,
     free_bus,
-    out_of_memory,
     plan,
     poisoned,
     small_llama,
@@ -142,14 +142,14 @@ def test_weights_in_host_memory_come_a_layer_ahead(device, sizes, length):
         assert ours.peak <= budget - CONTEXT
 
 
-def test_after_a_step_that_ran_out_of_memory_the_next_ones_work(device, sizes, length):
+def test_after_a_step_that_ran_out_of_memory_or_was_interrupted_the_next_ones_work(device, sizes, length):
     model, ids = small_llama(device, sizes, nf4=False), tokens(length, device)
     whole = step(compiled(model, "off"), ids)
     with free_bus(), poisoned(device) as transfers:
         compiled(model, _card(whole, 0.5))
         step(model, ids)
         for fails in _failures(whole, ids):
-            with pytest.raises(torch.OutOfMemoryError), fails:
+            with pytest.raises((torch.OutOfMemoryError, KeyboardInterrupt)), fails:
                 step(model, ids)
             model.zero_grad(set_to_none=True)
             for _ in range(2):
@@ -158,8 +158,10 @@ def test_after_a_step_that_ran_out_of_memory_the_next_ones_work(device, sizes, l
 
 
 def _failures(whole, ids):
-    """In the middle of the backward, and where the allocator is given less than the plan."""
-    yield out_of_memory(backward=5)
+    """In the middle of both directions, and where the allocator is given less than the plan."""
+    yield ending(torch.OutOfMemoryError, "run_backward", 5)
+    yield ending(KeyboardInterrupt, "run_backward", 5)
+    yield ending(KeyboardInterrupt, "run", 2)
     if ids.is_cuda:
         torch.cuda.empty_cache()
         yield _Cap(torch.cuda.memory_reserved() + (whole.peak - torch.cuda.memory_allocated()) // 4)

@@ -1,12 +1,16 @@
 """Steps of tiny models under a memory budget, and the least budget that would do."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import pytest
 import torch
 
 import rewriter
 from rewriter.memory.plan import Infeasible
+from rewriter.memory.stage_run import StageRun
 from tests.families import batch
 
 LENGTHS = (24, 24)
@@ -51,6 +55,20 @@ def infeasible(make: Callable, batches) -> Infeasible:
         error = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__
     assert error is not None, caught.value
     return error
+
+
+@contextmanager
+def ending(error: type[BaseException], method: str, at: int) -> Iterator[None]:
+    """The ``at``-th stage that runs ("run", or "run_backward") raises ``error``, and all after it."""
+    run, calls = getattr(StageRun, method), itertools.count(1)
+
+    def ends(*given):
+        if next(calls) >= at:
+            raise error("as the test wants it")
+        return run(*given)
+
+    with patch.object(StageRun, method, ends):
+        yield
 
 
 def assert_near(ours, eager, tolerance) -> None:

@@ -3,7 +3,6 @@
 On a CPU the same code runs in a dry run, without figures of memory.
 """
 
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -118,22 +117,6 @@ def poisoned(device: str) -> Iterator[Transfers]:
     made = late_transfers(arena) if device == "cpu" else Transfers(arena, device, poison=True)
     with patch("rewriter.memory.planned.transfers_of", lambda *_: made):
         yield made
-
-
-@contextmanager
-def out_of_memory(backward: int) -> Iterator[None]:
-    """The ``backward``-th backward of a stage that runs finds no memory, and all after it."""
-    from rewriter.memory.stage_run import StageRun
-
-    run, calls = StageRun.run_backward, itertools.count(1)
-
-    def failing(*arguments):
-        if next(calls) >= backward:
-            raise torch.OutOfMemoryError("no memory, as the test wants it")
-        return run(*arguments)
-
-    with patch.object(StageRun, "run_backward", failing):
-        yield
 
 
 def plan():

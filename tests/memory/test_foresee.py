@@ -135,6 +135,7 @@ def test_a_plan_says_what_fits_and_how_fast(foreseen):
     text = str(foreseen)
     assert "LlamaForCausalLM" in text and "layer_a × 8: " in text and "of H200" in text
     json.dumps(foreseen.to_dict())
+    assert foreseen.picture.startswith("<svg")
     assert {"kind": "end", "way": "keep all", "count": 1} in foreseen.to_dict()["ways"]
 
 
@@ -238,7 +239,7 @@ def test_attention_is_traced_as_a_gpu_runs_it():
         ({"dtype": "bfloat16"}, "dtype is 'bfloat16'; give a dtype of weights, as torch.bfloat16"),
         ({"autocast": True}, "autocast is True; give torch.bfloat16, torch.float16 or None"),
         ({"host": True}, "host is True; give a name, or several"),
-        ({"memory_budget": "24 gigs"}, "is '24 gigs'; give bytes .*, a size \(\"24GB\""),
+        ({"memory_budget": "24 gigs"}, r"is '24 gigs'; give bytes .*, a size \(\"24GB\""),
     ],
 )
 def test_malformed_questions_are_refused(arguments, reason):
