@@ -123,6 +123,20 @@ def test_no_kind_of_plan_lacks_a_wait(device, sizes, as_it_is, kind):
     assert not transfers.weights._buffers and transfers.arena.in_use == 0
 
 
+@pytest.mark.parametrize("name", ["recompute", "offload"])
+def test_dropout_draws_the_same_numbers_whatever_is_computed_again(device, sizes, name):
+    model, ids = small_llama(device, sizes, nf4=False, dropout=0.3), tokens(4096, device)
+
+    def under(kind):
+        with only(kind), poisoned(device):
+            compiled(model, 64 << 30)
+            torch.manual_seed(0)
+            return step(model, ids)
+
+    kept, ours = under(KINDS["keep"]), under(KINDS[name])
+    assert distance(ours, kept) < NEAR < distance(step(model, ids), kept)
+
+
 def test_weights_in_host_memory_come_a_layer_ahead(device, sizes, length):
     model, ids = small_llama(device, sizes, nf4=True), tokens(length, device)
     whole = step(compiled(model, "off"), ids)

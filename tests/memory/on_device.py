@@ -43,7 +43,7 @@ class Outcome:
     peak: int
 
 
-def small_llama(device: str, sizes: Sizes, nf4: bool) -> nn.Module:
+def small_llama(device: str, sizes: Sizes, nf4: bool, dropout: float = 0.0) -> nn.Module:
     """In bf16 or NF4, frozen, under adapters in fp32 on all seven linears."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -64,7 +64,7 @@ def small_llama(device: str, sizes: Sizes, nf4: bool) -> nn.Module:
     model.requires_grad_(False)
     if nf4:
         quantise(model)
-    adapters = LoraConfig(r=8, lora_alpha=8, lora_dropout=0.0, target_modules=list(LINEARS))
+    adapters = LoraConfig(r=8, lora_alpha=8, lora_dropout=dropout, target_modules=list(LINEARS))
     return with_random_adapters(get_peft_model(model, adapters))
 
 
