@@ -57,7 +57,13 @@ def graph_cost(
 
 @dataclass(frozen=True)
 class _Lengths:
-    """At which lengths a graph is costed."""
+    """At which lengths a graph is costed.
+
+    Attributes:
+        tokens: of a tile.
+        growth: how many times as large as expected other sizes that vary are.
+        longer: how many times as long as expected sequences are.
+    """
 
     fakes: StageFakes
     tokens: int

@@ -66,14 +66,7 @@ class CudaRecording:
             found = [None if g is None else g.contiguous() for g in found]
         self.differentiable = tuple(isinstance(r, Tensor) and r.requires_grad for r in results)
         segments = recorder.segments()
-        self.outputs = tuple(
-            borrowed(r, self._forward)
-            if _lies_in(segments, r)
-            else r.detach()
-            if isinstance(r, Tensor)
-            else r
-            for r in results
-        )
+        self.outputs = tuple(_left_there(r, segments, self._forward) for r in results)
         gradients = {i: g for i, g in enumerate(found) if g is not None}
         own = apart({i: g for i, g in gradients.items() if _lies_in(segments, g)})
         self._others = {i: g for i, g in gradients.items() if i not in own}
@@ -96,6 +89,13 @@ class CudaRecording:
         for i, gradient in zip(self._positions, self._lender.give(self._lent), strict=True):
             found[i] = gradient
         return found
+
+
+def _left_there(result: Any, segments: Segments, graph: torch.cuda.CUDAGraph) -> Any:
+    """``result`` without history; memory of the pool stays free for other recordings."""
+    if _lies_in(segments, result):
+        return borrowed(result, graph)
+    return result.detach() if isinstance(result, Tensor) else result
 
 
 def _lies_in(segments: Segments, value: Any) -> bool:
