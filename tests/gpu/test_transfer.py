@@ -12,7 +12,7 @@ import torch
 
 from rewriter.memory import pinned
 from rewriter.memory.arena import HostArena
-from rewriter.memory.transfer import Ticket, Transfers
+from rewriter.memory.transfer import Group, Ticket, Transfers
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -39,19 +39,19 @@ def _layer(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _step(
-    transfers: Transfers, groups: int, held_back: str = "none"
+    transfers: Transfers, groups: int, held_back: str = "none", window: int | None = None
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(what came back, what went out) of tensors between products which reuse all memory that is given up."""
     weight = torch.randn(2048, 2048, device="cuda") / 45
     hidden = torch.randn(4096, 2048, device="cuda")
-    tickets: list[tuple[Ticket, Ticket]] = []
+    tickets: list[tuple[Group, Ticket, Ticket]] = []
     sent: list[tuple[torch.Tensor, torch.Tensor]] = []
     for i in range(groups):
         _hold_back(transfers, held_back)
         hidden = _layer(hidden, weight)
         wide = (hidden[:, : 512 + i] * 2).t()
-        with transfers.group():
-            tickets.append((transfers.offload(hidden), transfers.offload(wide)))
+        with transfers.group(window) as group:
+            tickets.append((group, transfers.offload(hidden), transfers.offload(wide, tile=True)))
         sent.append((hidden.clone(), wide.clone()))
         del wide
     del hidden
@@ -59,7 +59,9 @@ def _step(
     grad = torch.randn(4096, 2048, device="cuda")
     for i in reversed(range(groups)):
         _hold_back(transfers, held_back)
-        for ticket, out in zip(tickets[i], sent[i], strict=True):
+        group, *own = tickets[i]
+        transfers.begin_backward(group)
+        for ticket, out in zip(own, sent[i], strict=True):
             again = transfers.reload(ticket)
             back.append((again.clone(), out))
             assert again.stride() == out.stride()
@@ -75,6 +77,16 @@ def test_contents_survive_whichever_stream_is_late(held_back, depth):
     transfers = _transfers(depth=depth, poison=True)
     for _ in range(3):
         back = _step(transfers, groups=12, held_back=held_back)
+        assert all(torch.equal(again, out) for again, out in back)
+    assert transfers.arena.in_use == 0 and transfers.stats.prefetches_skipped == 0
+
+
+@pytest.mark.parametrize("window", [0, 8 * MiB, 64 * MiB])
+@pytest.mark.parametrize("held_back", ["none", "compute", "out", "back"])
+def test_contents_survive_within_a_window(held_back, window):
+    transfers = _transfers(poison=True)
+    for _ in range(3):
+        back = _step(transfers, groups=12, held_back=held_back, window=window)
         assert all(torch.equal(again, out) for again, out in back)
     assert transfers.arena.in_use == 0 and transfers.stats.prefetches_skipped == 0
 

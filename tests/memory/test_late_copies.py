@@ -14,17 +14,23 @@ from tests.memory.late_copies import late_transfers
 
 @pytest.fixture
 def transfers() -> Transfers:
+    return _made()
+
+
+def _made() -> Transfers:
     return late_transfers(HostArena(1 << 20, pin=False, growth=1 << 16))
 
 
-def _activations(transfers: Transfers) -> bool:
+def _activations(transfers: Transfers, window: int | None = None) -> bool:
     """Whether what is offloaded comes back as it was."""
-    given, tickets = [torch.randn(100) for _ in range(4)], []
+    given, sent, found = [torch.randn(100) for _ in range(6)], [], []
     expected = [tensor.clone() for tensor in given]
     while given:
-        with transfers.group():
-            tickets.append(transfers.offload(given.pop(0)))
-    found = [transfers.reload(ticket) for ticket in reversed(tickets)]
+        with transfers.group(window) as group:
+            sent.append((group, transfers.offload(given.pop(0))))
+    for group, ticket in reversed(sent):
+        transfers.begin_backward(group)
+        found.append(transfers.reload(ticket))
     return all(torch.equal(a, b) for a, b in zip(reversed(found), expected, strict=True))
 
 
@@ -41,12 +47,14 @@ def _weights(transfers: Transfers) -> bool:
 
 
 def test_where_no_wait_is_missing_everything_comes_back(transfers):
-    assert all(_activations(transfers) and _weights(transfers) for _ in range(3))
+    for window in (None, 0, 400, 1000, None):
+        assert _activations(transfers, window) and _weights(transfers)
     assert transfers.stats.bytes_in > 0 and transfers.arena.in_use == 0
 
 
+@pytest.mark.parametrize("window", [None, 0, 400, 1000])
 @pytest.mark.parametrize("owner, name", [(Copier, "give_up"), (Transfers, "reload")])
-def test_where_the_computing_stream_does_not_wait_for_a_copy_it_is_shown(transfers, owner, name):
+def test_where_the_computing_stream_does_not_wait_for_a_copy_it_is_shown(owner, name, window):
     function = getattr(owner, name)
 
     def without_waiting(*arguments):
@@ -54,7 +62,7 @@ def test_where_the_computing_stream_does_not_wait_for_a_copy_it_is_shown(transfe
             return function(*arguments)
 
     with patch.object(owner, name, without_waiting):
-        assert not _activations(transfers)
+        assert not _activations(_made(), window)
 
 
 def test_where_a_layer_does_not_wait_for_its_weights_it_is_shown(transfers):
