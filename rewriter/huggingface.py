@@ -35,7 +35,8 @@ import torch
 from torch import nn
 
 from rewriter.full_collections import defer_full_collections
-from rewriter.host_weights import HostedWeight, checked, hosted_weights
+from rewriter.host_weights import HostedWeight, hosted_weights
+from rewriter.hostable import checked
 from rewriter.opaque_linear import make_opaque, make_transparent, products
 from rewriter.seal import Seal
 from rewriter.size_text import size_text
@@ -76,11 +77,12 @@ def prepare(model: nn.Module, *, host: str | Iterable[str] = ()) -> Preparation:
     Args:
         model: a transformers model, a PEFT model around one, or any module that holds one.
         host: frozen weights to keep in host memory instead of on the device, so that more of it is left for
-            activations: "embedding", of which a batch reads as many rows as it has tokens, and "layers", the
-            packed weights of 4-bit linears, which are read over the bus in each forward and each backward
-            (an 8B model's 3.5 GB in 65 ms, 55 GB/s): within a memory budget, while the layer before runs.
-            Once the model is on its device. Such weights are in the state dict as before, and no longer among
-            ``model.parameters()``.
+            activations: "embedding", of which a batch reads as many rows as it has tokens; "head", which is
+            copied to the device for the loss, and gone when layers run backward; and "layers", the packed
+            weights of 4-bit linears, which are read over the bus in each forward and each backward (an 8B
+            model's 3.5 GB in 65 ms, 55 GB/s): within a memory budget, while the layer before runs. A head
+            that is tied to the embedding goes with it: name both. Once the model is on its device. Such
+            weights are in the state dict as before, and no longer among ``model.parameters()``.
 
     Returns:
         What was changed; ``print`` it. The model keeps it for ``restore``.
@@ -88,7 +90,7 @@ def prepare(model: nn.Module, *, host: str | Iterable[str] = ()) -> Preparation:
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
         ValueError: 4-bit weights are packed for inference already, and cannot be trained through; or what
-            ``host`` names is not there, is trained, or is tied to a weight that stays.
+            ``host`` names is not there, is trained, has an adapter, or is tied to a weight that stays.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"prepare: expected a torch.nn.Module, got {type(model).__name__}.")
@@ -144,7 +146,7 @@ def is_prepared(model: nn.Module) -> bool:
 
 
 def weights_in_host_memory(model: nn.Module) -> tuple[str, ...]:
-    """What ``prepare`` moved there: of "embedding" and "layers"."""
+    """What ``prepare`` moved there: of "embedding", "head" and "layers"."""
     return vars(model)[_STATE].host if is_prepared(model) else ()
 
 
@@ -182,7 +184,7 @@ def _with_weights_in_host_memory(
 ) -> Preparation:
     hosted = tuple(hosted_weights(model, host, preparation.opaque))
     size = sum(weight.nbytes for weight in hosted)
-    change = f"{size_text(size)} of frozen weights ({' and '.join(host)}) are in host memory"
+    change = f"{size_text(size)} of frozen weights ({', '.join(host)}) are in host memory"
     preparation = replace(preparation, changes=(*preparation.changes, change), host=host, hosted=hosted)
     setattr(model, _STATE, preparation)
     if torch.cuda.is_available():

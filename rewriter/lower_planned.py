@@ -72,8 +72,8 @@ class PlanLowering:
 
     def _with_regions(self, planned: "PlannedProgram", say: Say) -> Callable:
         number, count = len(planned.layers), planned.compilations
-        for region in planned.program.regions:
-            if region not in planned.staged and region.module not in self._regions:
+        for region in planned.whole:
+            if region.module not in self._regions:
                 number += 1
                 say(f"compiling {region.name}, {number} of {count}")
                 self._regions[region.module] = lower.lower_beside(region.module, region.inputs, self._options)
@@ -87,14 +87,14 @@ class PlanLowering:
             return self._with_stages(planned, line.now, lambda planned, _: self._linked(planned))
 
     def _linked(self, planned: "PlannedProgram") -> Callable:
-        compiled: dict[Region, Callable] = {}
-        for region in planned.program.regions:
-            staged = planned.staged.get(region)
-            compiled[region] = (
-                lower.short_call(planned.program, region, self._regions[region.module])
-                if staged is None
-                else staged.scheduled(self._stages[staged.layer], planned.transfers)
-            )
+        compiled: dict[Region, Callable] = {
+            region: lower.short_call(planned.program, region, self._regions[region.module])
+            for region in planned.whole
+        }
+        for region, staged in planned.staged.items():
+            compiled[region] = staged.scheduled(self._stages[staged.layer], planned.transfers)
+        if planned.head is not None:
+            compiled[planned.head.region] = planned.head.copier
         return planned.announced(link(planned.program, compiled))
 
     def _with_stages(

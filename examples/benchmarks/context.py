@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--card", type=float, default=24.0, help="GiB; 0: no limit")
     parser.add_argument("--host", type=float, default=0.0, help="GiB for offloads; 0: the default")
     parser.add_argument(
-        "--weights-in-host", nargs="+", default=(), help="the rewriter's: embedding, layers, or both"
+        "--weights-in-host", nargs="+", default=(), help="the rewriter's: embedding, head, layers"
     )
     parser.add_argument("--system", default="rewriter", choices=peers.SYSTEMS)
     parser.add_argument("--uncapped", action="store_true", help="plan for the card, and take what is taken")

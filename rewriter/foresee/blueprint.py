@@ -20,7 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from rewriter.foresee.host_bytes import HostBytes, host_bytes
 from rewriter.foresee.packed_linear import pack_linears, repack_linears
 from rewriter.foresee.repetition import Repetition, layers_of, longest_list, shorten
-from rewriter.host_weights import checked
+from rewriter.host_weights import read_head_from_host
+from rewriter.hostable import HEAD, checked
 from rewriter.huggingface import is_prepared, prepare, restore, weights_in_host_memory
 
 
@@ -104,6 +105,8 @@ def blueprint(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     _make_fake(model, mode)
     prepare(model)
+    if HEAD in host:
+        read_head_from_host(model)
     weight_bytes -= sum(hosted.there.values())
     return Blueprint(name, model, mode, left_out, weight_bytes, trained_bytes, parameters, numbers, hosted)
 

@@ -146,8 +146,8 @@ def plan(
         quantise: "nf4" or "fp4": weights of linears in 4 bits, with double quantisation.
         dtype: of a config's weights.
         autocast: as entered around the model's forward in training; None: not entered.
-        host: frozen weights that ``prepare(model, host=...)`` will have moved to host memory, "embedding" and
-            "layers"; beside those of a model that is prepared so already.
+        host: frozen weights that ``prepare(model, host=...)`` will have moved to host memory, "embedding",
+            "head" and "layers"; beside those of a model that is prepared so already.
 
     Raises:
         Infeasible: nothing fits; ``least_device`` is the ``memory_budget`` that would do.

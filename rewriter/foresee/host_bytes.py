@@ -2,18 +2,21 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
 from rewriter.foresee.packed_linear import PackedLinear
 from rewriter.foresee.repetition import Repetition, layers_of
-from rewriter.host_weights import EMBEDDING, LAYERS, embedding_of
+from rewriter.hostable import EMBEDDING, HEAD, LAYERS, embedding_of, head_of, read_elsewhere, refuse_shared
 from rewriter.size_text import size_text
 
 
 @dataclass(frozen=True)
 class HostBytes:
-    """Bytes of weights by their kind, "embedding" and "layers".
+    """Bytes of weights by their kind, "embedding", "head" and "layers".
+
+    A head that is tied to the embedding has none of its own.
 
     Attributes:
         there: in host memory.
@@ -42,20 +45,32 @@ def host_bytes(model: nn.Module, left_out: Repetition | None, host: Collection[s
     Raises:
         ValueError: what ``host`` names cannot be there.
     """
-    found: dict[str, int] = {}
-    row = 0
-    try:
-        weight = embedding_of(model).weight
-        found[EMBEDDING], row = weight.nbytes, weight[0].nbytes
-    except ValueError:
-        if EMBEDDING in host:
-            raise
+    weights = _weights(model, host)
+    found = {kind: weight.nbytes for kind, weight in weights.items()}
+    if len(weights) > len(set(weights.values())):
+        found[HEAD] = 0
     if size := _packed_bytes(model, left_out):
         found[LAYERS] = size
     elif LAYERS in host:
         raise ValueError("plan: host is 'layers', and no linear is in 4 bits; say quantise='nf4'.")
     there = {kind: size for kind, size in found.items() if kind in host}
-    return HostBytes(there, {kind: size for kind, size in found.items() if kind not in host}, row)
+    could = {kind: size for kind, size in found.items() if kind not in host}
+    row = weights[EMBEDDING][0].nbytes if EMBEDDING in weights else 0
+    return HostBytes(there, could, row)
+
+
+def _weights(model: nn.Module, host: Collection[str]) -> dict[str, nn.Parameter]:
+    """Of the embedding and the head, what is in host memory or could be; one weight where they are tied."""
+    found: dict[str, Any] = {}
+    for kind, find in ((EMBEDDING, embedding_of), (HEAD, head_of)):
+        try:
+            found[kind] = find(model)
+        except ValueError:
+            if kind in host:
+                raise
+    refuse_shared(model, [module for kind, module in found.items() if kind in host])
+    stay = {module for module, _ in read_elsewhere(model, found.values())}
+    return {kind: module.weight for kind, module in found.items() if module not in stay}
 
 
 def _packed_bytes(model: nn.Module, left_out: Repetition | None) -> int:

@@ -8,7 +8,7 @@ import torch
 from rewriter.foresee.blueprint import Blueprint, blueprint
 from rewriter.foresee.repetition import Uneven, calls_of_all
 from rewriter.foresee.traced import in_tracing, traced
-from rewriter.host_weights import LAYERS
+from rewriter.hostable import LAYERS
 from rewriter.memory.budgets import foreseen_bytes, usable_bytes
 from rewriter.memory.in_host import packed_weights
 from rewriter.memory.machine import Machine

@@ -42,8 +42,6 @@ class Link(Rates, Protocol):
 
     @property
     def to_host(self) -> float: ...
-    @property
-    def to_device(self) -> float: ...
 
 
 @dataclass(frozen=True, eq=False)

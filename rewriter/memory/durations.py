@@ -1,9 +1,9 @@
 """How long a graph runs: the sum of its kernels, each by what it computes or by what it moves.
 
 A product takes its operations over the machine's rate, or its bytes over the bandwidth, whichever is more: a
-narrow one, as of rank 32, is one of bytes. Other ops of ours, and of other libraries, take their bytes. Of
-pointwise operations a compiler makes one kernel for each chain: what enters and leaves it is counted. No
-kernel is shorter than a launch, which counts where tiles are short.
+narrow one, as of rank 32, is one of bytes. Other ops of ours, and of other libraries, take their bytes, a
+weight from host memory those of the bus. Of pointwise operations a compiler makes one kernel for each chain:
+what enters and leaves it is counted. No kernel is shorter than a launch, which counts where tiles are short.
 
 Two kernels take both, one after the other in each block: attention, whose operations grow with the square of
 the length and whose bytes do not, so that short sequences reach less of its rate; and the head's loss, which
@@ -39,7 +39,7 @@ _SUMMED = 12
 
 
 class Rates(Protocol):
-    """Of a machine: operations and bytes a second, and seconds from one small kernel to the next."""
+    """Of a machine: operations, bytes, and those of the bus a second; seconds between small kernels."""
 
     @property
     def matrix_flops(self) -> float: ...
@@ -49,6 +49,8 @@ class Rates(Protocol):
     def attention_backward_flops(self) -> float: ...
     @property
     def bandwidth(self) -> float: ...
+    @property
+    def to_device(self) -> float: ...
     @property
     def launch_seconds(self) -> float: ...
 
@@ -84,6 +86,8 @@ def _is_kernel(node: Node) -> bool:
 def _kernel(node: Node, sizes: dict[Node, int], at: Lengths, rates: Rates) -> float:
     if is_attention(node):
         return _attention(node, sizes, at, rates)
+    if name_of(node) == "host_weight":
+        return sizes[node] / rates.to_device
     moving = _moved(node, sizes, at) / rates.bandwidth
     computing = flops_of(node) * at.scale(node) / rates.matrix_flops
     if name_of(node) != "linear_cross_entropy":

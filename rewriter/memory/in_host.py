@@ -8,6 +8,7 @@ from torch import Tensor, uint8
 from torch.fx import GraphModule, Node
 
 from rewriter.canonical import value_of
+from rewriter.kernels.host_weight import host_weight
 from rewriter.memory.costs import value_bytes
 from rewriter.regions.program import Program, Region
 from rewriter.size_text import size_text
@@ -58,17 +59,23 @@ def packed_in_host_memory(program: Program, device: torch.device) -> frozenset[N
 
 
 def over_the_bus(module: GraphModule, device: torch.device) -> list[str]:
-    """A line for the report of a graph without a plan, whose kernels read weights where they lie."""
+    """Lines for the report of a graph without a plan, whose kernels read weights where they lie."""
+    lines = []
+    for node in module.graph.find_nodes(op="call_function", target=host_weight):
+        if value_of(node.args[1]).device.type != device.type:
+            size = size_text(value_bytes(value_of(node)))
+            lines.append(f"head: {size} come from host memory before the loss, which waits for them")
     size = sum(value_bytes(value_of(n)) for n in _away(module, device))
     if not size:
-        return []
+        return lines
     values = map(value_of, module.graph.find_nodes(op="placeholder"))
     trained = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in values)
     times, total = ("twice", 2 * size) if trained else ("once", size)
     way_out = "; under a memory_budget they come a layer ahead, where that is faster" if trained else ""
     return [
+        *lines,
         f"weights: {size_text(size)} in 4 bits are in host memory, and kernels read them over the bus "
-        f"{times} a step, {size_text(total)}, while nothing else runs{way_out}"
+        f"{times} a step, {size_text(total)}, while nothing else runs{way_out}",
     ]
 
 

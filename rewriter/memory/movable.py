@@ -1,6 +1,7 @@
 """Frozen weights on the device that could be in host memory: what to say where a step does not fit."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from rewriter.canonical import value_of
-from rewriter.host_weights import EMBEDDING, LAYERS, could_live_in_host_memory
+from rewriter.hostable import EMBEDDING, HEAD, KINDS, LAYERS, could_live_in_host_memory
+from rewriter.kernels.linear_cross_entropy import linear_cross_entropy
 from rewriter.memory.budgets import card_bytes
 from rewriter.memory.costs import value_bytes
 from rewriter.memory.in_host import is_packed
@@ -17,17 +19,20 @@ from rewriter.regions.program import Program
 
 
 def movable_bytes(program: Program) -> dict[str, int]:
-    """Bytes by kind, "embedding" and "layers", of the weights that ``prepare`` could move."""
-    sizes = {EMBEDDING: 0, LAYERS: 0}
+    """Bytes by kind, "embedding", "head" and "layers", of the weights that ``prepare`` could move.
+
+    A head that is tied to the embedding is there with 0 bytes of its own.
+    """
+    sizes: dict[str, int] = {}
     for node in program.source.graph.find_nodes(op="placeholder"):
         value = value_of(node)
         if not isinstance(value, Tensor) or value.requires_grad:
             continue
-        if node.users and all(_reads_rows(user, node) for user in node.users):
-            sizes[EMBEDDING] += value_bytes(value)
-        elif is_packed(value) and value.device.type != "cpu":
-            sizes[LAYERS] += value_bytes(value)
-    return {kind: size for kind, size in sizes.items() if size}
+        left = value_bytes(value)
+        for kind in _kinds(node, value):
+            sizes[kind] = sizes.get(kind, 0) + left
+            left = 0
+    return {kind: sizes[kind] for kind in KINDS if kind in sizes}
 
 
 def in_cards(error: Infeasible, movable: Mapping[str, int], device: torch.device | None = None) -> Infeasible:
@@ -41,11 +46,25 @@ def in_cards(error: Infeasible, movable: Mapping[str, int], device: torch.device
     if (least := error.least_device) is None:
         return error
     card = card_bytes(least, device)
-    could = could_live_in_host_memory(movable, lambda spared: card_bytes(least - spared, device))
+    could = could_live_in_host_memory(movable, error, partial(card_bytes, device=device))
     would = f"With what driver and allocator take, memory_budget={card} is the least that would do."
     return Infeasible(f"{error} {would}{could}", card, error.least_host)
 
 
-def _reads_rows(user: Node, weight: Node) -> bool:
-    """Whether that is all it does with the weight, which no other operation reads: a tied head would."""
-    return user.target is F.embedding and weight in user.args[1:2]
+def _kinds(node: Node, value: Tensor) -> list[str]:
+    """What a frozen weight is, if all that is done with it can be done from host memory."""
+    if is_packed(value):
+        return [LAYERS] if value.device.type != "cpu" else []
+    done = {
+        next((kind for target, kind in _READERS.items() if _reads(user, node, target)), None)
+        for user in node.users
+    }
+    return [] if None in done else [kind for kind in KINDS if kind in done]
+
+
+_READERS = {F.embedding: EMBEDDING, linear_cross_entropy: HEAD}
+
+
+def _reads(user: Node, weight: Node, target: Callable) -> bool:
+    """Whether ``user`` calls ``target`` with the weight in its place."""
+    return user.target is target and weight in user.args[1:2]

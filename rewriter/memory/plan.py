@@ -57,12 +57,19 @@ class Infeasible(ValueError):
             the host budget is at fault.
         least_host: the host bytes that the plan of ``least_device`` takes, or at least takes where the host
             budget is at fault.
+        at_end: the device bytes that it takes at the last part's forward, which is the head's.
     """
 
-    def __init__(self, message: str, least_device: int | None, least_host: int):
+    def __init__(self, message: str, least_device: int | None, least_host: int, at_end: int = 0):
         super().__init__(message)
         self.least_device = least_device
         self.least_host = least_host
+        self.at_end = at_end
+
+    def least_with(self, spared: int, back: int) -> int:
+        """A device budget that would do with less static bytes, some of which the head's forward has back."""
+        assert self.least_device is not None
+        return max(self.least_device - spared, self.at_end - spared + back)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,9 @@
 """A program under a memory budget: which of its layers run how, and the program that says so.
 
-The planner chooses for every call among the ways to run its region (``ways.py``). Calls of one region that
-run differently become regions of their own, so that the program's text shows what the plan does.
+The planner chooses for every call among the ways to run its region (``ways.py``).
 """
 
 import functools
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -14,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rewriter.memory.applied import StagedRegion, applied
 from rewriter.memory.arena import HostArena
 from rewriter.memory.budgets import Budgets
 from rewriter.memory.choices import Link, StagedChoice
-from rewriter.memory.in_host import packed_in_host_memory
-from rewriter.memory.layer import LayerStages, ScheduledLayer
+from rewriter.memory.head_ahead import HeadBegun, with_head_ahead
+from rewriter.memory.in_host import over_the_bus, packed_in_host_memory
 from rewriter.memory.layer_graphs import LayerGraphs
 from rewriter.memory.made_once import made_once
 from rewriter.memory.plan import Infeasible, MemoryPlan, Part, Problem
@@ -26,7 +25,7 @@ from rewriter.memory.planner import least, roomy
 from rewriter.memory.residents import Residents, WithResidents, residents_beside
 from rewriter.memory.spare import Spare, spare_of
 from rewriter.memory.transfer import Transfers
-from rewriter.memory.ways import Aside, Ways, owns_gradient
+from rewriter.memory.ways import Aside, Ways
 from rewriter.regions.program import Program, Region, RegionCall
 
 if TYPE_CHECKING:
@@ -34,31 +33,6 @@ if TYPE_CHECKING:
 
 # Of host memory, for blocks that begin at multiples of 512 bytes.
 _SPARE = 1 << 20
-
-
-@dataclass(frozen=True, eq=False)
-class StagedRegion:
-    """How a region of a planned program runs in stages."""
-
-    layer: LayerGraphs
-    way: StagedChoice
-    owns_gradient: bool
-
-    def scheduled(self, stages: LayerStages, transfers: Callable[[], Transfers]) -> ScheduledLayer:
-        """What stands for the region, once its stages are compiled."""
-        way = self.way
-        assert way.schedule is not None
-        return ScheduledLayer(
-            stages,
-            way.schedule,
-            way.tile,
-            self.layer.shared,
-            transfers,
-            self.owns_gradient,
-            way.in_tiles,
-            way.window,
-            way.in_host.names if way.in_host.ahead else (),
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +47,7 @@ class PlannedProgram:
         transfers: to host memory and back, made when they are first asked for.
         choosing: what it was chosen from; None where there was nothing to choose.
         longer: how it is planned for longer batches; None where those are compiled anew.
+        head: how the copy of a head's weight begins ahead; None where the head waits for it, or has it.
         residents: makes what the program takes after its inputs, weights that stay dequantised; without any,
             what gives up those of other programs where this one needs their room.
     """
@@ -85,6 +60,7 @@ class PlannedProgram:
     choosing: "Choosing | None" = None
     longer: "Longer | None" = None
     residents: Callable[[], Residents] | None = None
+    head: HeadBegun | None = None
 
     @cached_property
     def layers(self) -> dict[LayerGraphs, str]:
@@ -95,9 +71,17 @@ class PlannedProgram:
         return found
 
     @property
+    def whole(self) -> list[Region]:
+        """The regions that are compiled as they are."""
+        return [r for r in self.program.regions if r not in self.staged and not self._begins_head(r)]
+
+    @property
     def compilations(self) -> int:
         """How many are compiled: layers in stages, and regions as they are."""
-        return len(self.layers) + len(self.program.regions) - len(self.staged)
+        return len(self.layers) + len(self.whole)
+
+    def _begins_head(self, region: Region) -> bool:
+        return self.head is not None and region is self.head.region
 
     def without(self, layer: LayerGraphs, error: Exception) -> "PlannedProgram":
         """Planned anew where the stages of ``layer`` cannot be compiled; the notes say why.
@@ -127,6 +111,8 @@ class PlannedProgram:
         Weights that stay dequantised are given to it.
         """
         run = self._told(run)
+        if self.head is not None:
+            run = self.head.within(run)
         return run if self.residents is None else WithResidents(run, self.residents())
 
     def _told(self, run: Callable) -> Callable:
@@ -151,9 +137,10 @@ class PlannedProgram:
 
     def _spares(self) -> list[Spare]:
         """Of the calls that bound copies, in order, what is spare for those."""
-        bounds = [_bounds(call.region, self.staged.get(call.region)) for call in self.program.calls]
+        calls = [call for call in self.program.calls if not self._begins_head(call.region)]
+        bounds = [_bounds(call.region, self.staged.get(call.region)) for call in calls]
         window = max((staged.way.window for staged in self.staged.values()), default=0)
-        return spare_of(self.plan, bounds, window)
+        return spare_of(self.plan, bounds, window, None if self.head is None else self.head.taken)
 
 
 def _bounds(region: Region, staged: StagedRegion | None) -> bool:
@@ -174,7 +161,7 @@ def planned(program: Program, given: Budgets, machine: Link, device: torch.devic
     if not in_host and (found := _everything_kept(program, ways, given, device)):
         return found
     found = Choosing(program, ways, given, device).chosen()
-    return replace(found, notes=tuple(ways.notes))
+    return replace(found, notes=(*ways.notes, *found.notes))
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,9 +195,10 @@ class Choosing:
         self, found: MemoryPlan, ways: Mapping[Region, Sequence[StagedChoice]], notes: tuple[str, ...] = ()
     ) -> PlannedProgram:
         """The program under a plan whose choices are among ``ways``."""
-        program, staged = _apply(self.program, ways, found)
+        program, staged = applied(self.program, ways, found)
         transfers, none = _transfers(self.given, self.device), _no_residents(found, self.device)
-        return PlannedProgram(program, staged, found, notes, transfers, self, residents=none)
+        planned = PlannedProgram(program, staged, found, notes, transfers, self, residents=none)
+        return with_head_ahead(planned, self.device)
 
 
 def everything_kept(
@@ -233,7 +221,8 @@ def _everything_kept(
     if not found.leaves_room:
         return None
     transfers, none = _transfers(given, device), _no_residents(found, device)
-    return PlannedProgram(program, {}, found, (), transfers, residents=none)
+    notes = tuple(over_the_bus(program.source, device))
+    return PlannedProgram(program, {}, found, notes, transfers, residents=none)
 
 
 def kept_plan(program: Program, given: Budgets, machine: Link) -> MemoryPlan:
@@ -268,31 +257,6 @@ def parts_of(calls: Sequence[RegionCall], ways: Mapping[Region, Sequence[StagedC
         Part(f"{call.region.name} {i}", call.region.name, choices[call.region])
         for i, call in enumerate(calls)
     )
-
-
-def _apply(
-    program: Program,
-    ways: Mapping[Region, Sequence[StagedChoice]],
-    found: MemoryPlan,
-) -> tuple[Program, dict[Region, StagedRegion]]:
-    taken = {n.name for n in program.source.graph.nodes} | {r.name for r in program.regions}
-    made: dict[tuple[Region, str], Region] = {}
-    staged: dict[Region, StagedRegion] = {}
-    calls: list[RegionCall] = []
-    for call, choice in zip(program.calls, found.choices, strict=True):
-        region, key = call.region, (call.region, choice.name)
-        if key not in made:
-            name = region.name
-            if any(r is region for r, _ in made):
-                numbers = (f"{region.name}_{i}" for i in itertools.count(2))
-                name = next(n for n in numbers if n not in taken)
-                taken.add(name)
-            made[key] = Region(name, region.module, region.inputs)
-            way = next(w for w in ways[region] if w.choice.name == choice.name)
-            if way.layer is not None:
-                staged[made[key]] = StagedRegion(way.layer, way, owns_gradient(program, region))
-        calls.append(RegionCall(made[key], call.inputs, call.outputs))
-    return replace(program, calls=tuple(calls)), staged
 
 
 @made_once

@@ -152,6 +152,7 @@ def _infeasible(problem: Problem) -> Infeasible:
     amount, largest_part = max(_pieces(problem, worst))
     given = _size(problem.device_budget)
     holds = f"{given} cannot hold" if problem.device_budget else "the budget leaves no device memory for"
+    at_end = lowest.moments[len(problem.parts) - 1].device
     return Infeasible(
         f"rewriter: {holds} {problem.name}: "
         f"at least {_size(lowest.peak)} are needed, of which {_size(amount)} are {largest_part}, "
@@ -159,6 +160,7 @@ def _infeasible(problem: Problem) -> Infeasible:
         "Raise memory_budget or host_budget, or train on fewer tokens at once.",
         lowest.peak,
         lowest.hosted,
+        at_end,
     )
 
 

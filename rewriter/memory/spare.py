@@ -11,7 +11,7 @@ is there for each).
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -46,18 +46,23 @@ class Spare:
         return least
 
 
-def spare_of(plan: MemoryPlan, bounds: Sequence[bool], window: int) -> list[Spare]:
+def spare_of(
+    plan: MemoryPlan, bounds: Sequence[bool], window: int, taken: Mapping[int, int] | None = None
+) -> list[Spare]:
     """Of the parts of ``plan`` that bound what is under way when they begin, in the order of the forward.
 
     Args:
         bounds: of each part, whether it does.
         window: of what is set aside, bytes for these copies.
+        taken: of what is free in the forward of a part, bytes that have another use.
     """
+    taken = taken or {}
     problem = plan.problem
     budget = problem.roomy if plan.leaves_room else problem.device_budget
     others = problem.window - window
     # What is in flight has its place beside the window, for the part that comes next.
-    rooms = [max(budget - moment.device, 0) + moment.flight - others for moment in plan.moments]
+    free = [budget - m.device - (0 if m.backward else taken.get(m.part, 0)) for m in plan.moments]
+    rooms = [max(f, 0) + m.flight - others for f, m in zip(free, plan.moments, strict=True)]
     ahead, behind = rooms[: len(bounds)], rooms[: len(bounds) - 1 : -1]
     last = max((i for i, bound in enumerate(bounds) if bound), default=-1)
     # The backward begins beside what is still on its way out.

@@ -27,6 +27,7 @@ from rewriter.deferred import deferred
 from rewriter.effects import Effects
 from rewriter.fake import fake_call
 from rewriter.fusion import Applied, CrossingPass
+from rewriter.kernels.host_weight import host_weight
 from rewriter.kernels.linear_cross_entropy import linear_cross_entropy
 from rewriter.match import Match, Miss
 from rewriter.nested import graphs_of
@@ -261,23 +262,30 @@ def _shifted(graph: Graph, x: Node, shifts: list[Node], root: Node, effects: Eff
 
 def _defer(module: GraphModule, value: Node, head: Node, output: Node) -> None:
     """Let the output hold ``deferred`` in the place of ``value``."""
-    inputs = [operand for operand in _call(head).args if operand is not None]
+    operands = [operand for operand in _call(head).args if operand is not None]
+    inputs = [n.args[1] if n.target is host_weight else n for n in operands]
     name = f"deferred_{value.name}"
-    module.add_submodule(name, _copied(value, head, inputs))
+    module.add_submodule(name, _copied(value, head, operands))
     with module.graph.inserting_before(output):
         call = module.graph.call_function(deferred, (module.graph.get_attr(name), *inputs))
     call.meta = dict(value.meta)
     output.replace_input_with(value, call)
 
 
-def _copied(value: Node, head: Node, inputs: list[Node]) -> GraphModule:
-    """A module of the calls from ``head`` to ``value``; autocast's casts are written out."""
+def _copied(value: Node, head: Node, read: list[Node]) -> GraphModule:
+    """A module of the calls from ``head`` to ``value``; autocast's casts are written out.
+
+    Args:
+        read: operands of ``head``. A weight from host memory is copied again: nothing keeps it until then.
+    """
     graph = Graph()
-    given = [graph.placeholder(name) for name in ("x", "weight", "bias")[: len(inputs)]]
+    given = [graph.placeholder(name) for name in ("x", "weight", "bias")[: len(read)]]
+    if read[1].target is host_weight:
+        given[1] = graph.call_function(host_weight, (given[0], given[1]))
     dtype = dtype_of(head)
     operands = [
         operand if dtype_of(outer) == dtype else graph.call_method("to", (operand, dtype))
-        for operand, outer in zip(given, inputs, strict=True)
+        for operand, outer in zip(given, read, strict=True)
     ]
     copies = {head: graph.call_function(F.linear, tuple(operands))}
 

@@ -15,15 +15,15 @@ def region_names(keys: Sequence[str], taken: Set[str]) -> dict[str, str]:
         if key in names:
             continue
         if index == 0 and index < first:
-            names[key] = _free("beginning", taken)
+            names[key] = free_name("beginning", taken)
         elif index == len(keys) - 1 and index > last:
-            names[key] = _free("end", taken)
+            names[key] = free_name("end", taken)
         else:
-            names[key] = _free(f"layer_{next(letters)}", taken)
+            names[key] = free_name(f"layer_{next(letters)}", taken)
     return names
 
 
-def _free(name: str, taken: Set[str]) -> str:
+def free_name(name: str, taken: Set[str]) -> str:
     """``name``, lengthened where a node of the graph has it: both stand in one text."""
     while name in taken:
         name = f"{name}_region"

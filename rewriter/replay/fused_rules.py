@@ -53,6 +53,13 @@ def attention(node: Node, name: str, reader: Reader) -> Abstract:
     return found and replace(found, axis=value_of(node).dim() - 2)
 
 
+def weight_from_host(node: Node, name: str, reader: Reader) -> Abstract:
+    """It is read where its first argument is, of which it has nothing."""
+    if reader.of(node.args[1]) is not None:
+        raise refuse(node, name, "is given tokens for a weight")
+    return None
+
+
 def head_and_loss(node: Node, name: str, reader: Reader) -> Abstract:
     x, _, _, target = node.args
     rows, labels = reader.of(x), reader.of(target)

@@ -32,6 +32,7 @@ _RULES: dict[str, Rule] = {
     "rewriter.kernels.attention.attention": fused_rules.attention,
     "rewriter.kernels.attention_unmasked.causal_attention": fused_rules.attention,
     "rewriter.kernels.attention_unmasked.full_attention": fused_rules.attention,
+    "rewriter.kernels.host_weight.host_weight": fused_rules.weight_from_host,
     "rewriter.kernels.linear_cross_entropy.linear_cross_entropy": fused_rules.head_and_loss,
 }
 

@@ -278,7 +278,7 @@ def test_a_model_that_breaks_the_graph_is_refused():
         rewriter.plan(Breaks(), tokens=512, memory_budget="1GiB", machine="H200")
 
 
-@pytest.mark.parametrize("host", ["embedding", ("embedding", "layers")])
+@pytest.mark.parametrize("host", ["embedding", ("embedding", "head", "layers")])
 def test_weights_in_host_memory_are_not_on_the_device(host):
     on_device, found = (blueprint(config(), 4, "nf4", host=kinds) for kinds in ((), host))
     model = build("llama", lora=True, nf4=True, double_quant=True, layers=8, dtype=torch.bfloat16)
@@ -286,13 +286,14 @@ def test_weights_in_host_memory_are_not_on_the_device(host):
     of_model = blueprint(model)
     assert on_device.weight_bytes - found.weight_bytes == sum(found.host.there.values()) == moved
     assert (of_model.weight_bytes, of_model.host) == (found.weight_bytes, found.host)
-    assert not on_device.host.there and on_device.host.could.keys() == {"embedding", "layers"}
+    assert not on_device.host.there and on_device.host.could.keys() == {"embedding", "head", "layers"}
     assert found.host.read_over_the_bus(100) >= 100 * found.host.row > 0
 
 
 def test_what_does_not_fit_says_which_weights_could_leave_the_device():
     with pytest.raises(
-        Infeasible, match=r"can live in host memory: after prepare\(model, host='layers'\), memory_budget"
+        Infeasible,
+        match=r"head's .* can live in host memory: after prepare\(model, host=\('head', 'layers'\)\), memory",
     ):
         rewriter.plan(
             config(), tokens=512, memory_budget="697MiB", machine="H200", lora_rank=4, quantise="nf4",
@@ -311,6 +312,20 @@ def test_a_card_that_is_too_small_is_told_the_least_that_would_do(budget):
     rewriter.plan(config(2), memory_budget=error.least_device, **given)
     with pytest.raises(Infeasible):
         rewriter.plan(config(2), memory_budget=error.least_device - 2**10, **given)
+
+
+def test_the_head_comes_back_for_its_loss_and_takes_the_time_of_the_bus():
+    given = {"tokens": 512, "memory_budget": "4GiB", "machine": "H200", "lora_rank": 4, "quantise": "nf4"}
+    there, away = (rewriter.plan(config(), **given, host=host).plan for host in ((), "head"))
+    size = 2 * config().vocab_size * config().hidden_size
+    assert there.problem.static - away.problem.static == size
+    last = len(there.problem.parts) - 1
+    ours, theirs = (
+        (plan.choices[last].forward_peak, plan.choices[last].backward_peak) for plan in (away, there)
+    )
+    assert ours == (theirs[0] + size, theirs[1])
+    waits = away.choices[last].forward_seconds - there.choices[last].forward_seconds
+    assert waits >= size / H200.to_device
 
 
 def test_weights_that_cannot_leave_the_device_are_refused():

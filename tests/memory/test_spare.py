@@ -40,6 +40,11 @@ def test_copies_out_may_fill_what_a_layer_leaves_free_and_the_window():
     assert [(s.out, s.left) for s in found] == [(80, inf), (50, inf), (20, inf), (70, inf)]
 
 
+def test_copies_out_leave_room_for_what_else_comes_while_a_part_runs():
+    found = spare_of(_plan([20, 50, 80, 30], [0, 0, 0, 0]), (True,) * 4, 10, {3: 25})
+    assert [s.out for s in found] == [80, 50, 20, 45] and {s.back for s in found} == {100}
+
+
 def test_copies_back_may_fill_what_a_layer_leaves_free_and_the_window():
     assert [s.back for s in _spares(_plan([0] * 4, [50, 20, 60, 10]))] == [50, 80, 40, 90]
 
