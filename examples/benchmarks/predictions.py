@@ -27,7 +27,7 @@ from context import CONTEXT_GIB, GIB, memory
 from end_to_end import machine, synchronise, timed, versions
 from replanned import TINY, Replanned, compiled_once
 
-from rewriter.memory.budgets import card_bytes
+from rewriter.memory.budgets import allocated_bytes, card_bytes
 
 RESULTS = Path(__file__).parent / "results"
 # Medians of so few steps differ by this much from one run to the next.
@@ -40,6 +40,7 @@ ENDS = (1.02, 1.05)
 class Point:
     """One budget and length: GiB and seconds. ``card``: of the device, as ``memory_budget`` is.
 
+    ``allowed_gib``: what the allocator may have given out, tensors and cuBLAS's workspaces.
     Where memory ran out there are no ``seconds``. ``flushed``: how often the allocator found no room in the
     timed steps and gave back what it had cached, which waits for the device.
     """
@@ -77,7 +78,7 @@ def measure(compiled: Replanned, step, tokens: int, usable: int, device: str, st
         card,
         tokens,
         plan.peak / GIB,
-        usable / GIB,
+        allocated_bytes(usable, torch.device(device)) / GIB,
         memory("max_memory_allocated"),
         memory("max_memory_reserved"),
         plan.hosted / GIB,

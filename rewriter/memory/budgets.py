@@ -105,6 +105,11 @@ def card_bytes(usable: int, device: torch.device | None = None) -> int:
     return ceil((usable + workspaces) / (1 - _PIECES)) + context + 1
 
 
+def allocated_bytes(usable: int, device: torch.device | None = None) -> int:
+    """What the allocator may have given out where tensors take ``usable`` bytes: workspaces are of it."""
+    return usable + _taken(device)[1]
+
+
 def _taken(device: torch.device | None) -> tuple[int, int]:
     """Of the device, and of what the allocator has."""
     return (_CONTEXT, _WORKSPACES) if device is None or device.type == "cuda" else (0, 0)
