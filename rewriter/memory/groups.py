@@ -16,6 +16,7 @@ class Group:
 
     Attributes:
         number: groups that are made later have higher ones.
+        forward: how many forwards had been announced when it was made.
         window: as ``Transfers.group`` says.
         spare: what of its copies and of others' may be under way.
         copies: in the order in which the backward asks for them, where somebody has said which it is, else in
@@ -23,9 +24,9 @@ class Group:
         whole: bytes of those that were not sent in tiles.
     """
 
-    def __init__(self, transfers: "Transfers", number: int, window: int | None, spare: Spare):
+    def __init__(self, transfers: "Transfers", number: int, forward: int, window: int | None, spare: Spare):
         self._transfers = weakref.ref(transfers)
-        self.number, self.window, self.spare = number, window, spare
+        self.number, self.forward, self.window, self.spare = number, forward, window, spare
         self._outer: Group | None = None
         self.copies: list[Copy] = []
         self.whole = 0
@@ -49,6 +50,13 @@ class Group:
         if transfers is not None and not self.closed:
             self.closed = True
             transfers._complete(self)
+
+    def precedes(self, running: "Group") -> bool:
+        """Whether the backward that is at ``running`` has yet to end it; it may be that group itself.
+
+        Groups of a forward before have a backward of their own, which may be far or never come.
+        """
+        return self.forward == running.forward and self.number <= running.number
 
     def has_place_for(self, copy: Copy) -> bool:
         """Whether the backward counts ``copy`` from its beginning: one that does not fit into the window."""

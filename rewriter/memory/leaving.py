@@ -1,7 +1,7 @@
 """Tensors on their way to host memory, in the order of their copies, and how many bytes of them are held."""
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from rewriter.memory.groups import Group
 from rewriter.memory.spare import Spare
@@ -13,6 +13,9 @@ class Leaving:
 
     A group without a window bounds nothing. One that was announced (``expect``) has what its layer leaves
     free, too.
+
+    Attributes:
+        forwards: how many were announced.
     """
 
     def __init__(self, give_up: Callable[[Copy], None]):
@@ -20,6 +23,7 @@ class Leaving:
         # Some have been given up already.
         self._copies: deque[Copy] = deque()
         self._spares: deque[Spare] = deque()
+        self.forwards = 0
 
     @property
     def held(self) -> int:
@@ -27,8 +31,9 @@ class Leaving:
         return sum(copy.layout.nbytes for copy in self._copies if copy.source is not None)
 
     def expect(self, spares: Iterable[Spare]) -> None:
-        """Say what is spare for the next groups that have a window, in order."""
+        """A forward begins: say what is spare for its groups that have a window, in order."""
         self._spares = deque(spares)
+        self.forwards += 1
 
     def spare(self, window: int | None) -> Spare:
         """What is spare for a group that begins; there may have been more before."""
@@ -54,7 +59,22 @@ class Leaving:
                 held -= copy.layout.nbytes
                 self._give_up(copy)
 
+    def making_room(self, due: Sequence[Copy], room: float) -> Iterator[Copy]:
+        """``due``: those that are still held, and each of the others once it fits beside what is held then.
+
+        Args:
+            room: bytes that may be held beside all of them.
+        """
+        away = [copy for copy in due if copy.source is None]
+        yield from [copy for copy in due if copy.source is not None]
+        room += sum(copy.layout.nbytes for copy in away)
+        self.hold_at_most(room)
+        for copy in away:
+            room -= copy.layout.nbytes
+            self.hold_at_most(room)
+            yield copy
+
     def clear(self) -> None:
         """Forget all, what is to come too."""
         self._copies.clear()
-        self.expect(())
+        self._spares.clear()

@@ -18,7 +18,7 @@ computing stream:
   memory is the computing stream's, so each copy waits for what was computed in it before;
 - a group with a ``window`` bounds both by bytes: of what is on its way out the oldest is given up first; and
   as a layer's backward begins (``begin_backward``), and at each reload, what comes next is started, of
-  whichever group. Where a plan leaves more free, it says so (``expect``);
+  whichever group of that forward. Where a plan leaves more free, it says so (``expect``);
 - a host block is freed after the computing stream has been told to wait for the copy from it; the next
   offload into it waits for the computing stream.
 
@@ -80,7 +80,7 @@ class Transfers:
         self._epoch = 0
 
     def expect(self, spares: Iterable[Spare]) -> None:
-        """Say what is spare for the next groups that have a window, in order."""
+        """A forward begins: say what is spare for its groups that have a window, in order."""
         self._leaving.expect(spares)
 
     def group(self, window: int | None = None) -> Group:
@@ -90,7 +90,7 @@ class Transfers:
             window: bytes on their way out that may be held when one of its tensors leaves, and that may be
                 back on the device before they are asked for. None: whole groups are.
         """
-        return Group(self, next(self._numbers), window, self._leaving.spare(window))
+        return Group(self, next(self._numbers), self._leaving.forwards, window, self._leaving.spare(window))
 
     def offload(self, tensor: torch.Tensor, group: Group | None = None, *, tile: bool = False) -> Ticket:
         """Copy ``tensor`` (any shape and strides) to the arena.
@@ -163,7 +163,7 @@ class Transfers:
         """
         self._drain()
         if group.window is not None:
-            self._leaving.hold_at_most(self._fetch_ahead(group, None))
+            self._fetch_ahead(group, None)
 
     def settle(self) -> None:
         """Give up the device memory of all complete groups: the computation waits for their copies."""
@@ -243,14 +243,12 @@ class Transfers:
             place = self._groups.index(group)
             self._try([*group.copies, *(self._groups[place - 1].copies if place else ())])
 
-    def _fetch_ahead(self, running: Group, wanted: Copy | None) -> float:
-        """Begin what comes next while the layer of ``running`` runs; bytes that are free beside it."""
-        groups = [group for group in self._groups if group.number <= running.number]
-        due, room = coming(groups, running, wanted)
-        self._try(due)
-        return room
+    def _fetch_ahead(self, running: Group, wanted: Copy | None) -> None:
+        """Begin what comes next while the layer of ``running`` runs, within what is spare there."""
+        due, room = coming([group for group in self._groups if group.precedes(running)], running, wanted)
+        self._try(self._leaving.making_room(due, room))
 
-    def _try(self, copies: list[Copy]) -> None:
+    def _try(self, copies: Iterable[Copy]) -> None:
         try:
             for copy in copies:
                 self._copier.fetch(copy)

@@ -184,6 +184,70 @@ def test_what_is_on_its_way_out_when_a_backward_begins_stays_for_it_or_is_given_
         transfers.reload(ticket)
 
 
+def _most_held(transfers: Transfers, monkeypatch) -> list[int]:
+    """The most bytes that were on their way out or back early at once, whenever memory was taken for more."""
+    most, empty = [0], Layout.empty
+
+    def noted(layout: Layout, device: torch.device) -> torch.Tensor:
+        back = [
+            copy.layout.nbytes
+            for group in transfers._groups
+            for copy in group.copies
+            if copy.device is not None
+        ]
+        most[0] = max(most[0], transfers._leaving.held + sum(back) + layout.nbytes)
+        return empty(layout, device)
+
+    monkeypatch.setattr(Layout, "empty", noted)
+    return most
+
+
+def test_what_comes_back_takes_no_memory_before_what_is_on_its_way_out_has_given_up_its_own(monkeypatch):
+    transfers = _transfers()
+    transfers.expect([Spare(left=2400, back=1200)])
+    with transfers.group(400) as group:
+        tickets = [transfers.offload(torch.randn(100), tile=True) for _ in range(10)]
+    most = _most_held(transfers, monkeypatch)
+    transfers.begin_backward(group)
+    assert most == [1200] and transfers.stats.bytes_in == 1200
+    for ticket in tickets:
+        transfers.reload(ticket)
+
+
+def test_what_is_on_its_way_out_gives_way_to_what_a_reload_starts(monkeypatch):
+    transfers, made = _transfers(), []
+    above = Spare(left=1100, back=1000, below=1000)
+    transfers.expect([Spare(back=1000, below=1000, above=above), above])
+    for sizes in ([200, 100, 100], [75]):
+        with transfers.group(0) as group:
+            made.append((group, [transfers.offload(torch.randn(size), tile=True) for size in sizes]))
+    (_, below), (group, (ticket,)) = made
+    # The first of those below has no room beside this one.
+    transfers.begin_backward(group)
+    assert transfers.stats.bytes_in == 0 and transfers._leaving.held == 400
+    most = _most_held(transfers, monkeypatch)
+    transfers.reload(ticket)
+    assert transfers.stats.bytes_in == 800 and most[0] - ticket.nbytes <= 1000
+    for ticket in below:
+        transfers.reload(ticket)
+
+
+def test_a_backward_starts_nothing_of_a_forward_before_whose_own_may_never_come():
+    transfers, made = _transfers(), []
+    for _ in range(2):
+        transfers.expect([Spare(1600, 0, 3200, 3200)])
+        made += _windowed(transfers, 1600, tile=True, groups=1)
+    (_, before), (group, tickets) = made
+    transfers.begin_backward(group)
+    for ticket in tickets:
+        transfers.reload(ticket)
+    assert transfers.stats.bytes_in == 1600
+    transfers.begin_backward(made[0][0])
+    assert transfers.stats.bytes_in == 3200
+    for ticket in before:
+        transfers.reload(ticket)
+
+
 @pytest.mark.parametrize("window", [None, 8000])
 def test_where_memory_runs_out_ahead_of_need_copies_back_begin_at_their_use(window, monkeypatch):
     transfers, room, empty = _transfers(depth=0), [0], Layout.empty
