@@ -133,17 +133,15 @@ def with_update(
     """
     up = b.to(projection.adapter).t()
     if projection.compute == projection.adapter == projection.out:
-        return add_product(_update(down, up, projection.scale, bias), left, weight.t())
+        update = (
+            scaled_product(down, up, projection.scale, left.narrow(1, 0, 1))
+            if bias is None
+            else torch.addmm(bias, down, up, alpha=projection.scale)
+        )
+        return add_product(update, left, weight.t())
     wide = torch.promote_types(torch.promote_types(projection.compute, projection.adapter), projection.out)
     base = F.linear(left, weight, bias)
     return (base.to(wide) + (down @ up).to(wide) * projection.scale).to(projection.out)
-
-
-def _update(down: Tensor, up: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    """``scale · down up + bias``, rounded once."""
-    if bias is None:
-        return scaled_product(down, up, scale, down.narrow(1, 0, 1))
-    return torch.addmm(bias, down, up, alpha=scale)
 
 
 def accumulate(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

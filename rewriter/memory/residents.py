@@ -92,7 +92,7 @@ class Residents:
 
     def given(self, inputs: Sequence[Any]) -> list[Tensor]:
         """Each in its form, for a call of the program with ``inputs``; adapters' matrices in their rooms."""
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), self._shelf.turn:
             held = self._current(inputs)
             matrices = [inputs[i] for i in self._matrices]
             _tell_autograd(held.filled, versions(matrices))
@@ -105,9 +105,9 @@ class Residents:
         Returns:
             the turn that recordings of the program hold for, and what they read.
         """
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), self._shelf.turn:
             held = self._current(inputs)
-        return self.turn, held.wholes
+            return self.turn, held.wholes
 
     def lost(self, key: Key) -> None:
         """To be told by the shelf what is there no more."""
@@ -161,9 +161,9 @@ class Residents:
 
     def _one(self, key: Key, one: Wanted, inputs: Sequence[Any]) -> Kept:
         sources = [inputs[i] for i in one.takes]
+        self.asked.add(key)
         kept = self._shelf.kept.get(key)
         if kept is not None and kept.origin.are(sources):
-            self.asked.add(key)
             return kept
         matrix = None if one.matrix is None else inputs[one.matrix]
         origin = Seen(sources)
@@ -175,9 +175,10 @@ class Residents:
             self._shelf.drop(key)
             place = None if matrix is None else one.source.form.place(whole)
             kept = Kept(whole, origin, None if matrix is None else Seen([matrix]), place)
+            # Before it is there: a program that is collected just then takes what nobody asks for with it.
+            self.asked.add(key)
             self._shelf.put(key, kept)
         self._shelf.drop_with(sources[0], key)
-        self.asked.add(key)
         return kept
 
 

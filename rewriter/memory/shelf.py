@@ -6,6 +6,7 @@ has. Programs that alternate keep both theirs where both fit, and share what the
 do not, what does not fit is all that is made again.
 """
 
+import threading
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -66,12 +67,14 @@ class Shelf:
         kept: those that were asked for last at the end.
         nbytes: of all.
         changes: how many times something was put there or went.
+        turn: had by the thread that looks for something there, makes it or fills it.
     """
 
     device: torch.device
     kept: dict[Key, Kept] = field(default_factory=dict)
     nbytes: int = 0
     changes: int = 0
+    turn: threading.RLock = field(default_factory=threading.RLock)
     _users: weakref.WeakSet[User] = field(default_factory=weakref.WeakSet)
 
     def enter(self, user: User) -> None:
@@ -122,7 +125,9 @@ class Shelf:
 
     def _drop_of(self, kept: weakref.ref[Kept], key: Key) -> None:
         # Another may be there by now, of a tensor that came to lie in the same place.
-        if (there := self.kept.get(key)) is not None and there is kept():
+        there = self.kept.get(key)
+        # Or it is the same one, made again of a tensor that has the memory of the first.
+        if there is not None and there is kept() and not there.origin.are_there():
             self.drop(key)
 
     def _sweep(self) -> None:

@@ -204,6 +204,16 @@ def test_inputs_without_or_with_single_rows(shape):
     torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4)
 
 
+def test_an_adapter_of_rank_0_adds_nothing():
+    projection = Projection(dtype=torch.float32, bias=False)
+    a, b = randn(0, K), randn(96, 0)
+    x = randn(*TOKENS, K)
+    y = lora_linear(x, projection.weight, None, a, b, SCALE)
+    torch.testing.assert_close(y, F.linear(x, projection.weight))
+    found = torch.autograd.grad(y.sum(), (a, b))
+    assert [g.shape for g in found] == [a.shape, b.shape]
+
+
 def test_an_output_that_nobody_uses_costs_no_gradient():
     projections = [Projection(dtype=torch.float32), Projection(dtype=torch.float32)]
     x = randn(*TOKENS, K)

@@ -1,6 +1,9 @@
 """Weights that stay dequantised on a device: made once, seen to be current, handed over and given up."""
 
+import gc
+import threading
 import weakref
+from contextlib import suppress
 
 import pytest
 import torch
@@ -188,3 +191,67 @@ def test_a_weight_of_another_shape_where_one_was_is_made_anew(shelf, doubled):
     turn, (whole,) = one.settle(inputs)
     assert other.given([memory.view(6, 8)])[0].shape == (6, 8)
     assert one.settle(inputs)[0] > turn and one.given(inputs)[0].shape == whole.shape
+
+
+class Cycle:
+    """Holds something until garbage is collected."""
+
+    def __init__(self, held):
+        self.me, self.held = self, held
+
+
+def test_a_weight_stays_where_a_tensor_that_had_its_memory_is_collected_while_others_are_made(shelf, beside):
+    class Collecting(Doubled):
+        def packed(self, inputs):
+            gc.collect()
+            return inputs[0]
+
+    data, other, matrices = torch.ones(3, 5), torch.ones(3, 5), [torch.ones(3, 2), torch.ones(3, 2)]
+    wanted = [Wanted(beside, (0,), 2), Wanted(Collecting(beside.form), (1,), 3)]
+    one = Residents(wanted, shelf)
+    one.given([data, other, *matrices])
+    inputs = [data.detach(), other.add_(1), *matrices]
+    Cycle(data)
+    del data
+    turn, _ = one.settle(inputs)
+    assert turn == 1 and len(shelf.kept) == 2
+    # What was lost unseen would be made anew here, and its matrix never written again.
+    other.add_(1)
+    one.given(inputs)
+    matrices[0].mul_(5)
+    assert one.given(inputs)[0][0, 5] == 10
+
+
+def test_a_weight_stays_where_another_program_is_collected_just_as_it_is_there(shelf, doubled, monkeypatch):
+    put = Shelf.put
+
+    def collecting(self, key, kept):
+        put(self, key, kept)
+        gc.collect()
+
+    monkeypatch.setattr(Shelf, "put", collecting)
+    Cycle(Residents([], shelf))
+    one = Residents(of(doubled, 0), shelf)
+    inputs = [torch.ones(4, 4)]
+    one.given(inputs)
+    assert shelf.nbytes == 4 * 4 * 4
+
+
+def test_threads_that_ask_at_once_have_one_weight(shelf, beside):
+    both, asked = threading.Barrier(2), []
+
+    class Slow(Doubled):
+        def packed(self, inputs):
+            asked.append(threading.get_ident())
+            with suppress(threading.BrokenBarrierError):
+                both.wait(0.2)
+            return inputs[0]
+
+    inputs = [torch.ones(3, 5), torch.ones(3, 2)]
+    one = Residents([Wanted(Slow(beside.form), (0,), 1)], shelf)
+    threads = [threading.Thread(target=one.given, args=(inputs,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(asked) == 1 and one.turn == 1
