@@ -151,9 +151,7 @@ def with_head_ahead(planned: "PlannedProgram", device: torch.device) -> "Planned
 
 def _room(plan: MemoryPlan, part: int) -> int:
     """What a plan leaves free of its budget in the forward of a part."""
-    problem = plan.problem
-    budget = problem.roomy if plan.leaves_room else problem.device_budget
-    return budget - plan.moments[part].device
+    return plan.limit - plan.moments[part].device
 
 
 def _beginning(program: Program, weight: Node) -> Region:

@@ -230,6 +230,11 @@ class MemoryPlan:
         return self.peak <= self.problem.roomy
 
     @property
+    def limit(self) -> int:
+        """Device bytes to which copies that begin early, or end late, may fill any moment."""
+        return self.problem.roomy if self.leaves_room else self.problem.device_budget
+
+    @property
     def foreseen_seconds(self) -> float:
         """``seconds``, with the allocator's waits where none of the budget is left to it."""
         return self.seconds if self.leaves_room else crowded(self.seconds)

@@ -196,9 +196,11 @@ class Choosing:
     ) -> PlannedProgram:
         """The program under a plan whose choices are among ``ways``."""
         program, staged = applied(self.program, ways, found)
-        transfers, none = _transfers(self.given, self.device), _no_residents(found, self.device)
-        planned = PlannedProgram(program, staged, found, notes, transfers, self, residents=none)
-        return with_head_ahead(planned, self.device)
+        transfers = _transfers(self.given, self.device)
+        planned = with_head_ahead(PlannedProgram(program, staged, found, notes, transfers, self), self.device)
+        fills = found.hosted > 0 or planned.head is not None
+        none = _no_residents(found, found.limit if fills else found.peak, self.device)
+        return replace(planned, residents=none)
 
 
 def everything_kept(
@@ -220,7 +222,7 @@ def _everything_kept(
     found = _kept_plan(program, ways, given)
     if not found.leaves_room:
         return None
-    transfers, none = _transfers(given, device), _no_residents(found, device)
+    transfers, none = _transfers(given, device), _no_residents(found, found.peak, device)
     notes = tuple(over_the_bus(program.source, device))
     return PlannedProgram(program, {}, found, notes, transfers, residents=none)
 
@@ -239,8 +241,9 @@ def _transfers(given: Budgets, device: torch.device) -> Callable[[], Transfers]:
     return functools.partial(transfers_of, str(device), given.host)
 
 
-def _no_residents(found: MemoryPlan, device: torch.device) -> Callable[[], Residents]:
-    return residents_beside(found.problem.device_budget - found.peak, device)
+def _no_residents(found: MemoryPlan, most: int, device: torch.device) -> Callable[[], Residents]:
+    """Leaves those of other programs what a step that takes ``most`` bytes leaves of the budget."""
+    return residents_beside(found.problem.device_budget - most, device)
 
 
 def _problem(

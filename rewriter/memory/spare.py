@@ -57,11 +57,9 @@ def spare_of(
         taken: of what is free in the forward of a part, bytes that have another use.
     """
     taken = taken or {}
-    problem = plan.problem
-    budget = problem.roomy if plan.leaves_room else problem.device_budget
-    others = problem.window - window
+    others = plan.problem.window - window
     # What is in flight has its place beside the window, for the part that comes next.
-    free = [budget - m.device - (0 if m.backward else taken.get(m.part, 0)) for m in plan.moments]
+    free = [plan.limit - m.device - (0 if m.backward else taken.get(m.part, 0)) for m in plan.moments]
     rooms = [max(f, 0) + m.flight - others for f, m in zip(free, plan.moments, strict=True)]
     ahead, behind = rooms[: len(bounds)], rooms[: len(bounds) - 1 : -1]
     last = max((i for i, bound in enumerate(bounds) if bound), default=-1)

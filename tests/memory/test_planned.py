@@ -94,6 +94,19 @@ def test_without_host_memory_nothing_is_offloaded(program, least):
     assert found.plan.hosted == 0
 
 
+@pytest.mark.parametrize("host", [0, AMPLE])
+def test_weights_of_other_programs_that_stay_leave_room_for_copies_that_begin_early(program, host):
+    with pytest.raises(Infeasible) as caught:
+        planned(program, Budgets(0, host, 1000), Linked(), CPU)
+    least = caught.value.least_device
+    assert least is not None
+    device = int(least * 1.1)
+    found = planned(program, Budgets(device, host, 1000), Linked(), CPU)
+    assert (found.plan.hosted > 0) == (host > 0) and found.plan.peak < found.plan.limit
+    most = found.plan.limit if host else found.plan.peak
+    assert found.residents is not None and found.residents()._room == device - most
+
+
 @pytest.mark.parametrize("device", [CPU, None])
 @pytest.mark.parametrize("usable", [1, 12345, 10**9, 23 * 2**30 + 7])
 def test_the_card_for_some_bytes_has_them(usable, device):
