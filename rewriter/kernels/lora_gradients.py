@@ -126,8 +126,9 @@ class LoraGradients:
             self._add_shared(dtype, members)
         for i, dy in gradients.items():
             self._add_base(i, dy)
-        for dtype in groups.keys() - first.keys():
-            self._add_shared(dtype, groups[dtype])
+        for dtype, members in groups.items():
+            if dtype not in first:
+                self._add_shared(dtype, members)
         if self._wide is not None and self._wide.total is not None:
             self._finish_wide(self._wide)
         dx = None if self._dx is None else self._dx.to(call.dtype).view(call.shape)

@@ -11,6 +11,7 @@ import torch
 from rewriter.kernels.resident_weight import Form
 from rewriter.memory.residents import Residents, Wanted
 from rewriter.memory.shelf import Shelf
+from rewriter.replay.capture import uncollected
 
 
 class Doubled:
@@ -211,9 +212,10 @@ def test_a_weight_stays_where_a_tensor_that_had_its_memory_is_collected_while_ot
     one = Residents(wanted, shelf)
     one.given([data, other, *matrices])
     inputs = [data.detach(), other.add_(1), *matrices]
-    Cycle(data)
-    del data
-    turn, _ = one.settle(inputs)
+    with uncollected():
+        Cycle(data)
+        del data
+        turn, _ = one.settle(inputs)
     assert turn == 1 and len(shelf.kept) == 2
     # What was lost unseen would be made anew here, and its matrix never written again.
     other.add_(1)
@@ -230,10 +232,10 @@ def test_a_weight_stays_where_another_program_is_collected_just_as_it_is_there(s
         gc.collect()
 
     monkeypatch.setattr(Shelf, "put", collecting)
-    Cycle(Residents([], shelf))
-    one = Residents(of(doubled, 0), shelf)
-    inputs = [torch.ones(4, 4)]
-    one.given(inputs)
+    one, inputs = Residents(of(doubled, 0), shelf), [torch.ones(4, 4)]
+    with uncollected():
+        Cycle(Residents([], shelf))
+        one.given(inputs)
     assert shelf.nbytes == 4 * 4 * 4
 
 
