@@ -21,15 +21,16 @@ def coming(groups: Sequence[Group], running: Group, wanted: Copy | None) -> tupl
     due: list[Copy] = []
     for group in reversed(groups):
         most = min(most, ahead + group.spare.until(before))
-        own, before = ahead + group.spare.back, group.spare
+        own, before, placed = ahead + group.spare.back, group.spare, group.places_wholes
         for copy in group.copies:
             if copy is wanted or copy.given >= copy.uses:
                 continue
-            if group.has_place_for(copy):
-                own += copy.layout.nbytes
-            if ahead + copy.layout.nbytes > min(most, own):
+            nbytes = copy.layout.nbytes
+            if placed and not copy.tile:
+                own += nbytes
+            if ahead + nbytes > most or ahead + nbytes > own:
                 return due, min(most, own) - ahead
-            ahead += copy.layout.nbytes
+            ahead += nbytes
             if copy.device is None:
                 due.append(copy)
         most = min(most, own)

@@ -58,9 +58,10 @@ class Group:
         """
         return self.forward == running.forward and self.number <= running.number
 
-    def has_place_for(self, copy: Copy) -> bool:
-        """Whether the backward counts ``copy`` from its beginning: one that does not fit into the window."""
-        return self.window is not None and self.whole > self.window and not copy.tile
+    @property
+    def places_wholes(self) -> bool:
+        """Whether the backward counts from its beginning what was sent whole: it exceeds the window."""
+        return self.window is not None and self.whole > self.window
 
     def will_need(self, tickets: Sequence[Ticket]) -> None:
         """Say in which order the backward asks for them."""

@@ -80,7 +80,7 @@ class _Step:
         if made is None:
             return self._look(i, True)
         group, tickets = made
-        own, empty = [copy for copy in group.copies if group.has_place_for(copy)], Layout.empty
+        own, empty = [copy for copy in group.copies if group.places_wholes and not copy.tile], Layout.empty
         self.placed = own
 
         def looking(layout: Layout, device: torch.device) -> torch.Tensor:
