@@ -17,7 +17,6 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from math import ceil
 from typing import Protocol
 
 from torch.fx import GraphModule
@@ -85,11 +84,11 @@ def staged_choices(
         in_host: the layer's weights in host memory.
         growth: of the batch that the layer was traced with.
     """
-    cost, tokens = cost or cost_on(machine, growth), ceil(layer.tokens * growth.tokens)
+    cost, tokens = cost or cost_on(machine, growth), layer.tokens_of(growth)
     most = min(longest_tile(tokens), layer.longest)
     tiles = [t for t in _TILES if (t or tokens) <= most and (t or 0) < tokens] or [most]
     found: dict[tuple, StagedChoice] = {}
-    sizes, values = layer.sizes(growth.tokens), layer.values()
+    sizes, values = layer.sizes(growth), layer.values()
     for fates in _fates(layer):
         plan = schedule(values, layer.own_inputs, layer.wiring.outputs, fates)
         for tile in tiles:

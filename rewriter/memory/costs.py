@@ -6,15 +6,14 @@ known to be large: attention's backward sums the gradient of the queries in fp32
 """
 
 from dataclasses import dataclass
-from math import ceil
 from typing import Any
 
-from torch import SymInt, Tensor
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from rewriter.memory.durations import Rates, duration
 from rewriter.memory.fakes import StageFakes
-from rewriter.memory.growth import AS_TRACED, Growth
+from rewriter.memory.growth import AS_TRACED, Growth, SizesAt
 from rewriter.memory.operations import (
     argument_of,
     int_hint,
@@ -44,9 +43,9 @@ def graph_cost(
     """Cost of ``module`` with ``tokens`` for the length of a tile.
 
     Args:
-        growth: how many times as expected other sizes that vary are.
+        growth: of the batch since it was traced, for the sizes that are not a tile's.
     """
-    at = _Lengths(fakes, tokens, growth.tokens, growth.length)
+    at = fakes.sizes_at(tokens, growth)
     (output,) = module.graph.find_nodes(op="output")
     sizes = {n: _bytes(n, at) for n in module.graph.nodes if n.op == "call_function"}
     results = set(output.all_input_nodes)
@@ -55,70 +54,12 @@ def graph_cost(
     return GraphCost(seconds, result_bytes, _peak(module, sizes, results, at))
 
 
-@dataclass(frozen=True)
-class _Lengths:
-    """At which lengths a graph is costed.
-
-    Attributes:
-        tokens: of a tile.
-        growth: how many times as large as expected other sizes that vary are.
-        longer: how many times as long as expected sequences are.
-    """
-
-    fakes: StageFakes
-    tokens: int
-    growth: float
-    longer: float = 1.0
-
-    def tiled(self, value: Tensor) -> bool:
-        """Whether it has a tile's length."""
-        tile = self.fakes.tokens.node.expr
-        return any(isinstance(s, SymInt) and tile in s.node.expr.free_symbols for s in value.shape)
-
-    def grown(self, value: Tensor) -> float:
-        """How many times as large as expected it is, for other lengths than a tile's."""
-        return self.growth if _varies(value.numel()) and not self.tiled(value) else 1.0
-
-    def numel(self, value: Tensor) -> int:
-        count = value.numel()
-        if isinstance(count, SymInt) and self.tiled(value):
-            return int(count.node.expr.subs(self.fakes.sizes_for(self.tokens)))
-        return ceil(int_hint(count) * self.grown(value))
-
-    def bytes(self, value: Any) -> int:
-        return self.numel(value) * value.element_size() if isinstance(value, Tensor) else 0
-
-    def scale(self, node: Node) -> float:
-        """How many times the operations that tracing expected it takes."""
-        values = [n.meta.get("val") for n in (node, *node.all_input_nodes)]
-        flat = [t for v in values for t in (v if isinstance(v, (tuple, list)) else (v,))]
-        tensors = [t for t in flat if isinstance(t, Tensor)]
-        if any(map(self.tiled, tensors)):
-            return self.tokens / int_hint(self.fakes.tokens)
-        # Weights, which do not vary, say nothing of the other factor.
-        return self.growth if any(_varies(t.numel()) for t in tensors) else 1.0
-
-    def keys(self, key: Tensor) -> float:
-        """Of each sequence."""
-        if self.tiled(key):
-            return int_hint(key.shape[2]) * self.tokens / int_hint(self.fakes.tokens)
-        return int_hint(key.shape[2]) * (self.longer if _varies(key.shape[2]) else 1.0)
+def value_bytes(value: Any) -> int:
+    """Of a tensor, as large as it is expected to be where its size varies; 0 of anything else."""
+    return int_hint(value.numel()) * value.element_size() if isinstance(value, Tensor) else 0
 
 
-def value_bytes(value: Any, growth: float = 1.0) -> int:
-    """Of a tensor; ``growth`` times as large as it is expected to be where its size varies."""
-    if not isinstance(value, Tensor):
-        return 0
-    count = value.numel()
-    return ceil(int_hint(count) * (growth if _varies(count) else 1.0)) * value.element_size()
-
-
-def bytes_at(value: Any, fakes: StageFakes, tokens: int, growth: float = 1.0) -> int:
-    """Of a stage's tensor with ``tokens`` for the length of a tile, and ``growth`` as of ``graph_cost``."""
-    return _Lengths(fakes, tokens, growth).bytes(value)
-
-
-def _bytes(node: Node, at: _Lengths) -> int:
+def _bytes(node: Node, at: SizesAt) -> int:
     """What the node allocates: nothing for views and for parts of a tuple, which its maker has counted."""
     if is_view(node):
         return 0
@@ -127,11 +68,7 @@ def _bytes(node: Node, at: _Lengths) -> int:
     return sum(map(at.bytes, tensors))
 
 
-def _varies(size: Any) -> bool:
-    return isinstance(size, SymInt) and bool(size.node.expr.free_symbols)
-
-
-def _peak(module: GraphModule, sizes: dict[Node, int], results: set[Node], at: _Lengths) -> int:
+def _peak(module: GraphModule, sizes: dict[Node, int], results: set[Node], at: SizesAt) -> int:
     """Bytes at the worst moment, inputs left out; a view keeps what it views alive."""
     owner: dict[Node, Node] = {}
     for node in sizes:
@@ -156,7 +93,7 @@ def _peak(module: GraphModule, sizes: dict[Node, int], results: set[Node], at: _
     return worst
 
 
-def _workspace(node: Node, at: _Lengths) -> int:
+def _workspace(node: Node, at: SizesAt) -> int:
     """What the head's loss, or attention's backward, needs beside its results, on a GPU.
 
     The gradient of the queries in fp32, and of keys that heads share one for each head.
@@ -176,9 +113,9 @@ def _workspace(node: Node, at: _Lengths) -> int:
     return at.numel(query) * each // (groups if name.endswith("by_groups") else 1)
 
 
-def _buffer_of_logits(node: Node, at: _Lengths) -> int:
+def _buffer_of_logits(node: Node, at: SizesAt) -> int:
     """Logits of a chunk of rows."""
     x, weight = (n.meta["val"] for n in node.all_input_nodes[:2])
     trained = value_bytes(weight) // 2 if argument_of(node, "needs_weight") else 0
-    logits = ceil(int_hint(x.shape[0]) * at.grown(x)) * int_hint(weight.shape[0]) * x.element_size()
+    logits = at.amount(x.shape[0]) * int_hint(weight.shape[0]) * x.element_size()
     return min(max(_LOGITS, trained), logits)

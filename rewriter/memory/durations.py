@@ -26,6 +26,7 @@ from rewriter.memory.operations import (
     is_view,
     name_of,
     share_seen,
+    source_of,
     written_by,
 )
 
@@ -60,8 +61,8 @@ class Lengths(Protocol):
 
     def numel(self, value: Tensor) -> int: ...
     def bytes(self, value: Any) -> int: ...
-    def scale(self, node: Node) -> float: ...
-    def keys(self, key: Tensor) -> float: ...
+    def amount(self, count: Any) -> int: ...
+    def length(self, size: Any) -> int: ...
 
 
 def duration(module: GraphModule, sizes: dict[Node, int], at: Lengths, rates: Rates) -> float:
@@ -89,7 +90,7 @@ def _kernel(node: Node, sizes: dict[Node, int], at: Lengths, rates: Rates) -> fl
     if name_of(node) == "host_weight":
         return sizes[node] / rates.to_device
     moving = _moved(node, sizes, at) / rates.bandwidth
-    computing = flops_of(node) * at.scale(node) / rates.matrix_flops
+    computing = flops_of(node, at.amount) / rates.matrix_flops
     if name_of(node) != "linear_cross_entropy":
         return max(computing, moving)
     x, weight = (n.meta["val"] for n in node.all_input_nodes[:2])
@@ -108,8 +109,8 @@ def _attention(node: Node, sizes: dict[Node, int], at: Lengths, rates: Rates) ->
     backward = is_attention_backward(node)
     given = [n.meta["val"] for n in node.args if isinstance(n, Node) and is_heads(n)]
     query, key = given[1:3] if backward else given[:2]
-    keys = at.keys(key)
-    product = 2.0 * int_hint(query.numel()) * at.scale(node) * keys * share_seen(node, keys)
+    keys = at.length(key.shape[2])
+    product = 2.0 * at.numel(query) * keys * share_seen(node, keys)
     moved = _moved(node, sizes, at) + (_SUMMED * at.numel(query) if backward else 0)
     rate = rates.attention_backward_flops if backward else rates.attention_forward_flops
     return product * (5 if backward else 2) / rate + moved / rates.bandwidth
@@ -126,7 +127,7 @@ def _chains(sizes: dict[Node, int]) -> Iterator[list[Node]]:
         if is_view(node) or not _is_kernel(node) or not _is_pointwise(node):
             continue
         mine = [node]
-        for source in map(_source, node.all_input_nodes):
+        for source in map(source_of, node.all_input_nodes):
             other = chain_of.get(source)
             if other is not None and other is not mine:
                 other += mine
@@ -142,20 +143,13 @@ def _moved_by_chain(chain: list[Node], sizes: dict[Node, int], at: Lengths) -> i
     read: dict[Node, int] = {}
     for node in chain:
         for given in node.all_input_nodes:
-            if (source := _source(given)) not in inside:
+            if (source := source_of(given)) not in inside:
                 # A value that is spread over many is read once.
                 size = min(at.bytes(given.meta.get("val")), at.bytes(source.meta.get("val")) or 2**62)
                 size = min(size, sizes[node]) if name_of(node) in _GATHERS else size
                 read[source] = max(read.get(source, 0), size)
     written = (sizes[n] for n in chain if any(user not in inside for user in _readers(n)))
     return sum(read.values()) + sum(written)
-
-
-def _source(node: Node) -> Node:
-    """What a view is of."""
-    while node.op == "call_function" and is_view(node) and node.all_input_nodes:
-        node = node.all_input_nodes[0]
-    return node
 
 
 def _readers(node: Node) -> Iterator[Node]:

@@ -1,32 +1,44 @@
 """Fake tensors of a stage, in a fake mode of the planner's own, where the length of a tile is a symbol.
 
 One compiled stage then runs tiles of any length, the last and shorter one included. The symbols are not
-Dynamo's: a guard on the length of a tile says nothing about the model's inputs.
+Dynamo's: a guard on the length of a tile says nothing about the model's inputs. What each stands for is kept,
+for the sizes of other batches.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
+from sympy import Symbol
 from torch import SymInt, Tensor
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, statically_known_true
 
+from rewriter.memory.growth import Growth, SizesAt, whole
+
 
 class StageFakes:
     """Makes fake tensors like those that a region was outlined with.
 
+    Args:
+        longest_tile: the most tokens of a tile.
+        rows: of the symbols that the region was outlined with, those that count sequences.
+
     Attributes:
         mode: the fake mode that they belong to.
         tokens: the length of a tile.
+        rows: as given.
     """
 
-    def __init__(self, longest_tile: int):
+    def __init__(self, longest_tile: int, rows: Set[Symbol] = frozenset()):
         self.env = ShapeEnv()
         self.mode = FakeTensorMode(shape_env=self.env)
         self.tokens = self._symbol("tokens", longest_tile)
+        self.rows = rows
         self._sizes: dict[str, SymInt] = {}
+        # What each symbol stands for.
+        self._origins: dict[Symbol, SymInt] = {}
 
     def like(self, value: Any, rows: int | None = None) -> Any:
         """``value``, another mode's fake tensor or size, in this mode, and without history.
@@ -52,10 +64,12 @@ class StageFakes:
         with self.mode:
             return torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device)
 
-    def sizes_for(self, tokens: int) -> dict[Any, int]:
-        """Every symbol's number where a tile has so many tokens: as tracing expected of the others."""
-        others = {size.node.expr: size.node.hint for size in self._sizes.values()}
-        return {**others, self.tokens.node.expr: tokens}
+    def sizes_at(self, tokens: int, growth: Growth) -> SizesAt:
+        """Of a batch of that ``growth``, with tiles of ``tokens`` for each sequence of the traced one."""
+        outside = SizesAt(growth, self.rows)
+        known = {symbol: outside.length(size) for symbol, size in self._origins.items()}
+        known[self.tokens.node.expr] = whole(tokens / growth.rows)
+        return SizesAt(growth, self.rows, known)
 
     def _size(self, size: Any) -> Any:
         if not isinstance(size, SymInt):
@@ -65,7 +79,8 @@ class StageFakes:
             return fixed
         name = str(size.node.expr)
         if name not in self._sizes:
-            self._sizes[name] = self._symbol(f"size_{len(self._sizes)}", size.node.hint)
+            made = self._symbol(f"size_{len(self._sizes)}", size.node.hint)
+            self._sizes[name], self._origins[made.node.expr] = made, size
         return self._sizes[name]
 
     def _symbol(self, name: str, hint: int) -> SymInt:

@@ -1,20 +1,21 @@
 """A region as traced stages: what a layer consists of, before it is known how it will run."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
 from typing import Any
 
 import torch
+from sympy import Symbol
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 
 from rewriter.canonical import value_of
-from rewriter.memory.costs import bytes_at, value_bytes
 from rewriter.memory.fakes import dense_strides, is_dense, memory_order
+from rewriter.memory.growth import AS_TRACED, Growth, SizesAt, whole
 from rewriter.memory.layer import LayerStages
 from rewriter.memory.operations import int_hint
 from rewriter.memory.schedule import StageValues, Wiring
@@ -52,16 +53,22 @@ class LayerGraphs:
         """Tokens of a tile that its kernels were made for, at most."""
         return min(int_hint(graphs.fakes.tokens) for graphs in self.graphs)
 
-    def sizes(self, growth: float = 1.0) -> dict[str, int]:
-        """Bytes of every value, ``growth`` times as long as the sequence was when it was traced."""
+    def tokens_of(self, growth: Growth) -> int:
+        """Of a batch of that ``growth``, for each sequence of the traced one."""
+        return whole(self.tokens * growth.tokens)
+
+    def sizes(self, growth: Growth = AS_TRACED) -> dict[str, int]:
+        """Bytes of every value, of a batch of that ``growth`` since it was traced."""
         nodes = {n.name: n for n in self.region.module.graph.nodes}
-        inputs = zip(self.wiring.inputs, self.region.inputs, strict=True)
-        found = {n: value_bytes(x, growth) for n, x in inputs}
-        tokens = ceil(self.tokens * growth)
+        inputs = zip(self.wiring.inputs, self.region.symbolic_inputs, strict=True)
+        outside = SizesAt(growth, self.graphs[0].fakes.rows)
+        found = {n: outside.bytes(x) for n, x in inputs}
+        tokens = self.tokens_of(growth)
         for graphs, given in zip(self.graphs, self.wiring.gives, strict=True):
+            at = graphs.fakes.sizes_at(tokens, growth)
             for name, value in zip(given, graphs.results, strict=True):
-                size = value_bytes(value_of(nodes[name]), growth) if name in nodes else 0
-                found[name] = size or bytes_at(value, graphs.fakes, tokens, growth)
+                size = outside.bytes(value_of(nodes[name])) if name in nodes else 0
+                found[name] = size or at.bytes(value)
         return found
 
     @cached_property
@@ -130,6 +137,7 @@ def layer_graphs(
     saving: bool = False,
     silent: frozenset[str] = frozenset(),
     reach: float = 1.0,
+    rows: Set[Symbol] = frozenset(),
 ) -> LayerGraphs:
     """Part ``region`` into stages and trace each.
 
@@ -138,6 +146,7 @@ def layer_graphs(
         saving: row-wise stages save the results of their products.
         reach: how many times as long as the one at hand sequences may be.
         silent: values between stages that get no gradient, though they could have one; found here.
+        rows: symbols that count sequences.
 
     Raises:
         Unstaged: it cannot run in stages.
@@ -146,10 +155,11 @@ def layer_graphs(
     tokens = _tokens(parts)
     most = longest_tile(ceil(tokens * reach))
     for stage in parts:
-        traced.add(stage, most, saving=saving, silent=silent)
+        traced.add(stage, most, saving=saving, silent=silent, rows=rows)
     outputs = _outputs(region)
     if unanswered := traced.unanswered().difference(outputs):
-        return layer_graphs(region, shared, saving=saving, silent=silent | unanswered, reach=reach)
+        silent |= unanswered
+        return layer_graphs(region, shared, saving=saving, silent=silent, reach=reach, rows=rows)
     living = frozenset(name for i, name in enumerate(traced.inputs) if i in shared)
     return LayerGraphs(region, tokens, tuple(traced.graphs), traced.wiring(outputs), living)
 
@@ -164,18 +174,21 @@ class _Traced:
         self._gives: list[tuple[str, ...]] = []
         self._reads_back: list[tuple[str, ...]] = []
         # Of each value: what it is like in the whole region, and whether it gets a gradient.
-        self._fakes = dict(zip(self.inputs, region.inputs, strict=True))
-        self._needs = {n: isinstance(x, Tensor) and x.requires_grad for n, x in self._fakes.items()}
+        self._fakes = dict(zip(self.inputs, region.symbolic_inputs, strict=True))
+        given = zip(self.inputs, region.inputs, strict=True)
+        self._needs = {n: isinstance(x, Tensor) and x.requires_grad for n, x in given}
 
-    def add(self, stage: Stage, most: int, *, saving: bool, silent: frozenset[str]) -> None:
+    def add(
+        self, stage: Stage, most: int, *, saving: bool, silent: frozenset[str], rows: Set[Symbol]
+    ) -> None:
         """Trace ``stage``, the next one, for tiles of at most ``most`` tokens, as ``layer_graphs`` says."""
         names, results = [n.name for n in stage.inputs], [n.name for n in stage.outputs]
         values, wanted = [self._fakes[n] for n in names], [self._needs[n] for n in names]
-        graphs = stage_graphs(stage, values, wanted, most, saving=saving, silent=silent)
+        graphs = stage_graphs(stage, values, wanted, most, saving=saving, silent=silent, rows=rows)
         if aliased := [n for n in results if n in self._fakes]:
             raise Unstaged(f"`{aliased[0]}` is handed through")
-        rows = zip(results, stage.rows_out, strict=True)
-        if stage.row_wise and (untiled := [n for n, row in rows if row is None]):
+        tiled = zip(results, stage.rows_out, strict=True)
+        if stage.row_wise and (untiled := [n for n, dim in tiled if dim is None]):
             raise Unstaged(f"`{untiled[0]}` of a stage that runs in tiles does not depend on tokens")
         # As the whole region has them: a stage's own fakes have a tile's length.
         for node, has in zip(stage.outputs, graphs.signature.differentiable, strict=True):

@@ -9,16 +9,20 @@ length of their sequences (``growth.py``): where nothing tells, more tokens are 
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from math import prod
+from collections.abc import Callable, Sequence, Set
+from math import prod, sqrt
 from typing import Any
 
+from sympy import Symbol
 from torch import SymInt, Tensor
+from torch.utils._pytree import tree_leaves
 
 from rewriter.canonical import value_of
 from rewriter.memory.growth import AS_TRACED, Growth
 from rewriter.memory.operations import int_hint
+from rewriter.nested import graphs_of
 from rewriter.regions.program import Program
+from rewriter.rowwise.sizes import expression
 
 # Beyond so many times the tokens that a plan is first made for, longer tiles than it has would run faster.
 _REACH = 4.0
@@ -29,14 +33,31 @@ def growth_of(program: Program, max_tokens: int | None) -> Growth:
     tokens = _tokens(program)
     if not isinstance(tokens, SymInt):
         return AS_TRACED
-    here, hidden = tokens.node.hint, _hidden_state(program)
+    here = tokens.node.hint
     times = max(here, max_tokens or 0) / here
-    return Growth(times, times if hidden is not None and isinstance(hidden.shape[1], SymInt) else 1.0)
+    return Growth(times, lengthened(program)(times))
+
+
+def lengthened(program: Program) -> Callable[[float], float]:
+    """How many times as long the sequences of so many times the tokens are, where nothing else tells."""
+    hidden = _hidden_state(program)
+    if hidden is None or not isinstance(hidden.shape[1], SymInt):
+        return lambda times: 1.0
+    # As many sequences as each has tokens may be one symbol for both.
+    return sqrt if expression(hidden.shape[1]).free_symbols <= rows_of(program) else float
+
+
+def rows_of(program: Program) -> Set[Symbol]:
+    """The symbols that count sequences; none where their number does not vary."""
+    hidden = _hidden_state(program)
+    found = set() if hidden is None else expression(hidden.shape[0]).free_symbols
+    return frozenset(s for s in found if isinstance(s, Symbol))
 
 
 def hold_to(program: Program, growth: float) -> None:
     """Guard the graph: batches of more than ``growth`` (1 or more) times the tokens at hand come back.
 
+    So do sequences that are so many times as long, where the program holds a number for each pair of tokens.
     Where lengths do not vary there is nothing to guard, since another batch is another graph.
     """
     tokens = _tokens(program)
@@ -46,6 +67,13 @@ def hold_to(program: Program, growth: float) -> None:
     most = int(round(tokens.node.hint * growth, 3))
     within = bool(tokens <= most)
     assert within, f"a batch of {tokens.node.hint} tokens is not within {most}"
+    length = _length(program)
+    if not isinstance(length, SymInt) or not has_pairs(program):
+        return
+    # Fewer sequences may be longer.
+    longest = int(round(length.node.hint * growth, 3))
+    within = bool(length <= longest)
+    assert within, f"sequences of {length.node.hint} tokens are not within {longest}"
 
 
 def reach_of(program: Program, growth: float, from_here: int) -> float:
@@ -73,6 +101,13 @@ def counts_pairs(program: Program) -> Callable[[Tensor], bool]:
         return sum(not symbols.isdisjoint(size.free_symbols) for size in sizes) > 1
 
     return counts
+
+
+def has_pairs(program: Program) -> bool:
+    """Whether any value of ``program`` is such."""
+    counts = counts_pairs(program)
+    values = (value_of(node) for graph in graphs_of(program.source) for node in graph.graph.nodes)
+    return any(isinstance(x, Tensor) and counts(x) for value in values for x in tree_leaves(value))
 
 
 def tokens_at_hand(program: Program) -> int:
@@ -131,6 +166,12 @@ def _tokens(program: Program) -> int | SymInt | None:
     """Rows times length of a batch."""
     hidden = _hidden_state(program)
     return None if hidden is None else prod(hidden.shape[:-1])
+
+
+def _length(program: Program) -> int | SymInt:
+    """Of a batch's sequences."""
+    hidden = _hidden_state(program)
+    return 0 if hidden is None else hidden.shape[1]
 
 
 def _hidden_state(program: Program) -> Tensor | None:

@@ -4,7 +4,8 @@ What costs minutes of a first step does not depend on the length: tracing, match
 symbolic lengths. What does is which ways are chosen, seconds of search. So a longer batch is planned for when
 it comes, and what the new plan runs and is not compiled yet is compiled. Shorter batches keep the plan that
 they had, which is no slower than one for more. Each plan holds for an eighth more tokens than the one before,
-if that fits, so that lengths that creep up are not planned for at every step.
+if that fits, so that lengths that creep up are not planned for at every step. Where a program holds a number
+for each pair of tokens, as a dense mask has, a plan does not hold for longer sequences either, however few.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,6 +38,8 @@ class Longer:
         budgets: to plan within a call of these inputs, as they are then.
         chosen: the plan within budgets.
         at_worst: the same for a batch that is there, whatever it takes where no budget was asked for.
+        lengthened: how many times as long the sequences of so many times the tokens are.
+        pairs: whether bytes go by the length of sequences, too.
     """
 
     tokens: Callable[[Sequence[Any]], int]
@@ -48,6 +51,8 @@ class Longer:
     budgets: Callable[[Sequence[Any]], Budgets]
     chosen: Callable[[Budgets], PlannedProgram]
     at_worst: Callable[[Budgets], PlannedProgram]
+    lengthened: Callable[[float], float] = float
+    pairs: bool = False
 
     def planned_for(self, inputs: Sequence[Any], before: float) -> tuple[float, PlannedProgram]:
         """A plan for as many tokens as ``inputs`` have or more, and for how many.
@@ -61,8 +66,8 @@ class Longer:
         length = self.length(inputs) / self.length_here
 
         def budgets(most: float) -> Budgets:
-            # More tokens than are there now are taken for longer sequences.
-            return replace(given, growth=Growth(most / self.here, length * most / tokens))
+            # More tokens than are there now are taken for longer sequences, if their length varies.
+            return replace(given, growth=Growth(most / self.here, length * self.lengthened(most / tokens)))
 
         most = max(tokens, min(before * _STEP, self.here * self.reach))
         try:
@@ -88,20 +93,23 @@ class PlannedByLength:
         tell: Callable[[PlannedProgram], None],
     ):
         self._longer, self._linked, self._tell = longer, linked, tell
-        # Tokens that each plan holds for, and its code, the shortest first.
-        self._plans: list[tuple[float, Callable]] = [(round(longer.here * longer.growth, 3), run)]
+        # Tokens and lengths that each plan holds for, and its code, in the order in which they were made.
+        tokens, length = longer.here * longer.growth, longer.length_here * longer.lengthened(longer.growth)
+        self._plans: list[tuple[float, float, Callable]] = [(round(tokens, 3), round(length, 3), run)]
 
     def __call__(self, *inputs: Any) -> Any:
         """Raises Infeasible, before any work, where no plan for so many tokens stays within the budgets."""
         tokens = self._longer.tokens(inputs)
-        run = next((run for most, run in self._plans if tokens <= most), None)
+        length = self._longer.length(inputs) if self._longer.pairs else 0
+        run = next((run for most, long, run in self._plans if tokens <= most and length <= long), None)
         return (run or self._planned_for(inputs))(*inputs)
 
     def _planned_for(self, inputs: Sequence[Any]) -> Callable:
+        tokens, length = self._longer.tokens(inputs), self._longer.length(inputs)
         with without_saved_hooks():
-            most, planned = self._longer.planned_for(inputs, self._plans[-1][0])
+            most, planned = self._longer.planned_for(inputs, min(self._plans[-1][0], tokens))
             run, planned = self._linked(planned)
-        self._plans.append((most, run))
+        self._plans.append((most, round(length * self._longer.lengthened(most / tokens), 3), run))
         note = f"{PLANNED_ANEW} for batches of up to {int(most):,} tokens"
         self._tell(replace(planned, notes=(*planned.notes, note)))
         return run

@@ -1,11 +1,14 @@
 """What a node of a traced graph is: a view, attention, a product of so many operations.
 
-Operations are counted at the sizes that tracing expected, those of products by PyTorch's own formulas.
+Operations are counted at the sizes that tracing expected or at others, those of products by PyTorch's own
+formulas.
 """
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
+from sympy import Symbol
 from torch import SymInt, Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
@@ -25,6 +28,13 @@ def name_of(node: Node) -> str:
 
 def is_view(node: Node) -> bool:
     return node.target is operator.getitem or name_of(node) in _VIEWS
+
+
+def source_of(node: Node) -> Node:
+    """What a view is of."""
+    while node.op == "call_function" and is_view(node) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def is_compiled(node: Node) -> bool:
@@ -51,26 +61,35 @@ def int_hint(size: Any) -> int:
     return size.node.hint if isinstance(size, SymInt) else size
 
 
-def flops_of(node: Node) -> float:
-    """Operations of a product; 0 of anything else, and of attention, whose formula refuses shared keys."""
+def symbol_hint(symbol: Symbol, size: SymInt) -> int:
+    """The number that tracing saw for ``symbol``, which ``size`` has."""
+    return int(size.node.shape_env.backed_var_to_val[symbol])
+
+
+def flops_of(node: Node, amount: Callable[[Any], int] = int_hint) -> float:
+    """Operations of a product; 0 of anything else, and of attention, whose formula refuses shared keys.
+
+    Args:
+        amount: a number of operations, which may be symbolic, as one that is not.
+    """
     name = name_of(node)
     if name == "linear_cross_entropy":
-        return _head_flops(node)
+        return _head_flops(node, amount)
     if name == "add_product_":
         _, left, right = (n.meta["val"] for n in node.all_input_nodes)
-        return 2.0 * int_hint(left.numel()) * int_hint(right.shape[1])
+        return 2.0 * amount(left.numel() * right.shape[1])
     formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
     if formula is None or is_attention(node):
         return 0.0
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    return float(int_hint(formula(*args, **kwargs, out_val=node.meta["val"])))
+    return float(amount(formula(*args, **kwargs, out_val=node.meta["val"])))
 
 
-def _head_flops(node: Node) -> float:
+def _head_flops(node: Node, amount: Callable[[Any], int]) -> float:
     """The head's product, and one more for each gradient, which its forward makes."""
     x, weight = (n.meta["val"] for n in node.all_input_nodes[:2])
     gradients = sum(bool(argument_of(node, name)) for name in ("needs_x", "needs_weight"))
-    return 2.0 * int_hint(x.numel()) * int_hint(weight.shape[0]) * (1 + gradients)
+    return 2.0 * amount(x.numel() * weight.shape[0]) * (1 + gradients)
 
 
 def share_seen(node: Node, keys: float) -> float:

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from rewriter.canonical import value_of
 from rewriter.memory.budgets import Budgets, budgets, device_of, free_bytes
 from rewriter.memory.costs import value_bytes
+from rewriter.memory.growth import Growth
 from rewriter.memory.lengths import counts_pairs, growth_of, hold_to
 from rewriter.memory.operations import int_hint
 from rewriter.memory.plan import roomy_bytes
@@ -72,9 +73,9 @@ class Need:
             program: what needs them; which share of them is of pairs is as in what its forward makes.
             counted: how many times the tokens at hand ``beside`` is of, all taken to grow with them.
         """
-        room = (self.usable - self.static) * counted / max(self.beside, 1)
         pairs = _share_of_pairs(program)
         alone = 1 - pairs
+        room = (self.usable - self.static) * counted * (alone + pairs * counted) / max(self.beside, 1)
         return max(2 * room / (alone + sqrt(alone * alone + 4 * pairs * max(room, 0))), 1.0)
 
 
@@ -96,7 +97,8 @@ def fits_unplanned(
         return True
     given = budgets(program, None, host_budget, device)
     growth = growth_of(program, max_tokens)
-    need = Need(given.static, int(most_bytes(program) * growth.tokens), roomy_bytes(given.device))
+    beside = int(most_bytes(program) * _times(program, growth))
+    need = Need(given.static, beside, roomy_bytes(given.device))
     if not need.fits:
         need = _planners(program, replace(given, growth=growth), device)
     size = f"{size_text(need.static + need.beside)} of the {size_text(need.usable)} that may be filled"
@@ -139,7 +141,7 @@ def cannot_keep_all(program: Program, example_inputs: Sequence[Any], given: Budg
     begin with their own norms.
     """
     made = {region: made_bytes(region.module) for region in program.regions}
-    total = sum(made[call.region] for call in program.calls) * given.growth.tokens
+    total = sum(made[call.region] for call in program.calls) * _times(program, given.growth)
     return _is_trained(example_inputs) and total > _MUCH * max(given.device - given.static, 0)
 
 
@@ -156,17 +158,27 @@ def most_bytes(program: Program) -> int:
     return kept * 3 // 2 + 2 * max(inside.values()) + cast + largest + _INSIDE_KERNELS
 
 
+def _times(program: Program, growth: Growth) -> float:
+    """How many times as much as at hand a batch of that ``growth`` takes, if all that a step takes grows."""
+    return growth.tokens * (1 + _share_of_pairs(program) * (growth.length - 1))
+
+
 def _share_of_pairs(program: Program) -> float:
     pairs = counts_pairs(program)
-    made = {r: (made_bytes(r.module), made_bytes(r.module, pairs)) for r in program.regions}
+    made = {r: (made_bytes(r.module), made_bytes(r.module, counts=pairs)) for r in program.regions}
     whole, of_pairs = (sum(made[call.region][i] for call in program.calls) for i in (0, 1))
     return of_pairs / max(whole, 1)
 
 
-def made_bytes(module: GraphModule, counts: Callable[[Tensor], bool] = lambda _: True) -> int:
+def made_bytes(
+    module: GraphModule,
+    amount: Callable[[Any], int] = int_hint,
+    counts: Callable[[Tensor], bool] = lambda _: True,
+) -> int:
     """Bytes of the memory that a graph's own operations make, each once: views add nothing.
 
     Args:
+        amount: a number of bytes, which may be symbolic, as one that is not.
         counts: which values are asked for.
     """
     taken = {_storage(value_of(n)) for n in module.graph.find_nodes(op="placeholder")}
@@ -177,7 +189,7 @@ def made_bytes(module: GraphModule, counts: Callable[[Tensor], bool] = lambda _:
         for value in tree_leaves(value_of(node)):
             if isinstance(value, Tensor) and (key := _storage(value)) not in taken:
                 taken.add(key)
-                total += int_hint(value.untyped_storage().nbytes()) if counts(value) else 0
+                total += amount(value.untyped_storage().nbytes()) if counts(value) else 0
     return total
 
 

@@ -5,12 +5,13 @@ reads what that saved: the results of its products, from which the rest is compu
 once, and saves what its backward reads; where the two cannot be parted, it computes again too.
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
+from sympy import Symbol
 from torch import SymInt, Tensor
 from torch._guards import TracingContext, tracing
 from torch.fx import GraphModule
@@ -163,6 +164,7 @@ def stage_graphs(
     *,
     saving: bool = False,
     silent: Container[str] = (),
+    rows: Set[Symbol] = frozenset(),
 ) -> StageGraphs:
     """Trace ``stage``.
 
@@ -171,14 +173,15 @@ def stage_graphs(
         needs: of each, whether its gradient is wanted.
         saving: a row-wise stage saves the results of its products, too.
         silent: names of results that get no gradient, though they could have one.
+        rows: of the symbols of ``inputs``, those that count sequences.
 
     Raises:
         Unstaged: it draws random numbers, and its backward would draw others.
     """
-    fakes = StageFakes(longest_tile)
+    fakes = StageFakes(longest_tile, rows)
     module = stage.module
     with tracing(TracingContext(fakes.mode)), torch.no_grad():
-        values = [fakes.like(x, rows) for x, rows in zip(inputs, stage.rows_in, strict=True)]
+        values = [fakes.like(x, dim) for x, dim in zip(inputs, stage.rows_in, strict=True)]
         with fakes.mode:
             signature = signature_of(module, values, needs)
             flags = zip(stage.outputs, signature.differentiable, strict=True)
@@ -188,7 +191,7 @@ def stage_graphs(
             graphs = _traced(module, signature, saving or not stage.row_wise)
     made = StageGraphs(stage, fakes, signature, *graphs)
     if saving and stage.row_wise and not (made.saves_tiles and made.draws_again):
-        return stage_graphs(stage, inputs, needs, longest_tile, silent=silent)
+        return stage_graphs(stage, inputs, needs, longest_tile, silent=silent, rows=rows)
     if not made.draws_again:
         raise Unstaged("its backward would draw other random numbers than its forward")
     return made

@@ -14,9 +14,11 @@ from rewriter.memory.budgets import Budgets, budgets, device_of
 from rewriter.memory.choices import Link
 from rewriter.memory.lengths import (
     growth_of,
+    has_pairs,
     hold_to,
     length_at_hand,
     length_of,
+    lengthened,
     reach_of,
     tokens_at_hand,
     tokens_of,
@@ -172,6 +174,8 @@ class _Asked:
             now,
             chosen,
             functools.partial(self._within, chosen),
+            lengthened(program),
+            has_pairs(program),
         )
 
     def _within(self, choose: Callable[[Budgets], PlannedProgram], given: Budgets) -> PlannedProgram:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
+from sympy import Symbol
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
@@ -17,6 +18,7 @@ from rewriter.memory.in_host import InHost, in_host_of
 from rewriter.memory.in_place import Inseparable
 from rewriter.memory.kept import KeptCost, forward_cost, kept_graphs, least_choice
 from rewriter.memory.layer_graphs import LayerGraphs, layer_graphs
+from rewriter.memory.lengths import rows_of
 from rewriter.memory.plan import Choice
 from rewriter.memory.stage_graphs import Unstaged
 from rewriter.memory.weights_ahead import BUFFERS, buffer_bytes
@@ -62,6 +64,7 @@ class Ways:
 
     def __init__(self, program: Program, machine: Link, in_host: Set[Node] = frozenset(), reach: float = 1.0):
         self._program, self._machine, self._reach = program, machine, reach
+        self._rows = rows_of(program)
         self._weights = {region: in_host_of(program, region, in_host) for region in program.regions}
         self._refused: set[LayerGraphs] = set()
         self.notes: list[str] = []
@@ -84,7 +87,7 @@ class Ways:
         """
         kept, layers = self.kept(growth), self._layers
         room, cost = self._room_for_weights(), cost_on(self._machine, growth)
-        windows = _windows(layers, growth.tokens)
+        windows = _windows(layers, growth)
         asides = dict.fromkeys([Aside(), Aside(0, room), *(Aside(window, room) for window in windows)])
         found = {aside: {region: list(ways) for region, ways in kept.items()} for aside in asides}
         for region, graphs in layers.items():
@@ -111,14 +114,14 @@ class Ways:
 
     @cached_property
     def _kept(self) -> dict[Region, KeptCost]:
-        return {region: _kept_cost(self._program, region) for region in self._program.regions}
+        return {region: _kept_cost(self._program, region, self._rows) for region in self._program.regions}
 
     @cached_property
     def _layers(self) -> dict[Region, list[LayerGraphs]]:
         """Of each region that may run in stages, two forms of these."""
         found = {}
         for region in _repeated_or_inner(self._program):
-            cut = functools.partial(_cut, self._program, region, self._reach)
+            cut = functools.partial(_cut, self._program, region, self._reach, self._rows)
             if (graphs := _or_noted(self.notes, region, cut)) is not None:
                 found[region] = graphs
         return found
@@ -143,20 +146,20 @@ def _waiting(choice: Choice, weights: InHost, machine: Link) -> Choice:
     )
 
 
-def _kept_cost(program: Program, region: Region) -> KeptCost:
+def _kept_cost(program: Program, region: Region, rows: Set[Symbol]) -> KeptCost:
     """By the region's forward and backward; where they cannot be traced, by as much as can be."""
     shared = _shared(program, region)
     try:
-        return kept_graphs(region, shared).choice
+        return kept_graphs(region, shared, rows).choice
     except Inseparable as reason:
         log.info("%s is foreseen from its forward: %s", region.name, reason)
     except Exception as error:
         log.warning("%s is foreseen from sizes alone: %s", region.name, error, exc_info=True)
     try:
-        return forward_cost(region)
+        return forward_cost(region, rows)
     except Exception as error:
         log.warning("%s cannot be traced: %s", region.name, error, exc_info=True)
-        return functools.partial(least_choice, region)
+        return functools.partial(least_choice, region, rows)
 
 
 def _staged_ways(
@@ -200,12 +203,12 @@ def _or_noted(notes: list[str], region: Region, make: Callable[[], _Made]) -> _M
     return None
 
 
-def _cut(program: Program, region: Region, reach: float) -> list[LayerGraphs]:
+def _cut(program: Program, region: Region, reach: float, rows: Set[Symbol]) -> list[LayerGraphs]:
     shared = _shared(program, region)
-    return [layer_graphs(region, shared, saving=saving, reach=reach) for saving in (False, True)]
+    return [layer_graphs(region, shared, saving=saving, reach=reach, rows=rows) for saving in (False, True)]
 
 
-def _windows(layers: Mapping[Region, Sequence[LayerGraphs]], growth: float) -> list[int]:
+def _windows(layers: Mapping[Region, Sequence[LayerGraphs]], growth: Growth) -> list[int]:
     """Device bytes for copies under way: half of the most that one layer saves in tiles, and all of it.
 
     It is made in half of the layer's forward, and takes about all of it to leave. With room for all of it, it

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
+from rewriter.canonical import value_of
+
 
 @dataclass(frozen=True, eq=False)
 class Region:
@@ -25,6 +27,12 @@ class Region:
     name: str
     module: GraphModule
     inputs: tuple[Any, ...]
+
+    @property
+    def symbolic_inputs(self) -> list[Any]:
+        """``inputs`` with symbols for the sizes that vary: the graph's own inputs are there with numbers."""
+        values = map(value_of, self.module.graph.find_nodes(op="placeholder"))
+        return [given if value is None else value for value, given in zip(values, self.inputs, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)

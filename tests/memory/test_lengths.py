@@ -1,5 +1,6 @@
 """Batches that vary: one plan serves those up to its length, longer ones are planned anew, in place."""
 
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -11,8 +12,10 @@ import rewriter
 from rewriter import lower
 from rewriter.lower_planned import PlanLowering
 from rewriter.memory.budgets import Budgets
+from rewriter.memory.lengths import growth_of
 from rewriter.memory.longer import Longer, PlannedByLength
 from rewriter.memory.plan import Infeasible
+from tests.regions.outlined import outlined
 
 WIDTH = 16
 
@@ -199,6 +202,17 @@ def test_a_plan_holds_for_an_eighth_more_where_that_fits_and_is_within_reach(tok
     assert plans == pytest.approx(asked)
 
 
+@pytest.mark.parametrize(
+    ("rows", "fixed", "length"),
+    [(2, (), 4.0), (2, (1,), 1.0), pytest.param(6, (), 2.0, id="one symbol for both")],
+)
+def test_more_tokens_that_are_said_are_longer_sequences_where_their_length_varies(rows, fixed, length):
+    x = torch.randn(rows, 6, 8)
+    torch._dynamo.mark_static(x, fixed)
+    program = outlined(_chain(), x, dynamic=True).program
+    assert program is not None and growth_of(program, 4 * rows * 6) == (4.0, length)
+
+
 def test_more_sequences_of_a_length_are_planned_for_as_such():
     asked = []
     unasked: Any = pytest.fail
@@ -207,6 +221,10 @@ def test_more_sequences_of_a_length_are_planned_for_as_such():
     for rows_and_length in ((8, 50), (2, 200), (1, 800)):
         longer.planned_for(rows_and_length, 100)
     assert asked == [(4, 1), (4, 4), (8, 16)]
+    fixed = replace(longer, lengthened=lambda _: 1.0)
+    # An eighth more of sequences of one length is an eighth more of them.
+    fixed.planned_for((17, 50), 800)
+    assert asked[3:] == [(9, 1)]
 
 
 def test_the_most_that_is_said_is_within_the_first_plan():
@@ -215,6 +233,22 @@ def test_the_most_that_is_said_is_within_the_first_plan():
     longer = Longer(len, len, 322, 322, 4096 / 322, 100.0, unasked, unasked, unasked)
     run = PlannedByLength(longer, lambda *inputs: len(inputs), unasked, unasked)
     assert run(*range(4096)) == 4096
+
+
+@dataclass
+class Planned:
+    notes: tuple[str, ...] = ()
+
+
+@pytest.mark.parametrize(("pairs", "fewer"), [(False, "first"), (True, "anew")])
+def test_a_plan_serves_longer_sequences_of_fewer_tokens_unless_pairs_of_tokens_are_held(pairs, fewer):
+    chosen: Any = lambda given: Planned()  # noqa: E731
+    anew: Any = lambda planned: (lambda *_: "anew", planned)  # noqa: E731
+    longer = Longer(
+        prod, max, 100, 50, 1.0, 4.0, lambda _: Budgets(0, 0, 0), chosen, pytest.fail, pairs=pairs
+    )
+    run = PlannedByLength(longer, lambda *_: "first", anew, lambda _: None)
+    assert [run(*batch) for batch in ((2, 50), (1, 80), (1, 80), (4, 20))] == ["first", fewer, fewer, "first"]
 
 
 def test_one_plan_serves_all_lengths_up_to_the_most_that_is_said():
