@@ -125,11 +125,12 @@ def rewrite_graph(module: GraphModule, options: Options, record: GraphRecord) ->
 
 def record_plan(plan: "PlannedProgram", record: GraphRecord) -> MemoryRecord:
     """Write down what runs how; of a plan that is made later, in the place of the one before."""
+    from rewriter.memory.in_host import HEAD_COMES
     from rewriter.memory.longer import PLANNED_ANEW
     from rewriter.memory.steps import steps_of
     from rewriter.memory.under_budget import memory_record
 
-    notes = [note for note in record.notes if not note.startswith(PLANNED_ANEW)]
+    notes = [note for note in record.notes if not note.startswith((PLANNED_ANEW, HEAD_COMES))]
     record.notes[:] = dict.fromkeys((*notes, *plan.notes))
     record.memory = memory_record(plan.plan)
     steps = {region: steps_of(staged.way) for region, staged in plan.staged.items()}

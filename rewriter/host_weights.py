@@ -61,11 +61,11 @@ class HostedWeight:
 
     def bring_back(self) -> None:
         """The weight is a parameter of its modules again, on the device that it was on."""
-        weight = vars(self.modules[0])[_NAME]
-        if not weight.is_meta:
-            weight.data = weight.data.to(self.device)
         for module in self.modules:
-            _register(module, vars(module).pop(_NAME))
+            weight = vars(module).pop(_NAME)
+            if not weight.is_meta:
+                weight.data = weight.data.to(self.device)
+            _register(module, weight)
             module.__class__ = type(module)._own_class  # type: ignore[attr-defined]
         if self.unlocking is not None:
             self.unlocking.detach()
@@ -76,6 +76,13 @@ class _Hosted:
 
     _own_class: type[nn.Module]
     _reading: "type[_Hosted]"
+
+    def __setattr__(self: Any, name: str, value: Any) -> None:
+        # As where weights are tied again.
+        if name == _NAME and _NAME not in self._parameters:
+            vars(self)[_NAME] = value
+        else:
+            super().__setattr__(name, value)
 
     def _save_to_state_dict(self: Any, *args: Any, **kwargs: Any) -> None:
         with _registered(self):

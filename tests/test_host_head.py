@@ -4,6 +4,8 @@
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false
 
 import weakref
+from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from torch import nn
 
 import rewriter
+from rewriter import backend
 from rewriter.huggingface import prepare, restore
 from rewriter.kernels import host_weight
 from rewriter.memory import head_ahead
@@ -104,6 +107,14 @@ def test_under_a_plan_the_copy_begins_a_layer_ahead_and_the_numbers_are_the_same
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+def test_a_report_says_how_the_head_comes_under_the_last_plan_alone():
+    record: Any = SimpleNamespace(notes=["head: it waits", "one graph"])
+    plan: Any = SimpleNamespace(notes=("head: ahead",), staged={}, program=None, plan=None)
+    with patch("rewriter.memory.under_budget.memory_record"), patch.object(backend, "describe"):
+        backend.record_plan(plan, record)
+    assert record.notes == ["one graph", "head: ahead"]
+
+
 @pytest.mark.parametrize("compile", [False, True])
 def test_logits_without_labels_are_the_models_own(compile):
     ids, model = batch()["input_ids"], model_of().eval()
@@ -132,6 +143,21 @@ def test_the_state_dict_is_the_models_own_and_restore_brings_the_weight_back(tie
     after = list(model.named_parameters())
     assert [(n, id(p)) for n, p in after] == [(n, id(p)) for n, p in before]
     assert type(model.get_output_embeddings()) is nn.Linear
+
+
+def test_weights_that_are_tied_or_given_again_stay_there_until_restore():
+    model = model_of(tied=True)
+    model.config.tie_word_embeddings = True
+    state = {name: value + 1 for name, value in model.state_dict().items()}
+    prepare(model, host=BOTH)
+    model.tie_weights()
+    assert not any("embed" in n or "lm_head" in n for n, _ in model.named_parameters())
+    model.load_state_dict(state, assign=True)
+    assert torch.equal(model.get_output_embeddings().weight, state["lm_head.weight"])
+    assert not any("embed" in n or "lm_head" in n for n, _ in model.named_parameters())
+    restore(model)
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 def test_a_head_that_cannot_leave_the_device_is_refused_and_says_why():

@@ -46,11 +46,11 @@ def _is_copied(x: Tensor) -> bool:
 
 
 def _kernel(x: Tensor, weight: Tensor) -> Tensor:
-    coming = COMING.pop(weight.data_ptr(), None)
-    if coming is None or coming[0].device != x.device:
+    address = weight.data_ptr()
+    if address not in COMING or COMING[address][0].device != x.device:
         # From locked memory the host does not wait; one that is not locked is read before this returns.
         return _fake(x, weight).copy_(weight, non_blocking=True)
-    made, wait = coming
+    made, wait = COMING.pop(address)
     wait()
     return made
 

@@ -22,6 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 from rewriter.canonical import value_of
 from rewriter.kernels.host_weight import COMING, host_weight
 from rewriter.memory.costs import value_bytes
+from rewriter.memory.in_host import HEAD_COMES
 from rewriter.memory.made_once import made_once
 from rewriter.memory.plan import MemoryPlan
 from rewriter.memory.streams import InOrder, SideStreams, streams_of
@@ -138,10 +139,13 @@ def with_head_ahead(planned: "PlannedProgram", device: torch.device) -> "Planned
         return planned
     size, before = size_text(head.nbytes), head.place - 1
     if before < 0 or head.nbytes > _room(planned.plan, before):
-        note = f"head: {size} come from host memory before the loss, which waits for them"
+        note = f"{HEAD_COMES} {size} come from host memory before the loss, which waits for them"
         return replace(planned, notes=(*planned.notes, note))
     layer = program.calls[before].region.name
-    note = f"head: {size} come from host memory while the last {layer} runs, and are let go after the loss"
+    note = (
+        f"{HEAD_COMES} {size} come from host memory while the last {layer} runs, "
+        "and are let go after the loss"
+    )
     region = _beginning(program, head.weight)
     call = RegionCall(region, (head.weight,), ())
     program = replace(program, calls=(*program.calls[:before], call, *program.calls[before:]))

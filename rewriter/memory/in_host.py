@@ -13,6 +13,9 @@ from rewriter.memory.costs import value_bytes
 from rewriter.regions.program import Program, Region
 from rewriter.size_text import size_text
 
+# A note on how a head comes begins so, of which a report has the last.
+HEAD_COMES = "head:"
+
 
 @dataclass(frozen=True)
 class InHost:
@@ -64,7 +67,7 @@ def over_the_bus(module: GraphModule, device: torch.device) -> list[str]:
     for node in module.graph.find_nodes(op="call_function", target=host_weight):
         if value_of(node.args[1]).device.type != device.type:
             size = size_text(value_bytes(value_of(node)))
-            lines.append(f"head: {size} come from host memory before the loss, which waits for them")
+            lines.append(f"{HEAD_COMES} {size} come from host memory before the loss, which waits for them")
     size = sum(value_bytes(value_of(n)) for n in _away(module, device))
     if not size:
         return lines

@@ -17,7 +17,7 @@ from rewriter.memory.arena import HostArena
 from rewriter.memory.budgets import Budgets
 from rewriter.memory.choices import Link, StagedChoice
 from rewriter.memory.head_ahead import HeadBegun, with_head_ahead
-from rewriter.memory.in_host import over_the_bus, packed_in_host_memory
+from rewriter.memory.in_host import HEAD_COMES, over_the_bus, packed_in_host_memory
 from rewriter.memory.layer_graphs import LayerGraphs
 from rewriter.memory.made_once import made_once
 from rewriter.memory.plan import Infeasible, MemoryPlan, Part, Problem
@@ -93,7 +93,8 @@ class PlannedProgram:
         self.choosing.ways.refuse(layer)
         found = self.choosing.chosen()
         why = f"{kind} runs in other ways, compiling its stages failed: {type(error).__name__}: {error}"
-        return replace(found, notes=(*self.notes, why, *found.notes), longer=self.longer)
+        notes = (note for note in self.notes if not note.startswith(HEAD_COMES))
+        return replace(found, notes=(*notes, why, *found.notes), longer=self.longer)
 
     def host_memory(self) -> AbstractContextManager:
         """Have what the plan offloads in one piece: grown bit by bit, it would leave a rest in each.

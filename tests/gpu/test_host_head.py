@@ -62,17 +62,16 @@ def test_a_copy_that_was_begun_comes_beside_what_computes_and_is_waited_for():
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["its own weight", "tied"])
-@pytest.mark.parametrize("length", [64, 1024])
-def test_steps_are_the_same_with_the_head_in_host_memory(device, length, tied):
-    # Short ones come back, and are recorded.
-    given, found = [batch(length=length, device=device)] * 6, []
+def test_steps_are_the_same_with_the_head_in_host_memory(device, tied):
+    given, found = [batch(length=64, device=device)] * 3, []
     for host in (("embedding", "head"), ()):
         torch._dynamo.reset()
         model = build("llama", lora=True, dtype=torch.bfloat16, device=device)
         if tied:
             model.get_output_embeddings().weight = model.get_input_embeddings().weight
         prepare(model, host=host)
-        model.compile(backend="rewriter")
+        # Of tensors on two devices nothing is recorded; without the host's, neither.
+        model.compile(backend="rewriter", options={"cuda_graphs": False})
         losses, gradients = steps(model, given)
         with torch.no_grad():
             logits = model(input_ids=given[0]["input_ids"]).logits

@@ -32,6 +32,15 @@ def test_a_copy_that_was_begun_is_waited_for_and_taken_once():
     assert waits == [1] and not COMING
 
 
+def test_a_copy_on_its_way_to_another_device_is_left_to_who_asks_there():
+    given, x = weight(), torch.randn(3, 24, device=device)
+    COMING[given.data_ptr()] = torch.empty(37, 24, device="meta"), lambda: None
+    found = torch.ops.rewriter.host_weight(x, given)
+    torch.testing.assert_close(found.cpu(), given.cpu(), rtol=0, atol=0)
+    assert list(COMING) == [given.data_ptr()]
+    COMING.clear()
+
+
 def test_the_gradient_of_a_product_by_it_is_that_by_the_weight(monkeypatch):
     monkeypatch.setattr(module, "_is_copied", lambda x: True)
     given = weight(torch.float32)
