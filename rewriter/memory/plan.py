@@ -231,8 +231,11 @@ class MemoryPlan:
 
     @property
     def limit(self) -> int:
-        """Device bytes to which copies that begin early, or end late, may fill any moment."""
-        return self.problem.roomy if self.leaves_room else self.problem.device_budget
+        """Device bytes to which copies that begin early, or end late, may fill a moment that takes less.
+
+        The allocator keeps its part of these moments, also where the worst one takes of it.
+        """
+        return self.problem.roomy
 
     @property
     def foreseen_seconds(self) -> float:

@@ -200,7 +200,7 @@ class Choosing:
         transfers = _transfers(self.given, self.device)
         planned = with_head_ahead(PlannedProgram(program, staged, found, notes, transfers, self), self.device)
         fills = found.hosted > 0 or planned.head is not None
-        none = _no_residents(found, found.limit if fills else found.peak, self.device)
+        none = _no_residents(found, max(found.limit, found.peak) if fills else found.peak, self.device)
         return replace(planned, residents=none)
 
 

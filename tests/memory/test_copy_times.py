@@ -2,7 +2,7 @@
 
 import pytest
 
-from rewriter.memory.plan import Choice, MemoryPlan, Part, Problem
+from rewriter.memory.plan import Choice, MemoryPlan, Part, Problem, roomy_bytes
 from rewriter.memory.spare import Spare, spare_of
 from tests.memory.clocked_copies import RATE, Timed, waited
 
@@ -23,8 +23,9 @@ def _spares(layers: list[Timed], window: int, free: list[int]) -> list[Spare]:
         peak = filled - before - room
         choices.append(Choice(f"part {len(choices)}", 0, size, peak, peak, 1.0, 1.0, flight=flight))
     parts = tuple(Part(c.name, c.name, (c,)) for c in choices)
-    # Nothing is left to the allocator, so that all of the budget counts.
-    problem = Problem(parts, 0, filled + window, 1 << 20, window=window)
+    least = filled + window
+    budget = next(b for b in range(least, 2 * least) if roomy_bytes(b) >= least)
+    problem = Problem(parts, 0, budget, 1 << 20, window=window)
     return spare_of(MemoryPlan(problem, tuple(choices)), [True] * len(layers) + [False], window)
 
 

@@ -92,9 +92,10 @@ def test_layers_without_gradients_announce_nothing_since_they_send_nothing():
     assert [spare.out for spare in found] == [50]
 
 
-def test_a_window_is_what_is_spare_where_a_part_fills_the_budget():
-    found = _spares(_plan([90, 97], [97, 90]), [True, True])
-    assert [(s.out, s.back) for s in found] == [(17, 10), (10, 17)]
+def test_a_window_is_what_is_spare_where_a_part_takes_of_what_is_left_to_the_allocator():
+    # Of 107 the allocator's part is 7; 97 and the window fill all.
+    found = _spares(_plan([88, 97], [97, 88]), [True, True])
+    assert [(s.out, s.back) for s in found] == [(12, 10), (10, 12)]
 
 
 def test_a_group_holds_and_fetches_what_is_spare():
