@@ -129,7 +129,7 @@ def arena(monkeypatch):
 
 def _held():
     gc.collect()
-    return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
+    return [o for o in gc.get_objects() if issubclass(type(o), Tensor)]
 
 
 def test_steps_of_many_lengths_train_the_same_and_leave_nothing_behind(arena):
@@ -144,7 +144,10 @@ def test_steps_of_many_lengths_train_the_same_and_leave_nothing_behind(arena):
     theirs = _gradients(_chain(_scores_written_out, torch.float64), lengths)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
     del ours, theirs
+    model.zero_grad()
+    # What other tests left stays as long as it is listed here.
     held, slabs = _held(), arena.capacity
     _gradients(model, [draw.randint(2, 48) for _ in range(20)])
-    assert _held() == held
+    model.zero_grad()
+    assert len(_held()) == len(held)
     assert arena.capacity == slabs > 0 and arena.in_use == 0
