@@ -133,11 +133,8 @@ def step(*, opaque: bool, checkpointing: bool = False, layers: int = 1, **option
     return Step(loss.item(), rewrites, graph.notes, gradients)
 
 
-@pytest.mark.parametrize(
-    "settings", [{"checkpointing": True}, {"passes": []}], ids=["checkpoints", "no pass"]
-)
-def test_a_model_of_opaque_layers_trains_as_one_of_plain_layers(settings):
-    ours, theirs = (step(opaque=opaque, **settings) for opaque in (True, False))
+def test_a_model_of_opaque_layers_trains_as_one_of_plain_layers():
+    ours, theirs = (step(opaque=opaque, checkpointing=True) for opaque in (True, False))
     assert (ours.loss, ours.rewrites) == (theirs.loss, theirs.rewrites)
     assert len(ours.gradients) == len(theirs.gradients) == 2 * 7
     assert all(torch.equal(a, b) for a, b in zip(ours.gradients, theirs.gradients, strict=True))

@@ -20,7 +20,7 @@ KINDS = {
     "nf4": {"dtype": torch.bfloat16, "lora": True, "nf4": True, "double_quant": True},
 }
 # One of each: packed projections, a sandwich of norms, parallel blocks, experts.
-QUANTISED = ("phi3", "gemma3", "gpt_neox", "mixtral")
+QUANTISED = ("phi3", "gpt_neox", "mixtral")
 # With adapters all run; and on a GPU.
 BARE = ("llama", "cohere", "gpt_oss")
 # All their structures are other families' too. They train once: in 16 bit, all weights beside the adapters.
@@ -56,11 +56,9 @@ def test_4_bit_weights_train_as_eager_does(name):
     trains_as_eager_does(build(name, **KINDS["nf4"], all_experts=True))
 
 
-# Two layers are three regions; one is one graph, of which C++ compiles in half the time.
-@pytest.mark.parametrize(("kind", "layers"), [("fp32", 2), ("nf4", 1)])
-def test_llama_through_inductor_trains_as_eager_does(kind, layers):
-    outcome = parity(build("llama", layers=layers, **KINDS[kind]), BATCHES, {"backend": "rewriter"})
-    outcome.check()
+def test_llama_through_inductor_trains_as_eager_does():
+    # One layer is one graph, of which C++ compiles in half the time.
+    parity(build("llama", layers=1, **KINDS["nf4"]), BATCHES, {"backend": "rewriter"}).check()
 
 
 def test_dropout_draws_eagers_masks_and_gives_eagers_gradients():

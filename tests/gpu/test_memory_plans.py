@@ -1,6 +1,7 @@
 """Memory plans on a GPU: gradients, the memory that was foreseen, copies, failures, lengths that vary."""
 
 import functools
+import gc
 import os
 import random
 from contextlib import suppress
@@ -33,6 +34,13 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 NEAR = 1e-2
 # What the driver takes of a card, and no allocator has.
 CONTEXT = int(0.6 * 2**30)
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays():
+    """Weights that an earlier test's program has dequantised would be room for a plan of this one."""
+    torch._dynamo.reset()
+    gc.collect()
 
 
 @pytest.fixture

@@ -31,7 +31,8 @@ def current():
 
 
 def tensors(*devices: str) -> list[torch.Tensor]:
-    with FakeTensorMode():
+    # Where there is a GPU, a fake tensor begins its context; there may be no second one.
+    with FakeTensorMode(), patch.object(torch.cuda, "is_available", return_value=False):
         return [torch.empty(2, device=device) for device in devices]
 
 
