@@ -16,6 +16,8 @@ from tests.families import batch, build
 from tests.gpu.test_host_embedding import locked
 from tests.memory.budgeted import steps
 from tests.memory.on_device import (
+    CONTEXT,
+    NEAR,
     MiB,
     Sizes,
     compiled,
@@ -28,9 +30,6 @@ from tests.memory.on_device import (
 )
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-# As in test_memory_plans.py.
-NEAR = 1e-2
-CONTEXT = int(0.6 * 2**30)
 
 
 def test_a_weight_is_copied_from_locked_memory_when_it_is_asked_for():

@@ -16,6 +16,8 @@ from rewriter.memory.transfer import Transfers
 from tests.memory.budgeted import ending
 from tests.memory.kinds import KINDS, only
 from tests.memory.on_device import (
+    CONTEXT,
+    NEAR,
     MiB,
     Sizes,
     compiled,
@@ -29,11 +31,6 @@ from tests.memory.on_device import (
 )
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-# Of bf16 products that are summed in another order: four times what was seen on a CPU.
-NEAR = 1e-2
-# What the driver takes of a card, and no allocator has.
-CONTEXT = int(0.6 * 2**30)
 
 
 @pytest.fixture(autouse=True)

@@ -24,15 +24,23 @@ from rewriter.memory.budgets import card_bytes
 from rewriter.memory.host_share import host_share
 from rewriter.memory.planned import transfers_of
 from rewriter.report import MemoryRecord
-from tests.memory.on_device import Outcome, Sizes, compiled, free_bus, plan, small_llama, step, tokens
+from tests.memory.on_device import (
+    CONTEXT,
+    Outcome,
+    Sizes,
+    compiled,
+    free_bus,
+    plan,
+    small_llama,
+    step,
+    tokens,
+)
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 LENGTH = 16384
 # Of what activations take where everything is kept.
 SHARE = 0.5
-# What the driver takes of a card, and no allocator has.
-CONTEXT = int(0.6 * 2**30)
 # NVLink's multicast needs rights that a container may lack.
 ENVIRONMENT = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "NCCL_NVLS_ENABLE": "0"}
 
