@@ -89,7 +89,8 @@ def free_bytes(device: torch.device) -> int | None:
         return None
     free, total = torch.cuda.mem_get_info(device)
     room = free - _KERNELS + torch.cuda.memory_reserved(device)
-    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device))
+    # By its index: torch 2.11 takes no device without one here.
+    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device.index))
     return max(int(min(room, allowed) * (1 - _PIECES)) - _WORKSPACES, 0)
 
 
