@@ -23,7 +23,7 @@ def coming(groups: Sequence[Group], running: Group, wanted: Copy | None) -> tupl
         most = min(most, ahead + group.spare.until(before))
         own, before, placed = ahead + group.spare.back, group.spare, group.places_wholes
         for copy in group.copies:
-            if copy is wanted or copy.given >= copy.uses:
+            if copy is wanted:
                 continue
             nbytes = copy.layout.nbytes
             if placed and not copy.tile:

@@ -24,13 +24,13 @@ class Group:
         whole: bytes of those that were not sent in tiles.
     """
 
-    def __init__(self, transfers: "Transfers", number: int, forward: int, window: int | None, spare: Spare):
+    def __init__(self, transfers: "Transfers", number: int, forward: int, window: int, spare: Spare):
         self._transfers = weakref.ref(transfers)
         self.number, self.forward, self.window, self.spare = number, forward, window, spare
         self._outer: Group | None = None
         self.copies: list[Copy] = []
         self.whole = 0
-        self.closed = self.returning = False
+        self.closed = False
 
     def __enter__(self) -> "Group":
         transfers = self._transfers()
@@ -45,7 +45,7 @@ class Group:
         self.close()
 
     def close(self) -> None:
-        """The group is complete: the ``depth``-th complete one before it is given up."""
+        """The group is complete: no more than is spare for it is held on its way out from now on."""
         transfers = self._transfers()
         if transfers is not None and not self.closed:
             self.closed = True
@@ -61,7 +61,7 @@ class Group:
     @property
     def places_wholes(self) -> bool:
         """Whether the backward counts from its beginning what was sent whole: it exceeds the window."""
-        return self.window is not None and self.whole > self.window
+        return self.whole > self.window
 
     def will_need(self, tickets: Sequence[Ticket]) -> None:
         """Say in which order the backward asks for them."""

@@ -80,7 +80,7 @@ class ScheduledLayer:
     transfers: Callable[[], Transfers]
     owns_gradient: bool
     in_tiles: frozenset[str] = frozenset()
-    window: int | None = None
+    window: int = 0
     ahead: tuple[str, ...] = ()
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
@@ -123,9 +123,11 @@ class ScheduledLayer:
     ) -> dict[str, Tensor | None]:
         """Gradients of the layer's inputs by name; ``here``, ``tickets`` and ``gradients`` are used up."""
         given = set(gradients)
-        transfers.begin_backward(group)
+        # One bus brings all, in the order of need: the weights of the layer below stand between.
+        transfers.begin_own(group)
         lent = _sharing(gradients) if self.owns_gradient else given
         with self._weights(here, backward=True):
+            transfers.begin_backward(group)
             for step in self.schedule.backward:
                 if step.kind == "run":
                     self.stages.run(step.stage, here, self.tile)

@@ -11,8 +11,7 @@ from rewriter.memory.tickets import Copy
 class Leaving:
     """What is held is bounded by windows: the oldest goes first, by ``give_up``, which orders the wait.
 
-    A group without a window bounds nothing. One that was announced (``expect``) has what its layer leaves
-    free, too.
+    A group that was announced (``expect``) has what its layer leaves free, too.
 
     Attributes:
         forwards: how many were announced.
@@ -31,14 +30,12 @@ class Leaving:
         return sum(copy.layout.nbytes for copy in self._copies if copy.source is not None)
 
     def expect(self, spares: Iterable[Spare]) -> None:
-        """A forward begins: say what is spare for its groups that have a window, in order."""
+        """A forward begins: say what is spare for its groups, in order."""
         self._spares = deque(spares)
         self.forwards += 1
 
-    def spare(self, window: int | None) -> Spare:
+    def spare(self, window: int) -> Spare:
         """What is spare for a group that begins; there may have been more before."""
-        if window is None:
-            return Spare()
         spare = self._spares.popleft() if self._spares else Spare(window, window, window)
         self.hold_at_most(spare.out)
         return spare

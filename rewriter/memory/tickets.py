@@ -20,7 +20,6 @@ class Copy:
         device: the tensor on the device again, until it is handed out.
         left, arrived: the events after the copies out and back.
         uses: how often it will be reloaded yet; 0 once it is over.
-        given: how often the current backward has had it while it is kept.
         written: whether somebody wrote to the source after it was offloaded.
         epoch: how many resets came before it.
         tile: whether it is a part of something that is never on the device as a whole.
@@ -37,7 +36,6 @@ class Copy:
     left: Any = None
     arrived: Any = None
     uses: int = 1
-    given: int = 0
     written: bool = False
 
     def take_source(self) -> torch.Tensor:

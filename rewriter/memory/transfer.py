@@ -10,20 +10,19 @@ computing stream:
 
 - an offload begins once the computing stream has made the tensor;
 - the tensor's memory is given up only after the computing stream has been told to wait for the copy, so that
-  whatever computes in that memory next comes later. A group's tensors are given up when the ``depth``-th
-  group after it is complete: its copies had that long to run beside the computation, and no more than
-  ``depth`` groups ever wait. ``record_stream`` would instead hold memory until the host happens to see the
-  copy done: with the host far ahead, for ever;
-- the first reload of a group starts those of the group before it, which the backward comes to next. Their
-  memory is the computing stream's, so each copy waits for what was computed in it before;
-- a group with a ``window`` bounds both by bytes: of what is on its way out the oldest is given up first; and
-  as a layer's backward begins (``begin_backward``), and at each reload, what comes next is started, of
-  whichever group of that forward. Where a plan leaves more free, it says so (``expect``);
+  whatever computes in that memory next comes later. ``record_stream`` would instead hold memory until the
+  host happens to see the copy done: with the host far ahead, for ever;
+- a group's ``window`` bounds by bytes what is on its way out: the oldest is given up first. So its copies
+  have as long to run beside the computation as the window lasts;
+- as a layer's backward begins (``begin_own``, ``begin_backward``), and at each reload, what comes next is
+  started, of whichever group of that forward, within the window too. Its memory is the computing stream's,
+  so each copy waits for what was computed in it before. Where a plan leaves more free than a window, it says
+  so (``expect``);
 - a host block is freed after the computing stream has been told to wait for the copy from it; the next
   offload into it waits for the computing stream.
 
-What has not been given up when it is reloaded needs no copy back: that is the last group of a forward. The
-copies themselves are made in ``copier.py``.
+What has not been given up when it is reloaded needs no copy back. The copies themselves are made in
+``copier.py``.
 
 The source must not be written between its offload and its reload. One ``Transfers`` serves one model, one
 thread at a time. Refuses tensors that are sparse or lazily conjugated or negated, and tickets used twice.
@@ -32,7 +31,7 @@ thread at a time. Refuses tensors that are sparse or lazily conjugated or negate
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -54,23 +53,20 @@ class Transfers:
     Args:
         arena: where offloaded tensors wait.
         device: the one that computes. Without streams, as the CPU, every copy is made at once.
-        depth: how many complete groups may be in device memory and in flight. 0: none, the computation waits
-            for each group's copies; 1: they run beside the next group's computation.
         poison: fill memory with NaN as soon as others may use it, to show a wait that is missing. Slow.
 
     Attributes:
         weights: of layers, from host memory, on the same streams.
     """
 
-    def __init__(self, arena: HostArena, device: torch.device | str, *, depth: int = 1, poison: bool = False):
-        self.arena, self.depth = arena, depth
+    def __init__(self, arena: HostArena, device: torch.device | str, *, poison: bool = False):
+        self.arena = arena
         self.device = with_index(torch.device(device))
         streams = streams_of(self.device)
         self._copier = Copier(arena, self.device, streams, poison=poison)
         self.stats = self._copier.stats
         self.weights = WeightsAhead(self.device, streams, poison)
         self._groups: list[Group] = []
-        self._completed: deque[Group] = deque()
         self._leaving = Leaving(self._copier.give_up)
         self._group: Group | None = None
         self._numbers = itertools.count()
@@ -80,15 +76,15 @@ class Transfers:
         self._epoch = 0
 
     def expect(self, spares: Iterable[Spare]) -> None:
-        """A forward begins: say what is spare for its groups that have a window, in order."""
+        """A forward begins: say what is spare for its groups, in order."""
         self._leaving.expect(spares)
 
-    def group(self, window: int | None = None) -> Group:
+    def group(self, window: int = 0) -> Group:
         """A new group: for ``with``, or for ``offload(tensor, group)`` and then ``group.close()``.
 
         Args:
             window: bytes on their way out that may be held when one of its tensors leaves, and that may be
-                back on the device before they are asked for. None: whole groups are.
+                back on the device before they are asked for.
         """
         return Group(self, next(self._numbers), self._leaving.forwards, window, self._leaving.spare(window))
 
@@ -119,25 +115,22 @@ class Transfers:
         ticket = self._share(tensor, target)
         return self._send(tensor, layout, target, tile) if ticket is None else ticket
 
-    def reload(self, ticket: Ticket, keep: bool = False) -> torch.Tensor:
+    def reload(self, ticket: Ticket) -> torch.Tensor:
         """The tensor of ``ticket``, equal in values, shape and strides; detached.
 
-        With ``keep`` its bytes stay in host memory and the ticket can be reloaded again, as a backward with
-        ``retain_graph=True`` needs. Raises ValueError for a ticket that was reloaded, or dropped by
-        ``reset``; RuntimeError for a tensor written since its offload; torch.OutOfMemoryError where the
-        device has no room, and the ticket is still good then.
+        Raises ValueError for a ticket that was reloaded, or dropped by ``reset``; RuntimeError for a tensor
+        written since its offload; torch.OutOfMemoryError where the device has no room, and the ticket is
+        still good then.
         """
         self._drain()
         copy = ticket._copy
         if not self._is_good(copy):
             raise ValueError(
-                "reload: the ticket was reloaded already, or dropped by reset(); reload it with keep=True "
-                "where the backward runs twice, and run the forward again after reset()."
+                "reload: the ticket was reloaded already, or dropped by reset(); offload the tensor as often "
+                "as it is read, and run the forward again after reset()."
             )
-        if copy.given >= copy.uses:
-            self._begin_again(copy.group)
         self._copier.fetch(copy)
-        self._look_ahead(copy)
+        self._fetch_ahead(copy.group, copy)
         if copy.written:
             raise RuntimeError(
                 f"reload: the tensor of shape {copy.layout.shape} was written in place after its offload; "
@@ -146,15 +139,15 @@ class Transfers:
         self._copier.streams.compute().wait_event(copy.arrived)
         tensor = copy.device
         assert tensor is not None
-        if keep:
-            # The caller may write to what it is given: the next reload is another copy.
-            copy.device = None
-            copy.given += 1
-            return tensor
         copy.uses -= 1
         if not copy.uses:
             self._finish(copy)
         return tensor
+
+    def begin_own(self, group: Group) -> None:
+        """As ``begin_backward``, which comes after, but of what ``group``'s own layer asks for alone."""
+        self._drain()
+        self._try_coming([group], group, None)
 
     def begin_backward(self, group: Group) -> None:
         """The backward of ``group``'s layer begins: what it and those before it ask for is started.
@@ -162,15 +155,7 @@ class Transfers:
         Also where the layer has sent nothing. What is still on its way out has its place among that.
         """
         self._drain()
-        if group.window is not None:
-            self._fetch_ahead(group, None)
-
-    def settle(self) -> None:
-        """Give up the device memory of all complete groups: the computation waits for their copies."""
-        self._drain()
-        self._leaving.hold_at_most(0)
-        while self._completed:
-            self._give_up_all(self._completed.popleft())
+        self._fetch_ahead(group, None)
 
     def reset(self) -> None:
         """Wait for all copies, on the host, and give everything back; for use after an exception in mid-step.
@@ -185,7 +170,6 @@ class Transfers:
                 copy.source = copy.device = copy.block = None
             group.copies = []
         self._groups.clear()
-        self._completed.clear()
         self._leaving.clear()
         self._abandoned.clear()
         self._tickets.clear()
@@ -222,30 +206,14 @@ class Transfers:
 
     def _complete(self, group: Group) -> None:
         self._drain()
-        if group.window is not None:
-            self._leaving.hold_at_most(group.spare.left)
-            return
-        self._completed.append(group)
-        while len(self._completed) > self.depth:
-            self._give_up_all(self._completed.popleft())
-
-    def _give_up_all(self, group: Group) -> None:
-        for copy in group.copies:
-            if copy.source is not None:
-                self._copier.give_up(copy)
-
-    def _look_ahead(self, wanted: Copy) -> None:
-        group = wanted.group
-        if group.window is not None:
-            self._fetch_ahead(group, wanted)
-        elif not group.returning:
-            group.returning = True
-            place = self._groups.index(group)
-            self._try([*group.copies, *(self._groups[place - 1].copies if place else ())])
+        self._leaving.hold_at_most(group.spare.left)
 
     def _fetch_ahead(self, running: Group, wanted: Copy | None) -> None:
         """Begin what comes next while the layer of ``running`` runs, within what is spare there."""
-        due, room = coming([group for group in self._groups if group.precedes(running)], running, wanted)
+        self._try_coming([group for group in self._groups if group.precedes(running)], running, wanted)
+
+    def _try_coming(self, groups: Sequence[Group], running: Group, wanted: Copy | None) -> None:
+        due, room = coming(groups, running, wanted)
         self._try(self._leaving.making_room(due, room))
 
     def _try(self, copies: Iterable[Copy]) -> None:
@@ -255,11 +223,6 @@ class Transfers:
         except torch.OutOfMemoryError:
             # The step can still succeed: this copy then begins at its use.
             self.stats.prefetches_skipped += 1
-
-    def _begin_again(self, group: Group) -> None:
-        group.returning = False
-        for copy in group.copies:
-            copy.given = 0
 
     def _finish(self, copy: Copy) -> None:
         copy.uses = 0
@@ -272,8 +235,6 @@ class Transfers:
     def _forget_empty(self, group: Group) -> None:
         if not group.copies and group in self._groups:
             self._groups.remove(group)
-            if group in self._completed:
-                self._completed.remove(group)
 
     def _drain(self) -> None:
         """Give back what nobody holds a ticket of: a forward had no backward, or one that failed."""
@@ -290,7 +251,6 @@ class Transfers:
         if self.arena.in_use:
             self._copier.streams.synchronize()  # its copies may be
         self._groups.clear()
-        self._completed.clear()
         self.arena.free_owned(self)
 
     def _is_good(self, copy: Copy) -> bool:

@@ -5,8 +5,9 @@
 While a layer runs, the stream of copies to the device brings the weights of the one that runs next: the layer
 after it in the forward, the one before it in the backward. They lie in two buffers that take turns, each as
 large as a layer's weights: 109 MB of an 8B Llama in NF4, 2 ms of the bus at 55 GB/s. Kernels then read device
-memory, once a tile if they run in tiles, and not the bus. At the turn from forward to backward both buffers
-hold what is read first.
+memory, once a tile if they run in tiles, and not the bus. In the backward they come after the activations
+that the layer itself asks for, and before those of layers below. At the turn from forward to backward both
+buffers hold what is read first.
 
 Ordered by events alone, as in ``transfer.py``: a copy into a buffer waits for what the computing stream was
 given so far, the last reader of that buffer included; the computing stream waits for a copy before its layer.

@@ -7,6 +7,7 @@ said to take, a copy its bytes over the rate of the bus, and who waits for an ev
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -14,6 +15,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rewriter.memory.arena import HostArena
+from rewriter.memory.layer import ScheduledLayer
+from rewriter.memory.schedule import Schedule, Step
 from rewriter.memory.spare import Spare
 from rewriter.memory.streams import InOrder
 from rewriter.memory.transfer import Transfers
@@ -71,12 +74,16 @@ class ClockedStreams(InOrder):
 
 @dataclass(frozen=True)
 class Timed:
-    """A layer that sends ``tiles`` of ``nbytes`` each, or one whole, and computes as long as it says."""
+    """A layer that sends ``tiles`` of ``nbytes`` each, or one whole, and computes as long as it says.
+
+    Of ``weights`` bytes, which are in host memory, it has a copy while it computes.
+    """
 
     forward: float
     backward: float
     nbytes: int = 0
     tiles: int = 0
+    weights: int = 0
 
     @property
     def sends(self) -> int:
@@ -89,24 +96,46 @@ def waited(layers: Sequence[Timed], window: int, spares: Sequence[Spare], head: 
     streams = ClockedStreams()
     with patch("rewriter.memory.transfer.streams_of", lambda device: streams):
         transfers = Transfers(HostArena(1 << 20, pin=False, growth=1 << 16), "cpu")
+    held = [torch.empty(layer.weights, dtype=torch.uint8) for layer in layers]
     transfers.expect(spares)
+    if named := [[weights] for weights in held if weights.nbytes]:
+        transfers.weights.begin(named)
     made = []
-    for layer in layers:
-        with transfers.group(window) as group:
-            tickets = []
-            for _ in range(layer.sends):
+    for layer, weights in zip(layers, held, strict=True):
+        run = _scheduled(layer, transfers, streams)
+        with transfers.group(window) as group, run._weights({"w": weights}, returns=True):
+            tickets = {}
+            for name in _sent(layer):
                 streams.computing.run(layer.forward / layer.sends)
                 sent = torch.empty(layer.nbytes, dtype=torch.uint8)
-                tickets.append(transfers.offload(sent, tile=layer.tiles > 0))
+                tickets[name] = transfers.offload(sent, tile=layer.tiles > 0)
                 del sent
             streams.computing.run(0.0 if layer.sends else layer.forward)
-        made.append((layer, group, tickets))
+        made.append((run, weights, group, tickets))
     streams.computing.run(head)
-    for layer, group, tickets in reversed(made):
-        transfers.begin_backward(group)
-        for ticket in tickets:
-            transfers.reload(ticket)
-            streams.computing.run(layer.backward / layer.sends)
-        streams.computing.run(0.0 if layer.sends else layer.backward)
+    while made:
+        run, weights, group, tickets = made.pop()
+        run.backward({"w": weights}, tickets, {}, transfers, group)
     assert transfers.arena.in_use == 0
     return streams.computing.waited
+
+
+def _sent(layer: Timed) -> list[str]:
+    return [f"sent {i}" for i in range(layer.sends)]
+
+
+def _scheduled(layer: Timed, transfers: Transfers, streams: ClockedStreams) -> ScheduledLayer:
+    """What computes, in the backward, as long after each of its reloads."""
+
+    def run(*_: Any) -> None:
+        streams.computing.run(layer.backward / max(layer.sends, 1))
+
+    steps = [
+        step
+        for name in _sent(layer)
+        for step in (Step("reload", value=name), Step("run", 0), Step("free", value=name))
+    ]
+    plan = Schedule((), tuple(steps or [Step("run", 0)]), (), ())
+    stages: Any = SimpleNamespace(run=run, wiring=SimpleNamespace(inputs=()))
+    ahead = ("w",) if layer.weights else ()
+    return ScheduledLayer(stages, plan, None, frozenset(), lambda: transfers, False, ahead=ahead)

@@ -130,7 +130,7 @@ class LateStreams(InOrder):
         self.back.synchronize()
 
 
-def late_transfers(arena: HostArena, depth: int = 1) -> Transfers:
+def late_transfers(arena: HostArena) -> Transfers:
     """On a CPU; what is given up is filled with NaN."""
     with patch("rewriter.memory.transfer.streams_of", lambda device: LateStreams()):
-        return Transfers(arena, "cpu", depth=depth, poison=True)
+        return Transfers(arena, "cpu", poison=True)

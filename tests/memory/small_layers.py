@@ -167,9 +167,8 @@ def scheduled(
     return ScheduledLayer(stages or layer.compiled, plan, tile, graphs.shared, lambda: made, owns_gradient)
 
 
-def new_transfers(depth: int = 0) -> Transfers:
-    """With a ``depth`` of 0 a layer alone has everything copied back that it offloads."""
-    return late_transfers(HostArena(64 << 20, pin=False, growth=1 << 20), depth=depth)
+def new_transfers() -> Transfers:
+    return late_transfers(HostArena(64 << 20, pin=False, growth=1 << 20))
 
 
 def every_fate(layer: SmallLayer) -> Iterator[dict[str, Fate]]:

@@ -1,5 +1,7 @@
 """When copies begin: how long a step waits for them, by a clock in the place of a device."""
 
+from dataclasses import replace
+
 import pytest
 
 from rewriter.memory.plan import Choice, MemoryPlan, Part, Problem, roomy_bytes
@@ -48,3 +50,17 @@ def test_copies_that_take_longer_than_a_layer_hide_where_there_is_room_to_begin_
     # 5 s in each direction.
     assert waited(layers, 0, _spares(layers, 0, full), head=20.0) == pytest.approx(10.0)
     assert waited(layers, 0, _spares(layers, 0, roomy), head=20.0) == 0
+
+
+def test_weights_of_the_layer_below_come_before_what_lower_ones_ask_for_and_after_what_this_one_does():
+    # They take 2 s each. What is sent has left when the last layer's forward ends.
+    far, near = Timed(10.0, 10.0, 10 * RATE, weights=2 * RATE), Timed(10.0, 10.0, weights=2 * RATE)
+    own, last = replace(near, nbytes=4 * RATE), replace(near, forward=100.0)
+    # From the backward of ``own`` on there is room for all.
+    top = Spare(left=0.0, back=0.0, below=0.0)
+    room = [Spare(back=14 * RATE, below=14 * RATE, above=top)]
+    room += [Spare(back=14 * RATE, below=14 * RATE, above=room[0])]
+    room += [Spare(back=14 * RATE, below=14 * RATE, above=room[1])]
+    spares = [*reversed(room), top]
+    # For the first weights, and what ``own`` sent. The weights that it starts arrive with 8 s to spare.
+    assert waited([far, near, own, last], 0, spares) == pytest.approx(2.0 + 4.0)

@@ -21,7 +21,7 @@ def _made() -> Transfers:
     return late_transfers(HostArena(1 << 20, pin=False, growth=1 << 16))
 
 
-def _activations(transfers: Transfers, window: int | None = None) -> bool:
+def _activations(transfers: Transfers, window: int = 0) -> bool:
     """Whether what is offloaded comes back as it was."""
     given, sent, found = [torch.randn(100) for _ in range(6)], [], []
     expected = [tensor.clone() for tensor in given]
@@ -47,12 +47,12 @@ def _weights(transfers: Transfers) -> bool:
 
 
 def test_where_no_wait_is_missing_everything_comes_back(transfers):
-    for window in (None, 0, 400, 1000, None):
+    for window in (0, 400, 1000, 0):
         assert _activations(transfers, window) and _weights(transfers)
     assert transfers.stats.bytes_in > 0 and transfers.arena.in_use == 0
 
 
-@pytest.mark.parametrize("window", [None, 0, 400, 1000])
+@pytest.mark.parametrize("window", [0, 400, 1000])
 @pytest.mark.parametrize("owner, name", [(Copier, "give_up"), (Transfers, "reload")])
 def test_where_the_computing_stream_does_not_wait_for_a_copy_it_is_shown(owner, name, window):
     function = getattr(owner, name)

@@ -198,7 +198,7 @@ def test_a_hidden_state_that_two_layers_read_gets_both_gradients():
 
 def test_many_layers_one_after_the_other():
     layer = decoder(trained=True)
-    transfers = new_transfers(depth=1)
+    transfers = new_transfers()
     plans = ({}, SAVING, {"h": "offload"}, dict.fromkeys(("q", "k", "v", "out"), "recompute"))
     layers = [scheduled(layer, fates, 5, transfers=transfers) for fates in plans]
 

@@ -17,8 +17,12 @@ from tests.memory.late_copies import late_transfers, leave_all_streams
 MiB = 1 << 20
 
 
-def _transfers(**options) -> Transfers:
-    return late_transfers(HostArena(16 * MiB, pin=False, growth=MiB), **options)
+def _transfers() -> Transfers:
+    return late_transfers(HostArena(16 * MiB, pin=False, growth=MiB))
+
+
+def _give_up_all(transfers: Transfers) -> None:
+    transfers._leaving.hold_at_most(0)
 
 
 LAYOUTS = {
@@ -49,7 +53,7 @@ def _contents(tensor: torch.Tensor) -> list[int]:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_comes_back_with_its_values_and_strides(name):
-    transfers, tensor = _transfers(depth=0), LAYOUTS[name]()
+    transfers, tensor = _transfers(), LAYOUTS[name]()
     expected, strides = tensor.clone(), tensor.stride()
     ticket = transfers.offload(tensor)
     del tensor
@@ -83,36 +87,6 @@ def _step(transfers: Transfers) -> None:
     assert transfers.arena.in_use == 0
 
 
-@pytest.mark.parametrize("depth", range(4))
-def test_what_the_last_groups_still_hold_needs_no_copy_back(depth):
-    transfers = _transfers(depth=depth)
-    _step(transfers)
-    held = sum(4 * (10 * (100 + i) + 33) for i in range(4)[4 - depth :])
-    assert transfers.stats.bytes_spared == held
-    assert transfers.stats.bytes_in == transfers.stats.bytes_out - held
-
-
-def test_settling_gives_up_all_that_is_complete():
-    transfers = _transfers(depth=2)
-    tickets, _ = _forward(transfers)
-    transfers.settle()
-    for ticket in [ticket for group in reversed(tickets) for ticket in group]:
-        transfers.reload(ticket)
-    assert transfers.stats.bytes_spared == 0
-
-
-def test_the_first_reload_of_a_group_brings_it_and_the_one_before():
-    transfers = _transfers(depth=0)
-    tickets, _ = _forward(transfers)
-    sizes = [sum(ticket.nbytes for ticket in group) for group in tickets]
-    transfers.reload(tickets[3][0])
-    assert transfers.stats.bytes_in == sizes[3] + sizes[2]
-    transfers.reload(tickets[3][1])
-    assert transfers.stats.bytes_in == sizes[3] + sizes[2]
-    transfers.reload(tickets[2][1])
-    assert transfers.stats.bytes_in == sizes[3] + sizes[2] + sizes[1]
-
-
 def _windowed(
     transfers: Transfers, window: int, tile: bool, groups: int = 3
 ) -> list[tuple[Group, list[Ticket]]]:
@@ -130,7 +104,7 @@ def test_a_window_bounds_what_is_held_on_its_way_out_and_what_is_back_early():
     transfers = _transfers()
     made = _windowed(transfers, 1000, tile=True)
     assert transfers._leaving.held == 800
-    transfers.settle()
+    _give_up_all(transfers)
     transfers.begin_backward(made[-1][0])
     assert transfers.stats.bytes_in == 800
     for number, ticket in enumerate(t for _, own in reversed(made) for t in own):
@@ -152,7 +126,7 @@ def test_what_leaves_whole_has_its_place_beside_the_window_until_its_group_is_co
 def test_a_backward_begins_with_what_its_layer_asks_for_and_the_one_below_it():
     transfers = _transfers()
     (_, first), (group, second) = _windowed(transfers, 800, tile=False, groups=2)
-    transfers.settle()
+    _give_up_all(transfers)
     # Those of its own have their place, since they exceed the window.
     transfers.begin_backward(group)
     assert transfers.stats.bytes_in == 1600 + 800
@@ -166,7 +140,7 @@ def test_a_layer_that_sent_nothing_has_those_below_it_begin():
     ((_, tickets),) = _windowed(transfers, 1000, tile=True, groups=1)
     with transfers.group(1000) as nothing:
         pass
-    transfers.settle()
+    _give_up_all(transfers)
     transfers.begin_backward(nothing)
     assert transfers.stats.bytes_in == 800
     for ticket in tickets:
@@ -248,9 +222,8 @@ def test_a_backward_starts_nothing_of_a_forward_before_whose_own_may_never_come(
         transfers.reload(ticket)
 
 
-@pytest.mark.parametrize("window", [None, 8000])
-def test_where_memory_runs_out_ahead_of_need_copies_back_begin_at_their_use(window, monkeypatch):
-    transfers, room, empty = _transfers(depth=0), [0], Layout.empty
+def test_where_memory_runs_out_ahead_of_need_copies_back_begin_at_their_use(monkeypatch):
+    transfers, room, empty = _transfers(), [0], Layout.empty
 
     def one_at_a_time(layout: Layout, device: torch.device) -> torch.Tensor:
         room[0] -= 1
@@ -261,11 +234,11 @@ def test_where_memory_runs_out_ahead_of_need_copies_back_begin_at_their_use(wind
     given = [torch.randn(100) for _ in range(6)]
     expected, tickets = [tensor.clone() for tensor in given], []
     for i in (0, 2, 4):
-        with transfers.group(window) as group:
+        with transfers.group(8000) as group:
             tickets += [transfers.offload(tensor) for tensor in given[i : i + 2]]
             group.will_need(tickets[:-3:-1])
     del given
-    transfers.settle()
+    _give_up_all(transfers)
     monkeypatch.setattr(Layout, "empty", one_at_a_time)
     for ticket, tensor in zip(reversed(tickets), reversed(expected), strict=True):
         room[0] = 1
@@ -286,9 +259,9 @@ def test_groups_can_be_made_by_hand_and_offloads_have_their_own_otherwise():
 
 def test_a_tensor_offloaded_twice_is_copied_once():
     transfers, tensor = _transfers(), torch.randn(50)
-    with transfers.group():
+    with transfers.group(1000):
         first = transfers.offload(tensor)
-    with transfers.group():
+    with transfers.group(1000):
         second = transfers.offload(tensor)
         assert transfers.offload(tensor[1:]) is not first
     assert second is first and transfers.stats.bytes_out == 4 * 99
@@ -300,7 +273,7 @@ def test_a_tensor_offloaded_twice_is_copied_once():
 
 
 def test_another_tensor_at_the_same_address_is_not_taken_for_the_first():
-    transfers, storage = _transfers(depth=0), torch.zeros(10)
+    transfers, storage = _transfers(), torch.zeros(10)
     first = transfers.offload(storage)
     storage.fill_(7)
     second = transfers.offload(storage)
@@ -309,7 +282,7 @@ def test_another_tensor_at_the_same_address_is_not_taken_for_the_first():
 
 
 def test_given_up_memory_is_poisoned_only_where_nobody_else_holds_it():
-    transfers, kept = _transfers(depth=0), torch.ones(10)
+    transfers, kept = _transfers(), torch.ones(10)
     view = (base := torch.ones(20))[5:15]
     transfers.offload(kept)
     transfers.offload(view)
@@ -317,40 +290,11 @@ def test_given_up_memory_is_poisoned_only_where_nobody_else_holds_it():
     assert not kept.isnan().any() and not base.isnan().any()
 
 
-def test_a_kept_ticket_is_reloaded_as_often_as_asked():
-    transfers = _transfers(depth=1)
-    tickets, expected = _forward(transfers)
-    once = sum(ticket.nbytes for group in tickets for ticket in group)
-    for _ in range(3):
-        for i in reversed(range(4)):
-            for ticket, tensor in zip(tickets[i], expected[i], strict=True):
-                back = transfers.reload(ticket, keep=True)
-                assert torch.equal(back, tensor)
-                back.zero_()
-    stats = transfers.stats
-    assert stats.bytes_in + stats.bytes_spared == 3 * once
-    del tickets, ticket
-    transfers.settle()
-    assert transfers.arena.in_use == 0
-
-
-def test_a_shared_ticket_can_be_kept_without_another_copy_of_its_group():
-    transfers, tensor = _transfers(depth=0), torch.randn(50)
-    with transfers.group():
-        shared, other = transfers.offload(tensor), transfers.offload(torch.zeros(7))
-        assert transfers.offload(tensor) is shared
-    for _ in range(2):
-        before = transfers.stats.bytes_in
-        transfers.reload(other, keep=True)
-        for _ in range(2):
-            assert torch.equal(transfers.reload(shared, keep=True), tensor)
-        assert transfers.stats.bytes_in - before == 2 * shared.nbytes + other.nbytes
-
-
 def test_a_tensor_written_after_its_offload_is_not_handed_out():
     transfers, tensor = _transfers(), torch.zeros(3)
-    ticket = transfers.offload(tensor)
-    tensor.add_(1)
+    with transfers.group(1000):
+        ticket = transfers.offload(tensor)
+        tensor.add_(1)
     with pytest.raises(RuntimeError, match=r"shape \(3,\) was written in place"):
         transfers.reload(ticket)
 
@@ -360,8 +304,6 @@ def test_a_forward_without_a_backward_gives_its_memory_back():
     for _ in range(20):
         _forward(transfers)
     gc.collect()
-    transfers.settle()
-    assert transfers.arena.in_use == 0
     _step(transfers)
 
 
