@@ -17,8 +17,9 @@ from rewriter.memory.plan import Choice, MemoryPlan
 from rewriter.seconds_text import seconds_text
 from rewriter.size_text import size_text
 
-# Of a step's seconds, what has to be gained: a class of which some layers' weights stay is compiled twice.
-_WORTH = 0.005
+# Of a step's seconds, what has to be gained. A class of which only some layers' weights stay is compiled twice.
+_WORTH = 0.001
+_WORTH_COMPILING_TWICE = 0.005
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ def staying(
             static = more
             taken.append((offer, i))
     seconds = sum(offer.seconds for offer, _ in taken)
-    if not taken or seconds < _WORTH * plan.seconds:
+    worth = _WORTH if len(taken) == len(order) else _WORTH_COMPILING_TWICE
+    if not taken or seconds < worth * plan.seconds:
         return None
     choices = list(plan.choices)
     for offer, i in taken:

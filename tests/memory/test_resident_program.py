@@ -165,7 +165,14 @@ def test_what_spares_most_a_byte_stays_and_nothing_where_it_is_not_worth_a_compi
     smaller = staying_beside(kept(1650), offers, roomy)
     assert smaller is not None and smaller.calls == {1, 3}
     assert staying_beside(kept(1300), offers, roomy) is None
-    assert staying_beside(plan, [Offer(200, 0.005, 0.005)] * 4, roomy) is None
+
+
+def test_less_is_worth_it_where_all_that_could_stay_does_and_no_kind_of_layer_is_compiled_twice():
+    plan, little, all_of_it = kept(2000), Offer(200, 0.005, 0.005), [Offer(150, 0.005, 0.005)] * 4
+    assert staying_beside(plan, [little] * 4, roomy) is None  # Three of four fit.
+    found = staying_beside(plan, all_of_it, roomy)
+    assert found is not None and found.calls == {0, 1, 2, 3}
+    assert staying_beside(plan, [Offer(150, 0.001, 0.001)] * 4, roomy) is None
 
 
 def adapted(scale, compute):
