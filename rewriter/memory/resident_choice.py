@@ -17,7 +17,7 @@ from rewriter.memory.plan import Choice, MemoryPlan
 from rewriter.seconds_text import seconds_text
 from rewriter.size_text import size_text
 
-# Of a step's seconds, what has to be gained. A class of which only some layers' weights stay is compiled twice.
+# Of a step's seconds, what has to be gained. Where not all that could stay fits, a class is compiled twice.
 _WORTH = 0.001
 _WORTH_COMPILING_TWICE = 0.005
 
