@@ -5,6 +5,10 @@ are those of the layer run as one: stages are cut where values are made, and not
 
 A kept activation is given up as soon as the backward has read it, so that there is one backward a forward:
 ``retain_graph=True`` and second derivatives are refused.
+
+A backward that fails gives back what its forward sent to host memory, though somebody keeps the exception and
+with it the frames. (Where a region that runs as without a plan fails in the backward, nobody here is told:
+that memory comes back once the exception and the step's results are gone.)
 """
 
 import functools
@@ -234,7 +238,13 @@ class _Layer(torch.autograd.Function):
         here |= ctx.numbers
         names = zip(layer.stages.wiring.outputs, above, strict=True)
         gradients = {n: g for n, g in names if n in layer.stages.wiring.differentiable}
-        found = layer.backward(here, ctx.tickets, gradients, layer.transfers(), ctx.group)
+        transfers = layer.transfers()
+        try:
+            found = layer.backward(here, ctx.tickets, gradients, transfers, ctx.group)
+        except BaseException:
+            # No backward comes to the layers below again, whose tickets the exception's frames may keep.
+            transfers.forget(ctx.group.forward)
+            raise
         wanted = zip(layer.stages.wiring.inputs, ctx.needs_input_grad[1:], ctx.dtypes, strict=True)
         return None, *(_as(found[name], dtype) if need else None for name, need, dtype in wanted)
 

@@ -129,10 +129,15 @@ class PlannedProgram:
 
         def program(*inputs: Any) -> Any:
             transfers = self.transfers()
-            transfers.expect(spares)
+            forward = transfers.expect(spares)
             if layers:
                 transfers.weights.begin([[inputs[i] for i in layer] for layer in layers])
-            return run(*inputs)
+            try:
+                return run(*inputs)
+            except BaseException:
+                # The exception may be kept, and with its frames what layers sent.
+                transfers.forget(forward)
+                raise
 
         return program
 

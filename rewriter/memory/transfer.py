@@ -75,9 +75,10 @@ class Transfers:
         # Of what is not over, only what was offloaded since the last reset is good.
         self._epoch = 0
 
-    def expect(self, spares: Iterable[Spare]) -> None:
-        """A forward begins: say what is spare for its groups, in order."""
+    def expect(self, spares: Iterable[Spare]) -> int:
+        """A forward begins: say what is spare for its groups, in order. Returns its number."""
         self._leaving.expect(spares)
+        return self._leaving.forwards
 
     def group(self, window: int = 0) -> Group:
         """A new group: for ``with``, or for ``offload(tensor, group)`` and then ``group.close()``.
@@ -118,16 +119,16 @@ class Transfers:
     def reload(self, ticket: Ticket) -> torch.Tensor:
         """The tensor of ``ticket``, equal in values, shape and strides; detached.
 
-        Raises ValueError for a ticket that was reloaded, or dropped by ``reset``; RuntimeError for a tensor
-        written since its offload; torch.OutOfMemoryError where the device has no room, and the ticket is
-        still good then.
+        Raises ValueError for a ticket that was reloaded, or dropped by ``reset`` or ``forget``; RuntimeError
+        for a tensor written since its offload; torch.OutOfMemoryError where the device has no room, and the
+        ticket is still good then.
         """
         self._drain()
         copy = ticket._copy
         if not self._is_good(copy):
             raise ValueError(
-                "reload: the ticket was reloaded already, or dropped by reset(); offload the tensor as often "
-                "as it is read, and run the forward again after reset()."
+                "reload: the ticket was reloaded already, or dropped by reset() or forget(); offload the "
+                "tensor as often as it is read, and run the forward again after a failure."
             )
         self._copier.fetch(copy)
         self._fetch_ahead(copy.group, copy)
@@ -157,6 +158,15 @@ class Transfers:
         self._drain()
         self._fetch_ahead(group, None)
 
+    def forget(self, forward: int) -> None:
+        """Give back what the forward of that number sent: it failed, or its backward did.
+
+        Whoever keeps the exception has its tickets by the frames of the traceback; they are void.
+        """
+        self._drain()
+        for copy in [c for group in self._groups if group.forward == forward for c in group.copies]:
+            self._give_back(copy)
+
     def reset(self) -> None:
         """Wait for all copies, on the host, and give everything back; for use after an exception in mid-step.
 
@@ -180,6 +190,9 @@ class Transfers:
         ticket = self._tickets.get(identity(tensor))
         # Once the source is given up, the same address is another tensor.
         if ticket is None or (copy := ticket._copy).source is None:
+            return None
+        # One of the two may fail, and the other not.
+        if copy.group.forward != group.forward:
             return None
         copy.uses += 1
         # The backward comes to the latest group first.
@@ -241,8 +254,11 @@ class Transfers:
         while self._abandoned:
             copy = self._abandoned.popleft()
             if self._is_good(copy):
-                self._copier.abandon(copy)
-                self._finish(copy)
+                self._give_back(copy)
+
+    def _give_back(self, copy: Copy) -> None:
+        self._copier.abandon(copy)
+        self._finish(copy)
 
     def _find_lost(self) -> None:
         """Give back what an interrupt inside a call left with nobody, where nothing else is under way."""

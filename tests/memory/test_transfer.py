@@ -343,6 +343,25 @@ def test_reset_voids_tickets_and_leaves_others_blocks_alone():
     _step(transfers)
 
 
+def test_what_a_forward_sent_that_failed_is_given_back_though_its_tickets_are_held_and_no_others():
+    transfers, read_by_both = _transfers(), torch.randn(50)
+    tickets, numbers = [], []
+    for _ in range(2):
+        numbers.append(transfers.expect([Spare()]))
+        with transfers.group(1000):
+            tickets.append([transfers.offload(read_by_both), transfers.offload(torch.randn(70))])
+    transfers.begin_backward(transfers._groups[-1])
+    sent = transfers.arena.in_use
+    transfers.forget(numbers[1])
+    assert transfers.arena.in_use == sent // 2
+    with pytest.raises(ValueError, match=r"dropped by reset\(\) or forget\(\)"):
+        transfers.reload(tickets[1][0])
+    assert torch.equal(transfers.reload(tickets[0][0]), read_by_both)
+    transfers.reload(tickets[0][1])
+    assert transfers.arena.in_use == 0
+    _step(transfers)
+
+
 def test_after_an_interrupt_at_any_line_a_reset_makes_the_next_step_work():
     transfers = _transfers()
     for line in range(10_000):

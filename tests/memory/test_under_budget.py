@@ -101,16 +101,21 @@ def test_after_steps_that_ran_out_of_memory_or_were_interrupted_training_goes_on
     ours, eager = compiled(make(), budget), make()
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for model in (ours, eager)]
     assert_near(steps(ours, batches), steps(eager, batches), 1e-5)
+    locked, kept = transfers.arena.capacity, []
     for error, method, at in ENDS:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        with pytest.raises(error, match="as the test wants it"), ending(error, method, at):
+        with pytest.raises(error, match="as the test wants it") as ended, ending(error, method, at):
             steps(ours, batches)
+        # With the frames of the step, and by them its losses and layers.
+        kept.append(ended.value)
+        assert transfers.arena.in_use == 0
         ours.zero_grad()
         assert_near(steps(ours, smaller), steps(eager, smaller), 1e-5)
     assert_near(steps(ours, batches), steps(eager, batches), 1e-5)
     assert staged() >= 2 and transfers.arena.in_use == 0 < transfers.stats.bytes_out
+    assert transfers.arena.capacity == locked and len(kept) == len(ENDS)
 
 
 def test_a_failure_of_planning_is_noted_and_everything_is_kept(monkeypatch):
