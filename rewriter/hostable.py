@@ -110,22 +110,26 @@ def _refuse_other_forward(kind: str, module: nn.Module, known: type[nn.Module]) 
         )
 
 
-def could_live_in_host_memory(sizes: Mapping[str, int], error: Infeasible, card: Callable[[int], int]) -> str:
+def could_live_in_host_memory(
+    sizes: Mapping[str, int], there: Collection[str], error: Infeasible, card: Callable[[int], int]
+) -> str:
     """What to add to an ``error`` for want of memory, of bytes by kind; "" for none.
 
     Args:
-        sizes: 0 for a head that is tied to the embedding.
+        sizes: of weights on the device; 0 for a head that is tied to the embedding.
+        there: kinds that are in host memory, which ``prepare`` is told again: it begins anew.
         card: the memory_budget within which so many bytes are for tensors.
     """
     if not sizes:
         return ""
     parts = [f"the frozen {_whose(kind, sizes)} {size_text(size)}" for kind, size in sizes.items() if size]
-    kinds = repr(tuple(sizes)) if len(sizes) > 1 else repr(next(iter(sizes)))
+    named = [kind for kind in KINDS if kind in sizes or kind in there]
+    kinds = repr(tuple(named)) if len(named) > 1 else repr(named[0])
     total = sum(sizes.values())
     # The loss needs the head, which is the embedding too where they are tied.
     back = sizes.get(HEAD, 0) or (sizes[EMBEDDING] if HEAD in sizes else 0)
     return (
-        f" Of the weights, {' and '.join(parts)} can live in host memory: after "
+        f" Of the weights, {' and '.join(parts)} can live in host memory{' too' if there else ''}: after "
         f"prepare(model, host={kinds}), memory_budget={card(error.least_with(total, back))} would do."
     )
 

@@ -166,7 +166,7 @@ def plan(
     try:
         found = roomy(problems)
     except Infeasible as error:
-        raise in_cards(error, made.host.could) from None
+        raise in_cards(error, made.host.could, made.host.there) from None
     found, stays = _with_residents(found, problems[0], ask.offers(tokens))
     update = _UPDATE_PASSES * made.trained_bytes / chosen.bandwidth
     bus = made.host.read_over_the_bus(rows * tokens) / chosen.to_device

@@ -25,7 +25,7 @@ from rewriter.memory.lengths import (
 )
 from rewriter.memory.longer import Longer
 from rewriter.memory.machine import ASSUMED, machine_for
-from rewriter.memory.movable import in_cards, movable_bytes
+from rewriter.memory.movable import in_cards, movable_bytes, moved
 from rewriter.memory.plan import Infeasible, MemoryPlan
 from rewriter.memory.planned import Choosing, PlannedProgram, everything_kept, planned
 from rewriter.memory.resident_program import with_residents
@@ -189,7 +189,7 @@ class _Asked:
         except Infeasible as error:
             if (least := error.least_device) is None:
                 raise
-            said = in_cards(error, movable_bytes(self.whole), self.device)
+            said = in_cards(error, movable_bytes(self.whole), moved(self.whole, self.device), self.device)
             if self.memory_budget is not None:
                 raise said from None
         warnings.warn(f"rewriter: this step may run out of memory. {said}", stacklevel=2)

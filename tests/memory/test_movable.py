@@ -8,19 +8,22 @@ import torch
 import torch.nn.functional as F
 
 from rewriter.fusion import apply
-from rewriter.hostable import could_live_in_host_memory
-from rewriter.memory.movable import movable_bytes
+from rewriter.hostable import checked, could_live_in_host_memory
+from rewriter.huggingface import prepare
+from rewriter.memory.movable import movable_bytes, moved
 from rewriter.memory.plan import Infeasible
 from rewriter.passes.lm_head_loss import lm_head_loss
 from tests.golden import trace
 
 
 def movable(model, *, trained: bool = False) -> dict[str, int]:
-    model.requires_grad_(trained)
+    return movable_bytes(program_of(model.requires_grad_(trained)))
+
+
+def program_of(model) -> Any:
     module, _ = trace(lambda ids: model(ids) * 1, torch.zeros(3, dtype=torch.int64))
     module, _ = apply(lm_head_loss, module)
-    program: Any = SimpleNamespace(source=module)
-    return movable_bytes(program)
+    return SimpleNamespace(source=module)
 
 
 def test_a_frozen_embedding_could_leave_the_device_and_a_trained_one_could_not():
@@ -70,11 +73,30 @@ def test_a_weight_that_another_operation_reads_is_needed_there():
 )
 def test_the_text_says_how_and_the_head_comes_back_for_the_loss(sizes, at_end, whose, least):
     error = Infeasible("", 8 * 2**30, 0, int(at_end * 2**30))
-    text = could_live_in_host_memory({kind: size * 2**30 for kind, size in sizes.items()}, error, int)
+    text = could_live_in_host_memory({kind: size * 2**30 for kind, size in sizes.items()}, (), error, int)
     kinds = tuple(sizes) if len(sizes) > 1 else next(iter(sizes))
     assert f"the frozen {whose} can live" in text
     assert f"after prepare(model, host={kinds!r}), memory_budget={int(least * 2**30)} would do" in text
 
 
 def test_nothing_is_said_where_nothing_could():
-    assert could_live_in_host_memory({}, Infeasible("", 8, 0), int) == ""
+    assert could_live_in_host_memory({}, ("head",), Infeasible("", 8, 0), int) == ""
+
+
+def test_what_is_in_host_memory_is_named_again_since_prepare_begins_anew():
+    error = Infeasible("", 8 * 2**30, 0)
+    text = could_live_in_host_memory({"head": 2**30}, ["layers", "embedding"], error, int)
+    assert "the frozen head's 1.00 GiB can live in host memory too" in text
+    assert "prepare(model, host=('embedding', 'head', 'layers'))" in text
+
+
+@pytest.mark.parametrize(
+    ("host", "could"), [("embedding", ["head"]), ("head", ["embedding"]), (("embedding", "head"), [])]
+)
+def test_weights_that_prepare_moved_are_told_from_those_that_it_could_move(host, could):
+    model: Any = Head(tied=False).requires_grad_(False)
+    model.get_input_embeddings, model.get_output_embeddings = lambda: model.rows, lambda: model.head
+    prepare(model, host=host)
+    program = program_of(model)
+    assert moved(program, torch.device("cpu")) == list(checked(host))
+    assert list(movable_bytes(program)) == could
