@@ -31,22 +31,7 @@ from functools import cached_property
 from itertools import accumulate
 from math import isfinite
 
-# Of the device budget, what a plan fills where it can. PyTorch's allocator meets a request that fits in none
-# of its gaps by unmapping them, for which it waits until the device is idle. By ``rewriter.plan`` for budgets
-# from 11 to 15 GiB, 8 layers of 8B at 32,768 tokens take less than 1% longer for a GiB less.
-_ROOMY = 0.94
-# How many times as long a step is foreseen to take that leaves less, for the waits that come of it.
-_CROWDED = 1.1
-
-
-def roomy_bytes(device_budget: int) -> int:
-    """Of ``device_budget``, what a step fills where it can, whether it keeps everything or has a plan."""
-    return int(device_budget * _ROOMY)
-
-
-def crowded(step_seconds: float) -> float:
-    """What a step of so many seconds takes that leaves the allocator no room."""
-    return _CROWDED * step_seconds
+from rewriter.memory.crowding import crowded, roomy_bytes
 
 
 class Infeasible(ValueError):

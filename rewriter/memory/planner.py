@@ -15,8 +15,9 @@ from dataclasses import replace
 from functools import partial
 from math import inf
 
+from rewriter.memory.crowding import crowded
 from rewriter.memory.options import options_of, unit_of
-from rewriter.memory.plan import Infeasible, MemoryPlan, Moment, Problem, crowded
+from rewriter.memory.plan import Infeasible, MemoryPlan, Moment, Problem
 from rewriter.memory.search import WORK, Found, Search
 from rewriter.size_text import size_text
 

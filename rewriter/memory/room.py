@@ -24,10 +24,10 @@ from torch.utils._pytree import tree_leaves
 from rewriter.canonical import value_of
 from rewriter.memory.budgets import Budgets, budgets, device_of, free_bytes
 from rewriter.memory.costs import value_bytes
+from rewriter.memory.crowding import roomy_bytes
 from rewriter.memory.growth import Growth
 from rewriter.memory.lengths import counts_pairs, growth_of, hold_to
 from rewriter.memory.operations import int_hint
-from rewriter.memory.plan import roomy_bytes
 from rewriter.nested import graphs_of
 from rewriter.regions.program import Program
 from rewriter.size_text import size_text

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from rewriter.memory.plan import Choice, MemoryPlan, Part, Problem, roomy_bytes
+from rewriter.memory.crowding import roomy_bytes
+from rewriter.memory.plan import Choice, MemoryPlan, Part, Problem
 from rewriter.memory.spare import Spare, spare_of
 from tests.memory.clocked_copies import RATE, Timed, waited
 
