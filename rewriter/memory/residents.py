@@ -3,7 +3,8 @@
     residents.given(inputs)       # one tensor for each, made at the first call
 
 Before each call the packed weights are looked at: one that is another tensor, lies elsewhere or was written
-since is dequantised again, into the same memory. To look at 32 layers of seven takes the host 0.5 ms.
+since is dequantised again, into the same memory. To look at 32 layers of seven, 1,120 tensors, took 0.3 ms of
+a CPU (AMD EPYC, Python 3.11) that has no GPU; it was not timed beside one.
 
 The matrices of adapters are copied into their rooms at each call, written or not. Nothing says for sure that
 one was not: fused optimizers, PyTorch's own and those of bitsandbytes, write past PyTorch's counter. One

@@ -1,8 +1,8 @@
 """Whether tensors are the ones that were looked at, where they lay then, and not written since.
 
-Of a thousand tensors in half a millisecond, since it is asked at every step. They are not kept alive, and a
-tensor that comes to lie in the memory of one that is gone is another. Writes are seen by PyTorch's counter;
-those past it, as through ``.data``, are not.
+Asked at every step of some thousand tensors, so that it does no more than compare lists. They are not kept
+alive, and a tensor that comes to lie in the memory of one that is gone is another. Writes are seen by
+PyTorch's counter; those past it, as through ``.data``, are not.
 """
 
 import weakref
