@@ -3,6 +3,8 @@
 model.compile(backend="rewriter")
 """
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from rewriter.accelerate_entry import register as _register_with_accelerate
@@ -34,6 +36,19 @@ __all__ = [
 ]
 
 _register_with_accelerate()
+
+
+class _Package(ModuleType):
+    """This package, which a caller may take for the backend."""
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        # To compile here would be late: the backend's module sets what Dynamo traces the first graph by.
+        raise TypeError(
+            "rewriter: backend=rewriter is the package, not a backend; give its name, backend='rewriter'."
+        )
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

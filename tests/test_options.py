@@ -1,5 +1,7 @@
 """Options are validated before any work, and errors say what is known."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -153,3 +155,10 @@ def test_options_that_are_no_dictionary_are_an_error_that_shows_one(given):
 def test_a_name_that_is_no_text_is_an_unknown_option():
     with pytest.raises(OptionError, match="unknown option 3. Known: "):
         Options.parse({3: 4}, None, pass_names())
+
+
+def test_the_package_in_the_place_of_the_backends_name_is_told_with_the_name():
+    torch._dynamo.reset()
+    backend: Any = rewriter
+    with pytest.raises(Exception, match="is the package, not a backend; give its name, backend='rewriter'"):
+        torch.compile(torch.nn.LayerNorm(8), backend=backend)(torch.randn(2, 8))

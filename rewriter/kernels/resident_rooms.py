@@ -5,7 +5,7 @@
 The rooms lie inside of weights (``resident_weight.Form``), so that PyTorch's own copy of many tensors, which
 wants dense ones, launches for each: 96 times for gate, up and down of 32 layers. Here a table on the device
 says where each matrix and each room is. What it moves is little: of gate and up of 32 layers of 8B and rank
-32, 117 MB read and 59 written, by which it would take 45 µs at 3.9 TB/s. Neither was timed.
+32, 117 MB read and 59 written, 45 µs at 3.9 TB/s by that count; it was not timed.
 
 On the CPU PyTorch's own operations do the same.
 """
