@@ -15,6 +15,9 @@ each.
 Autograd is told where either was seen to change, as it would be of the weights themselves: a backward of a
 call before is then refused. (Not seen are writes to packed weights past the counter, as through ``.data``.)
 
+A program may run on another stream than what made a weight: its stream waits, at each call, for the one on
+which a program was called last, and memory that goes is given to nobody before all of them have read it.
+
 What programs have together, and which gives way, is the shelf's (``shelf.py``).
 """
 
@@ -60,6 +63,7 @@ class _Held:
         packed: all tensors of the packed weights; matrices: where the adapters' lay.
         filled: of the weights, those that have a room.
         changes: of the shelf.
+        stream: on which the program ran; None where there are none.
     """
 
     wholes: list[Tensor]
@@ -68,6 +72,7 @@ class _Held:
     filled: list[Kept]
     rooms: Rooms
     changes: int
+    stream: Any
 
 
 class Residents:
@@ -122,18 +127,19 @@ class Residents:
         self._rooms = None
 
     def _current(self, inputs: Sequence[Any]) -> _Held:
-        held = self._held
+        held, stream = self._held, self._shelf.computing.now()
         if (
             held is not None
+            and stream in (None, held.stream)
             and held.changes == self._shelf.changes
             and held.matrices == addresses([inputs[i] for i in self._matrices])
             and held.packed.are([inputs[i] for i in self._packed])
         ):
             return held
-        self._held = held = self._looked_up(inputs)
+        self._held = held = self._looked_up(inputs, stream)
         return held
 
-    def _looked_up(self, inputs: Sequence[Any]) -> _Held:
+    def _looked_up(self, inputs: Sequence[Any], stream: Any) -> _Held:
         shelf, keys = self._shelf, [_key(one, inputs) for one in self._wanted]
         self._held = None
         if keys != self._keys:
@@ -142,6 +148,8 @@ class Residents:
         shelf.give_up(self._room - recorded_bytes(shelf.device), but=keys)
         kept = [self._one(key, one, inputs) for key, one in zip(keys, self._wanted, strict=True)]
         shelf.touch(keys)
+        for one in kept if stream is not None else ():
+            one.used_on(stream)
         matrices = [inputs[i] for i in self._matrices]
         return _Held(
             [one.whole for one in kept],
@@ -150,6 +158,7 @@ class Residents:
             [one for one in kept if one.place is not None],
             self._rooms_of(kept, matrices),
             shelf.changes,
+            stream,
         )
 
     def _rooms_of(self, kept: Sequence[Kept], matrices: Sequence[Tensor]) -> Rooms:

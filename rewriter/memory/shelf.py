@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from rewriter.kernels.resident_weight import Form
 from rewriter.memory.made_once import made_once
 from rewriter.memory.seen import Seen
+from rewriter.memory.streams import Computing
 
 # Addresses of a packed weight and of the matrix in its room, and the form.
 Key = tuple[int, int | None, Form]
@@ -54,6 +55,10 @@ class Kept:
     place: Tensor | None
     drawn: int = -1
 
+    def used_on(self, stream: Any) -> None:
+        """Its memory is given to nobody before what ``stream`` has been given by then."""
+        self.whole.record_stream(stream)
+
     def is_stale(self) -> bool:
         """Whether nobody can ask for it again."""
         return not self.origin.are_there() or not (self.matrix is None or self.matrix.are_there())
@@ -68,6 +73,7 @@ class Shelf:
         nbytes: of all.
         changes: how many times something was put there or went.
         turn: had by the thread that looks for something there, makes it or fills it.
+        computing: the stream on which it does so, after those before.
     """
 
     device: torch.device
@@ -75,7 +81,11 @@ class Shelf:
     nbytes: int = 0
     changes: int = 0
     turn: threading.RLock = field(default_factory=threading.RLock)
+    computing: Computing = field(init=False)
     _users: weakref.WeakSet[User] = field(default_factory=weakref.WeakSet)
+
+    def __post_init__(self):
+        self.computing = Computing(self.device)
 
     def enter(self, user: User) -> None:
         """Have a program among those that are told; what it alone asked for goes with it."""

@@ -10,6 +10,27 @@ from typing import Any
 import torch
 
 
+class Computing:
+    """The stream that computes on ``device``, whichever it is now: a caller may change it between steps."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._before: torch.cuda.Stream | None = None
+
+    def now(self) -> Any:
+        """The current stream, on which what was ordered on the one before holds too.
+
+        None where there are no streams, and while a CUDA graph is captured, which can wait for none outside.
+        """
+        if self._device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            return None
+        stream = torch.cuda.current_stream(self._device)
+        if self._before is not None and stream != self._before:
+            stream.wait_stream(self._before)
+        self._before = stream
+        return stream
+
+
 class SideStreams:
     """``out`` to the host and ``back`` from it, beside whichever stream computes."""
 
@@ -17,19 +38,11 @@ class SideStreams:
         self.device = device
         self.out: Any = torch.cuda.Stream(device)
         self.back: Any = torch.cuda.Stream(device)
-        self._computed: torch.cuda.Stream | None = None
+        self._computing = Computing(device)
 
     def compute(self) -> Any:
-        """The stream that computes now.
-
-        What was ordered on the one before holds on this one too: the caller may have changed streams in
-        between.
-        """
-        stream = torch.cuda.current_stream(self.device)
-        if self._computed is not None and stream != self._computed:
-            stream.wait_stream(self._computed)
-        self._computed = stream
-        return stream
+        """As ``Computing.now``; nothing that copies is captured."""
+        return self._computing.now()
 
     def on(self, stream: Any) -> AbstractContextManager:
         return torch.cuda.stream(stream)

@@ -98,3 +98,27 @@ def test_two_models_that_alternate_keep_theirs_and_give_them_back_with_the_model
     # Their packed weights are gone.
     gc.collect()
     assert not shelf(device).nbytes
+
+
+def test_steps_on_two_streams_in_turn_have_the_same_bits(device, model):
+    if device != "cuda":
+        pytest.skip("no streams")
+    ids, found = tokens(256, device), []
+    expected = step(compiled(model, "off"), ids)
+    compiled(model, BUDGET)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    for number in range(6):
+        with torch.cuda.stream(streams[number % 2]):
+            # Some 10 ms, by which the next stream would be ahead.
+            torch.cuda._sleep(20_000_000)
+            found.append(step(model, ids))
+        if number == 3:
+            # They are made again on the other stream, while this one reads them.
+            for key in list(shelf(device).kept):
+                shelf(device).drop(key)
+    torch.cuda.synchronize()
+    assert shelf(device).kept
+    for ours in found:
+        assert torch.equal(ours.loss, expected.loss)
+        assert all(torch.equal(ours.gradients[n], gradient) for n, gradient in expected.gradients.items())

@@ -10,7 +10,7 @@ import torch
 
 from rewriter.kernels.resident_weight import Form
 from rewriter.memory.residents import Residents, Wanted
-from rewriter.memory.shelf import Shelf
+from rewriter.memory.shelf import Kept, Shelf
 from rewriter.replay.capture import uncollected
 
 
@@ -257,3 +257,24 @@ def test_threads_that_ask_at_once_have_one_weight(shelf, beside):
     for thread in threads:
         thread.join()
     assert len(asked) == 1 and one.turn == 1
+
+
+def test_what_runs_on_another_stream_comes_after_those_before_and_holds_the_memory(
+    shelf, doubled, monkeypatch
+):
+    inputs, used = [torch.ones(8, 4), torch.ones(4, 4)], []
+    stream: list[str | None] = ["first"]
+    monkeypatch.setattr(shelf.computing, "now", lambda: stream[0])
+    monkeypatch.setattr(Kept, "used_on", lambda kept, stream: used.append((kept.whole.shape[0], stream)))
+    one, other = (Residents(of(doubled, *places), shelf, room=1 << 10) for places in ((0, 1), (0,)))
+    for program in (one, other, one):
+        program.given(inputs)
+    assert used == [(8, "first"), (4, "first"), (8, "first")]
+    stream[0] = "second"
+    other.given(inputs)
+    assert used[3:] == [(8, "second")] and one.turn == 1
+    # While a graph is captured, as on a device without streams.
+    stream[0] = None
+    for program in (one, other):
+        program.given(inputs)
+    assert len(used) == 4
