@@ -127,7 +127,7 @@ class Residents:
         self._rooms = None
 
     def _current(self, inputs: Sequence[Any]) -> _Held:
-        held, stream = self._held, self._shelf.computing.now()
+        held, stream = self._held, self._shelf.stream()
         if (
             held is not None
             and stream in (None, held.stream)

@@ -73,7 +73,6 @@ class Shelf:
         nbytes: of all.
         changes: how many times something was put there or went.
         turn: had by the thread that looks for something there, makes it or fills it.
-        computing: the stream on which it does so, after those before.
     """
 
     device: torch.device
@@ -81,16 +80,25 @@ class Shelf:
     nbytes: int = 0
     changes: int = 0
     turn: threading.RLock = field(default_factory=threading.RLock)
-    computing: Computing = field(init=False)
+    _computing: Computing = field(init=False)
     _users: weakref.WeakSet[User] = field(default_factory=weakref.WeakSet)
 
     def __post_init__(self):
-        self.computing = Computing(self.device)
+        self._computing = Computing(self.device)
 
     def enter(self, user: User) -> None:
         """Have a program among those that are told; what it alone asked for goes with it."""
         self._users.add(user)
         weakref.finalize(user, self._sweep).atexit = False
+
+    def stream(self) -> Any:
+        """The stream on which what is there is read now, after those before.
+
+        None where there are no streams, and while a CUDA graph is captured, which can wait for none outside.
+        """
+        if self.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            return None
+        return self._computing.now()
 
     def put(self, key: Key, kept: Kept) -> None:
         self.kept[key] = kept

@@ -18,12 +18,7 @@ class Computing:
         self._before: torch.cuda.Stream | None = None
 
     def now(self) -> Any:
-        """The current stream, on which what was ordered on the one before holds too.
-
-        None where there are no streams, and while a CUDA graph is captured, which can wait for none outside.
-        """
-        if self._device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-            return None
+        """The current stream, on which what was ordered on the one before holds too."""
         stream = torch.cuda.current_stream(self._device)
         if self._before is not None and stream != self._before:
             stream.wait_stream(self._before)
@@ -41,7 +36,7 @@ class SideStreams:
         self._computing = Computing(device)
 
     def compute(self) -> Any:
-        """As ``Computing.now``; nothing that copies is captured."""
+        """The stream that computes now."""
         return self._computing.now()
 
     def on(self, stream: Any) -> AbstractContextManager:

@@ -264,7 +264,7 @@ def test_what_runs_on_another_stream_comes_after_those_before_and_holds_the_memo
 ):
     inputs, used = [torch.ones(8, 4), torch.ones(4, 4)], []
     stream: list[str | None] = ["first"]
-    monkeypatch.setattr(shelf.computing, "now", lambda: stream[0])
+    monkeypatch.setattr(shelf, "stream", lambda: stream[0])
     monkeypatch.setattr(Kept, "used_on", lambda kept, stream: used.append((kept.whole.shape[0], stream)))
     one, other = (Residents(of(doubled, *places), shelf, room=1 << 10) for places in ((0, 1), (0,)))
     for program in (one, other, one):
@@ -273,7 +273,7 @@ def test_what_runs_on_another_stream_comes_after_those_before_and_holds_the_memo
     stream[0] = "second"
     other.given(inputs)
     assert used[3:] == [(8, "second")] and one.turn == 1
-    # While a graph is captured, as on a device without streams.
+    # As while a graph is captured.
     stream[0] = None
     for program in (one, other):
         program.given(inputs)

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from rewriter.memory.shelf import Shelf
 from rewriter.memory.streams import Computing
 from tests.memory.test_weights_ahead import _Stream
+
+GPU = torch.device("cuda")
 
 
 @pytest.fixture
@@ -16,14 +19,19 @@ def current(monkeypatch):
     return now
 
 
-def test_a_stream_waits_for_the_one_that_computed_before_it_and_in_a_capture_for_none(current):
+@pytest.mark.parametrize("computing", [Computing(GPU).now, Shelf(GPU).stream])
+def test_a_stream_waits_for_the_one_that_computed_before_it(current, computing):
     log = []
     first, second = _Stream("first", log), _Stream("second", log)
-    computing = Computing(torch.device("cuda"))
     for stream in (first, first, second, second, first):
         current["stream"] = stream
-        assert computing.now() is stream
+        assert computing() is stream
     assert log == [("second", "waits for all of", "first"), ("first", "waits for all of", "second")]
-    current |= {"stream": second, "captures": True}
-    assert computing.now() is None and len(log) == 2
-    assert Computing(torch.device("cpu")).now() is None
+
+
+def test_what_is_captured_waits_for_nothing_outside(current):
+    shelf, log = Shelf(GPU), []
+    for stream, captures in ((_Stream("first", log), False), (_Stream("second", log), True)):
+        current |= {"stream": stream, "captures": captures}
+        assert shelf.stream() is (None if captures else stream)
+    assert not log and Shelf(torch.device("cpu")).stream() is None
