@@ -16,9 +16,10 @@ import torch
 
 from rewriter.foresee.longest import longest
 from rewriter.foresee.question import Question
+from rewriter.memory.head_ahead import begun_ahead
 from rewriter.memory.machine import H200, KNOWN, Machine, machine_for
 from rewriter.memory.movable import in_cards
-from rewriter.memory.plan import Infeasible, MemoryPlan, Problem
+from rewriter.memory.plan import Infeasible, MemoryPlan
 from rewriter.memory.planner import roomy
 from rewriter.memory.resident_choice import Offer, staying
 from rewriter.memory.timeline import svg, text
@@ -167,7 +168,11 @@ def plan(
         found = roomy(problems)
     except Infeasible as error:
         raise in_cards(error, made.host.could, made.host.there) from None
-    found, stays = _with_residents(found, problems[0], ask.offers(tokens))
+    kept, stays = MemoryPlan(problems[0], tuple(part.choices[0] for part in problems[0].parts)), []
+    if kept.leaves_room:
+        found, stays = _with_residents(found, kept, ask.offers(tokens))
+    elif (head := ask.head(tokens)) is not None:
+        found = begun_ahead(found, head, chosen) or found
     update = _UPDATE_PASSES * made.trained_bytes / chosen.bandwidth
     bus = made.host.read_over_the_bus(rows * tokens) / chosen.to_device
     return Foresight(
@@ -186,15 +191,10 @@ def plan(
 
 
 def _with_residents(
-    found: MemoryPlan, plain: Problem, offers: Sequence[Offer | None]
+    found: MemoryPlan, kept: MemoryPlan, offers: Sequence[Offer | None]
 ) -> tuple[MemoryPlan, list[str]]:
-    """``found``; with room to spare all that is kept, weights that stay dequantised, and a note of them.
-
-    Args:
-        plain: the problem where nothing is set aside.
-    """
-    kept = MemoryPlan(plain, tuple(part.choices[0] for part in plain.parts))
-    chosen = staying(kept, offers, lambda plan: plan.leaves_room) if kept.leaves_room else None
+    """``found``; with room to spare all that is ``kept``, and dequantised weights that stay, with a note."""
+    chosen = staying(kept, offers, lambda plan: plan.leaves_room)
     return (found, []) if chosen is None else (chosen.plan, [chosen.note(offers)])
 
 

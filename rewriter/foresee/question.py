@@ -10,6 +10,7 @@ from rewriter.foresee.repetition import Uneven, calls_of_all
 from rewriter.foresee.traced import in_tracing, traced
 from rewriter.hostable import LAYERS
 from rewriter.memory.budgets import foreseen_bytes, usable_bytes
+from rewriter.memory.head_ahead import HeadInHost, head_in_host
 from rewriter.memory.in_host import packed_weights
 from rewriter.memory.machine import Machine
 from rewriter.memory.plan import Problem
@@ -40,6 +41,7 @@ class Question:
         self._autocast, self._rows, self._machine = autocast, rows, machine
         self._device, self._host = usable_bytes(card), host
         self._offers: dict[int, list[Offer | None]] = {}
+        self._heads: dict[int, HeadInHost | None] = {}
         self._known: dict[int, tuple[tuple[Problem, ...], tuple[str, ...]]] = {}
 
     def problem(self, tokens: int) -> tuple[Problem, tuple[str, ...]]:
@@ -62,6 +64,11 @@ class Question:
         self.problems(tokens)
         return self._offers[tokens]
 
+    def head(self, tokens: int) -> HeadInHost | None:
+        """Which call of ``problems`` reads a head from host memory."""
+        self.problems(tokens)
+        return self._heads[tokens]
+
     def _problems(self, tokens: int) -> tuple[tuple[Problem, ...], tuple[str, ...]]:
         made = self.made
         program = traced(made, self._rows, tokens, self._autocast)
@@ -72,6 +79,8 @@ class Question:
         # Those in host memory are there for want of room.
         weights = {} if in_host else weights_of(program)
         self._offers[tokens] = [offer(weights.get(call.region, ()), self._machine) for call in calls]
+        # Where it is not in host memory, nothing copies it.
+        self._heads[tokens] = head_in_host(calls, lambda _: True)
         static = foreseen_bytes(made.weight_bytes, made.trained_bytes)
         name = f"{self._rows} × {tokens:,} tokens"
         problems = tuple(

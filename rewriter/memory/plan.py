@@ -183,16 +183,19 @@ class MemoryPlan:
     Attributes:
         slack: seconds by which another plan within the budgets might at most be faster; 0 where this one is
             proven to be the fastest.
+        hidden: seconds that a part waits for by the formula and that pass beside the part before it: those of
+            a head's copy (``head_ahead.py``).
     """
 
     problem: Problem
     choices: tuple[Choice, ...]
     slack: float = 0.0
+    hidden: float = 0.0
 
     @cached_property
     def seconds(self) -> float:
         """Of forward and backward together, by the module's formula: what the planner minimises."""
-        return seconds(self.choices)
+        return seconds(self.choices) - self.hidden
 
     @cached_property
     def moments(self) -> tuple[Moment, ...]:

@@ -166,7 +166,7 @@ def planned(program: Program, given: Budgets, machine: Link, device: torch.devic
     # Layers that run as without a budget wait for weights in host memory: there is more to choose then.
     if not in_host and (found := _everything_kept(program, ways, given, device)):
         return found
-    found = Choosing(program, ways, given, device).chosen()
+    found = Choosing(program, ways, given, machine, device).chosen()
     return replace(found, notes=(*ways.notes, *found.notes))
 
 
@@ -177,6 +177,7 @@ class Choosing:
     program: Program
     ways: Ways
     given: Budgets
+    machine: Link
     device: torch.device
 
     def chosen(self) -> PlannedProgram:
@@ -203,7 +204,8 @@ class Choosing:
         """The program under a plan whose choices are among ``ways``."""
         program, staged = applied(self.program, ways, found)
         transfers = _transfers(self.given, self.device)
-        planned = with_head_ahead(PlannedProgram(program, staged, found, notes, transfers, self), self.device)
+        planned = PlannedProgram(program, staged, found, notes, transfers, self)
+        planned = with_head_ahead(planned, self.device, self.machine)
         fills = found.hosted > 0 or planned.head is not None
         none = _no_residents(found, max(found.limit, found.peak) if fills else found.peak, self.device)
         return replace(planned, residents=none)

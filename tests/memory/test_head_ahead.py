@@ -1,13 +1,19 @@
 """A head's weight on its way before it is read: ordered by events, taken once, gone after the step."""
 
+import itertools
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
 import torch
+from torch.fx import Graph
 
 from rewriter.kernels.host_weight import COMING
 from rewriter.memory import head_ahead
-from rewriter.memory.head_ahead import HeadAhead, HeadBegun
+from rewriter.memory.crowding import roomy_bytes
+from rewriter.memory.head_ahead import HeadAhead, HeadBegun, HeadInHost, begun_ahead
+from rewriter.memory.machine import H200
+from rewriter.memory.plan import Choice, MemoryPlan, Part, Problem
 from tests.memory.test_weights_ahead import _Streams
 
 CPU = torch.device("cpu")
@@ -49,3 +55,28 @@ def test_without_memory_for_it_the_head_copies_it_when_it_comes():
     with patch.object(head_ahead.torch, "empty_like", side_effect=torch.OutOfMemoryError):
         assert ahead(weight) == ()
     assert not COMING and torch.equal(read(weight), weight)
+
+
+def _head(place: int, nbytes: int) -> HeadInHost:
+    weight = Graph().placeholder("weight")
+    weight.meta["example_value"] = torch.empty(nbytes, dtype=torch.uint8, device="meta")
+    return HeadInHost(place, weight)
+
+
+def _plan(forward_seconds: float) -> MemoryPlan:
+    """Of a layer that leaves a MiB free in its forward, and a head that waits for its copy."""
+    choices = (Choice("layer", 0, 0, 2 << 20, 0, forward_seconds, 3.0), Choice("head", 0, 0, 0, 0, 2.0, 1.0))
+    parts = tuple(Part(choice.name, choice.name, (choice,)) for choice in choices)
+    budget = next(size for size in itertools.count(3 << 20) if roomy_bytes(size) == 3 << 20)
+    return MemoryPlan(Problem(parts, 0, budget, 0), choices)
+
+
+def test_seconds_are_without_what_of_the_copy_passes_beside_the_part_before():
+    head, rates = _head(1, 1 << 20), replace(H200, to_device=1 << 20)
+    found = [begun_ahead(_plan(seconds), head, rates) for seconds in (0.25, 5.0)]
+    assert [plan and plan.seconds for plan in found] == [0.25 + 3 + 3 - 0.25, 5 + 3 + 3 - 1.0]
+
+
+@pytest.mark.parametrize("place, nbytes", [(1, (1 << 20) + 1), (0, 1)])
+def test_nothing_passes_beside_a_part_that_leaves_no_room_or_is_not_there(place, nbytes):
+    assert begun_ahead(_plan(5.0), _head(place, nbytes), H200) is None
