@@ -1,6 +1,7 @@
 """What every test shares: fixed seeds, Triton's interpreter without a GPU, and less work beside the tests."""
 
 import gc
+import logging
 import os
 
 # Inductor takes the processor's word for its vector instructions, in place of six test compilations.
@@ -18,6 +19,11 @@ import torch._dynamo.guards  # noqa: E402
 
 # For a statistic, Dynamo would empty the processor's cache after each compilation, which takes 50 ms.
 torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
+
+
+# pytest listens to each logger that does not propagate. While anybody listens to this one, PyTorch writes out
+# as text all that it compiles.
+logging.getLogger("torch.__trace").propagate = True
 
 
 @pytest.fixture(autouse=True)
