@@ -29,13 +29,16 @@ COMPOSED = (
     "granitemoe", "cohere_qk_norm", "cohere2", "stablelm", "starcoder2", "qwen3_moe", "ernie4_5", "hunyuan",
     "exaone4", "nemotron",
 )  # fmt: skip
+# Their layers are of two kinds. All others' are equal: in fp32, where no rounding hides a fault, one does.
+TWO_KINDS = ("gemma2", "gemma3", "gpt_oss", "deepseek_v3", "lfm2", "gemma3n")
 BATCHES = [batch(seed=seed) for seed in range(1, 5)]
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in COMPOSED])
 def test_every_structure_trains_as_eager_does_in_fp32(name):
     # Two batches do: without 16-bit rounding there is little luck to average over.
-    trains_as_eager_does(build(name), BATCHES[:2])
+    layers = None if name in TWO_KINDS else 1
+    trains_as_eager_does(build(name, layers=layers), BATCHES[:2])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
