@@ -23,8 +23,13 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
+def one_layer():
+    """For what is not about layers: it compiles in half the time."""
+    return tiny_llama(num_hidden_layers=1)
+
+
 def adapted():
-    return with_lora(tiny_llama())
+    return with_lora(one_layer())
 
 
 def compiled(model, **options):
@@ -120,7 +125,7 @@ def assert_goes_on(whole, resumed):
     with rewriter.inspect() as report:
         resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-2")
     assert all(graph.passes for graph in report.graphs)
-    assert report.counts()["norm"] >= 5 and report.counts()["lm_head_loss"] >= 1
+    assert report.counts()["norm"] >= 3 and report.counts()["lm_head_loss"] >= 1
     assert resumed.state.global_step == 6
     for name in ("loss", "eval_loss"):
         assert losses(resumed, name) == pytest.approx(losses(whole, name), rel=2e-5), name
@@ -146,9 +151,9 @@ def test_trainer_compiles_the_model_by_the_name_of_the_backend(runs, tmp_path):
 def test_lengths_that_vary_cost_one_more_compilation(tmp_path):
     lengths = [8 + 5 * index % 23 for index in range(16)]
     settings = {"folder": tmp_path, "lengths": lengths, "max_steps": 8}
-    eager = trainer(tiny_llama(), **settings)
+    eager = trainer(one_layer(), **settings)
     eager.train()
-    varying = trainer(compiled(tiny_llama(), **QUICK), **settings)
+    varying = trainer(compiled(one_layer(), **QUICK), **settings)
     with rewriter.inspect() as report:
         varying.train()
     assert len(report.graphs) == 2
