@@ -148,6 +148,6 @@ def test_a_prepared_model_passes_verification():
 def test_the_layers_of_a_prepared_model_are_outlined():
     model = build("llama", lora=True, nf4=True, layers=3)
     prepare(model)
-    case = outlined(model, **batch(), lowered=True)
+    case = outlined(model, **batch())
     assert case.order == "beginning a b b end"
     assert_equal(numbers(run_program(case), case.values), numbers(case.body, case.values))
