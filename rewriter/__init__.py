@@ -4,6 +4,8 @@ model.compile(backend="rewriter")
 """
 
 import sys
+from collections.abc import Callable
+from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +48,10 @@ class _Package(ModuleType):
         raise TypeError(
             "rewriter: backend=rewriter is the package, not a backend; give its name, backend='rewriter'."
         )
+
+    def __reduce__(self) -> tuple[Callable, tuple[str]]:
+        # By its name, as cloudpickle and dill take modules, which they know by their exact type.
+        return import_module, (self.__name__,)
 
 
 sys.modules[__name__].__class__ = _Package

@@ -1,5 +1,7 @@
 """Options are validated before any work, and errors say what is known."""
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -162,3 +164,8 @@ def test_the_package_in_the_place_of_the_backends_name_is_told_with_the_name():
     backend: Any = rewriter
     with pytest.raises(Exception, match="is the package, not a backend; give its name, backend='rewriter'"):
         torch.compile(torch.nn.LayerNorm(8), backend=backend)(torch.randn(2, 8))
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda given: pickle.loads(pickle.dumps(given))])
+def test_the_package_is_pickled_and_copied_by_its_name(again):
+    assert again(rewriter) is rewriter
