@@ -232,21 +232,19 @@ class _Layer(torch.autograd.Function):
                 "retain_graph=True needs a run without memory_budget"
             )
         here, ctx.kept = ctx.kept, None
-        here |= {
-            n: x for n, x in zip(layer.stages.wiring.inputs, ctx.saved_tensors, strict=True) if x is not None
-        }
-        here |= ctx.numbers
-        names = zip(layer.stages.wiring.outputs, above, strict=True)
-        gradients = {n: g for n, g in names if n in layer.stages.wiring.differentiable}
-        transfers = layer.transfers()
+        names, transfers = layer.stages.wiring.inputs, layer.transfers()
         try:
+            here |= {n: x for n, x in zip(names, ctx.saved_tensors, strict=True) if x is not None}
+            here |= ctx.numbers
+            results = zip(layer.stages.wiring.outputs, above, strict=True)
+            gradients = {n: g for n, g in results if n in layer.stages.wiring.differentiable}
             found = layer.backward(here, ctx.tickets, gradients, transfers, ctx.group)
+            wanted = zip(names, ctx.needs_input_grad[1:], ctx.dtypes, strict=True)
+            return None, *(_as(found[name], dtype) if need else None for name, need, dtype in wanted)
         except BaseException:
             # No backward comes to the layers below again, whose tickets the exception's frames may keep.
             transfers.forget(ctx.group.forward)
             raise
-        wanted = zip(layer.stages.wiring.inputs, ctx.needs_input_grad[1:], ctx.dtypes, strict=True)
-        return None, *(_as(found[name], dtype) if need else None for name, need, dtype in wanted)
 
 
 def _send(transfers: Transfers | None, tickets: list[Any], tile: Tensor) -> None:

@@ -286,6 +286,21 @@ def test_an_exception_in_mid_step_leaves_nothing_behind(graph, tile):
     assert transfers.arena.in_use == 0
 
 
+def test_a_backward_whose_weights_were_written_since_gives_back_what_was_sent_though_its_error_is_kept():
+    layer = decoder()
+    transfers = new_transfers()
+    h, *rest = (x.clone() if isinstance(x, torch.Tensor) else x for x in layer.inputs.values())
+    result = h
+    for _ in range(2):
+        (result,) = scheduled(layer, SAVING, transfers=transfers)(result, *rest)
+    assert transfers.arena.in_use
+    with torch.no_grad():
+        rest[list(layer.inputs).index("wq") - 1].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation") as ended:
+        result.sum().backward()
+    assert transfers.arena.in_use == 0 and ended.value
+
+
 def test_a_forward_without_a_backward_gives_its_host_memory_back():
     layer = decoder()
     transfers = new_transfers()
