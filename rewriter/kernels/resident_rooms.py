@@ -11,6 +11,7 @@ On the CPU PyTorch's own operations do the same.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, _foreach_copy_, _foreach_mul  # pyright: ignore[reportPrivateImportUsage]
 
@@ -50,6 +51,11 @@ class Rooms:
             return
         for table in self._tables:
             table.fill()
+
+    def used_on(self, stream: Any) -> None:
+        """The tables' memory is given to nobody before what ``stream`` has been given by then."""
+        for table in self._tables or ():
+            table.used_on(stream)
 
     def _made(self, matrices: Sequence[Tensor]) -> list:
         from .resident_rooms_triton import Table

@@ -56,6 +56,10 @@ class Table:
         self._scales = torch.tensor(scales, dtype=torch.float32, device=device)
         self._dtypes = _TYPES[matrices[0].dtype], _TYPES[rooms[0].dtype]
 
+    def used_on(self, stream: torch.cuda.Stream) -> None:
+        self._rows.record_stream(stream)
+        self._scales.record_stream(stream)
+
     def fill(self) -> None:
         count, width = self._rows.shape
         with torch.cuda.device_of(self._rows):

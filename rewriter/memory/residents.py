@@ -148,15 +148,16 @@ class Residents:
         shelf.give_up(self._room - recorded_bytes(shelf.device), but=keys)
         kept = [self._one(key, one, inputs) for key, one in zip(keys, self._wanted, strict=True)]
         shelf.touch(keys)
-        for one in kept if stream is not None else ():
-            one.used_on(stream)
         matrices = [inputs[i] for i in self._matrices]
+        rooms = self._rooms_of(kept, matrices)
+        for one in (*kept, rooms) if stream is not None else ():
+            one.used_on(stream)
         return _Held(
             [one.whole for one in kept],
             Seen([inputs[i] for i in self._packed]),
             addresses(matrices),
             [one for one in kept if one.place is not None],
-            self._rooms_of(kept, matrices),
+            rooms,
             shelf.changes,
             stream,
         )

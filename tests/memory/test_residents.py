@@ -8,6 +8,7 @@ from contextlib import suppress
 import pytest
 import torch
 
+from rewriter.kernels.resident_rooms import Rooms
 from rewriter.kernels.resident_weight import Form
 from rewriter.memory.residents import Residents, Wanted
 from rewriter.memory.shelf import Kept, Shelf
@@ -266,15 +267,17 @@ def test_what_runs_on_another_stream_comes_after_those_before_and_holds_the_memo
     stream: list[str | None] = ["first"]
     monkeypatch.setattr(shelf, "stream", lambda: stream[0])
     monkeypatch.setattr(Kept, "used_on", lambda kept, stream: used.append((kept.whole.shape[0], stream)))
+    monkeypatch.setattr(Rooms, "used_on", lambda _, stream: used.append(("rooms", stream)))
     one, other = (Residents(of(doubled, *places), shelf, room=1 << 10) for places in ((0, 1), (0,)))
     for program in (one, other, one):
         program.given(inputs)
-    assert used == [(8, "first"), (4, "first"), (8, "first")]
+    rooms = ("rooms", "first")
+    assert used == [(8, "first"), (4, "first"), rooms, (8, "first"), rooms]
     stream[0] = "second"
     other.given(inputs)
-    assert used[3:] == [(8, "second")] and one.turn == 1
+    assert used[5:] == [(8, "second"), ("rooms", "second")] and one.turn == 1
     # As while a graph is captured.
     stream[0] = None
     for program in (one, other):
         program.given(inputs)
-    assert len(used) == 4
+    assert len(used) == 7
