@@ -21,8 +21,8 @@ from rewriter.regions.program import Region, link
 from rewriter.regions.signature import compilation_key
 
 if TYPE_CHECKING:
+    from rewriter.memory.choices import StagesOnce
     from rewriter.memory.layer import LayerStages
-    from rewriter.memory.layer_graphs import LayerGraphs
     from rewriter.memory.planned import PlannedProgram
 
 log = logging.getLogger(__name__)
@@ -50,10 +50,10 @@ def lower_planned(
 
 
 class _Uncompiled(Exception):
-    """The stages of ``layer`` cannot be compiled, for ``error``."""
+    """``stages`` cannot be compiled, for ``error``."""
 
-    def __init__(self, layer: "LayerGraphs", error: Exception):
-        self.layer, self.error = layer, error
+    def __init__(self, stages: "StagesOnce", error: Exception):
+        self.stages, self.error = stages, error
 
 
 class PlanLowering:
@@ -61,7 +61,7 @@ class PlanLowering:
 
     def __init__(self, options: Options):
         self._options = options
-        self._stages: dict[LayerGraphs, LayerStages] = {}
+        self._stages: dict[StagesOnce, LayerStages] = {}
         self._graphs: dict[str, Callable] = {}
         self._regions: dict[GraphModule, Callable] = {}
         self._context = CompileContext.try_get()
@@ -92,7 +92,7 @@ class PlanLowering:
             for region in planned.whole
         }
         for region, staged in planned.staged.items():
-            compiled[region] = staged.scheduled(self._stages[staged.layer], planned.transfers)
+            compiled[region] = staged.scheduled(self._stages[staged.stages], planned.transfers)
         if planned.head is not None:
             compiled[planned.head.region] = planned.head.copier
         return planned.announced(link(planned.program, compiled))
@@ -110,7 +110,7 @@ class PlanLowering:
                     self._compile_stages(planned, say)
                     return rest(planned, say), planned
             except _Uncompiled as failed:
-                planned = planned.without(failed.layer, failed.error)
+                planned = planned.without(failed.stages, failed.error)
 
     def _compile_stages(self, planned: "PlannedProgram", say: Say) -> None:
         """Compile what the plan runs and is not compiled yet; raises _Uncompiled for the first that fails."""
@@ -122,15 +122,15 @@ class PlanLowering:
                 self._graphs[key] = lower.lower_stage(module, inputs, fake_mode, self._options)
             return self._graphs[key]
 
-        for number, (layer, name) in enumerate(planned.layers.items(), 1):
-            if layer in self._stages:
+        for number, (stages, name) in enumerate(planned.layers.items(), 1):
+            if stages in self._stages:
                 continue
             say(f"compiling the stages of {name}, {number} of {planned.compilations}")
             try:
-                self._stages[layer] = layer.compiled(compile_graph)
+                self._stages[stages] = stages.compiled(compile_graph)
             except Exception as error:
                 log.warning("the stages of %s cannot be compiled: %s", name, error, exc_info=True)
-                raise _Uncompiled(layer, error) from error
+                raise _Uncompiled(stages, error) from error
 
     def _in_context(self) -> AbstractContextManager:
         """What is compiled while a step runs belongs to the compilation of its graph."""

@@ -8,9 +8,8 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from rewriter.memory.choices import StagedChoice
+from rewriter.memory.choices import StagedChoice, StagesOnce
 from rewriter.memory.layer import LayerStages, ScheduledLayer
-from rewriter.memory.layer_graphs import LayerGraphs
 from rewriter.memory.plan import MemoryPlan
 from rewriter.memory.transfer import Transfers
 from rewriter.memory.ways import owns_gradient
@@ -21,7 +20,7 @@ from rewriter.regions.program import Program, Region, RegionCall
 class StagedRegion:
     """How a region of a planned program runs in stages."""
 
-    layer: LayerGraphs
+    stages: StagesOnce
     way: StagedChoice
     owns_gradient: bool
 
@@ -33,7 +32,7 @@ class StagedRegion:
             stages,
             way.schedule,
             way.tile,
-            self.layer.shared,
+            self.stages.layer.shared,
             transfers,
             self.owns_gradient,
             way.in_tiles,
@@ -61,8 +60,9 @@ def applied(
                 name = next(n for n in numbers if n not in taken)
                 taken.add(name)
             made[key] = Region(name, region.module, region.inputs)
-            way = next(w for w in ways[region] if w.choice.name == choice.name)
-            if way.layer is not None:
-                staged[made[key]] = StagedRegion(way.layer, way, owns_gradient(program, region))
+            forms = (form for way in ways[region] for form in (way, *way.quicker))
+            way = next(form for form in forms if form.choice.name == choice.name)
+            if way.stages is not None:
+                staged[made[key]] = StagedRegion(way.stages, way, owns_gradient(program, region))
         calls.append(RegionCall(made[key], call.inputs, call.outputs))
     return replace(program, calls=tuple(calls)), staged

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch._guards import TracingContext, tracing
 from torch.fx import GraphModule, Node
 
-from rewriter.memory.choices import Link
 from rewriter.memory.costs import graph_cost
 from rewriter.memory.fakes import StageFakes
 from rewriter.memory.growth import AS_TRACED, Growth, SizesAt
@@ -18,6 +17,7 @@ from rewriter.memory.joint import forward_graph, partitioned_graphs, signature_o
 from rewriter.memory.operations import source_of
 from rewriter.memory.plan import Choice
 from rewriter.memory.room import made_bytes
+from rewriter.memory.walk import Link
 from rewriter.regions.program import Region
 
 # A region's cost on a machine, with ``growth`` as of ``graph_cost``.

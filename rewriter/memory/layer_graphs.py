@@ -1,7 +1,8 @@
 """A region as traced stages: what a layer consists of, before it is known how it will run."""
 
+import functools
 import re
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
@@ -11,9 +12,9 @@ import torch
 from sympy import Symbol
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import GraphModule
 
 from rewriter.canonical import value_of
+from rewriter.memory.before_tiles import CompileGraph, Once, compiled_graph
 from rewriter.memory.fakes import dense_strides, is_dense, memory_order
 from rewriter.memory.growth import AS_TRACED, Growth, SizesAt, whole
 from rewriter.memory.layer import LayerStages
@@ -114,14 +115,16 @@ class LayerGraphs:
             found.append(StageValues(f"stage {index + 1}", reads, self.wiring.gives[index], back, gradients))
         return tuple(found)
 
-    def compiled(self, compile_graph: Callable[[GraphModule, list[Any], Any], Callable]) -> LayerStages:
-        """Compile every stage; ``compile_graph`` takes a graph, its fake inputs and their fake mode."""
+    def compiled(self, compile_graph: CompileGraph, once: Once = frozenset()) -> LayerStages:
+        """Compile every stage, in two what makes its weights ``once``."""
         runs = []
-        for graphs in self.graphs:
-            forward = compile_graph(graphs.forward, graphs.forward_inputs(), graphs.fakes.mode)
-            backward = None
+        for index, graphs in enumerate(self.graphs):
+            compiled = functools.partial(compiled_graph, compile_graph, graphs.fakes.mode)
+            apart = graphs.forward_parted if ("run", index) in once else None
+            forward, backward = compiled(graphs.forward, graphs.forward_inputs(), apart), None
             if graphs.backward is not None:
-                backward = compile_graph(graphs.backward, graphs.backward_inputs(), graphs.fakes.mode)
+                apart = graphs.backward_parted if ("backward", index) in once else None
+                backward = compiled(graphs.backward, graphs.backward_inputs(), apart)
             runs.append(StageRun(graphs, forward, backward))
         return LayerStages(tuple(runs), self.wiring)
 

@@ -103,7 +103,7 @@ def share_seen(node: Node, keys: float) -> float:
 
 def written_by(node: Node) -> list[Node]:
     """What it writes in place."""
-    given = zip(node.args, _arguments(node), strict=False)
+    given = zip(node.args, arguments_of(node), strict=False)
     written = [a for a, said in given if said.alias_info is not None and said.alias_info.is_write]
     return [a for a in written if isinstance(a, Node)]
 
@@ -112,12 +112,13 @@ def argument_of(node: Node, name: str) -> Any:
     """The argument called ``name`` in the op's schema; None where it is not given or not there."""
     if name in node.kwargs:
         return node.kwargs[name]
-    for given, argument in zip(node.args, _arguments(node), strict=False):
+    for given, argument in zip(node.args, arguments_of(node), strict=False):
         if argument.name == name:
             return given
     return None
 
 
-def _arguments(node: Node) -> list[Any]:
+def arguments_of(node: Node) -> list[Any]:
+    """Of its op's schema; none of a plain function."""
     schema = getattr(node.target, "_schema", None)
     return schema.arguments if schema is not None else []

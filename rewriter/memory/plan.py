@@ -76,6 +76,7 @@ class Choice:
             backward of the part that runs before this one's.
         flight: of ``hosted``, what is on the device while a neighbour runs, beyond the problem's window; all
             of it where it is not said.
+        quicker: the same in less time, for more memory while it runs: with weights made once.
     """
 
     name: str
@@ -88,11 +89,12 @@ class Choice:
     offload_seconds: float = 0.0
     reload_seconds: float = 0.0
     flight: int = -1
+    quicker: tuple["Choice", ...] = ()
 
     def __post_init__(self):
         if self.flight == -1:
             object.__setattr__(self, "flight", self.hosted)
-        for field in fields(self)[1:]:
+        for field in fields(self)[1:-1]:
             value = getattr(self, field.name)
             if not isfinite(value) or value < 0:
                 raise ValueError(f"choice {self.name!r}: {field.name} is {value!r}, not a finite number >= 0")

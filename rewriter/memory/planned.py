@@ -15,16 +15,16 @@ import torch
 from rewriter.memory.applied import StagedRegion, applied
 from rewriter.memory.arena import HostArena
 from rewriter.memory.budgets import Budgets
-from rewriter.memory.choices import Link, StagedChoice
+from rewriter.memory.choices import StagedChoice, StagesOnce
 from rewriter.memory.head_ahead import HeadBegun, with_head_ahead
 from rewriter.memory.in_host import HEAD_COMES, over_the_bus, packed_in_host_memory
-from rewriter.memory.layer_graphs import LayerGraphs
 from rewriter.memory.made_once import made_once
 from rewriter.memory.plan import Infeasible, MemoryPlan, Part, Problem
 from rewriter.memory.planner import least, roomy
 from rewriter.memory.residents import Residents, WithResidents, residents_beside
 from rewriter.memory.spare import Spare, spare_of
 from rewriter.memory.transfer import Transfers
+from rewriter.memory.walk import Link
 from rewriter.memory.ways import Aside, Ways
 from rewriter.regions.program import Program, Region, RegionCall
 
@@ -63,11 +63,11 @@ class PlannedProgram:
     head: HeadBegun | None = None
 
     @cached_property
-    def layers(self) -> dict[LayerGraphs, str]:
+    def layers(self) -> dict[StagesOnce, str]:
         """What runs in stages, once for all regions that share them, by the first one's name."""
-        found: dict[LayerGraphs, str] = {}
+        found: dict[StagesOnce, str] = {}
         for region, staged in self.staged.items():
-            found.setdefault(staged.layer, region.name)
+            found.setdefault(staged.stages, region.name)
         return found
 
     @property
@@ -83,14 +83,14 @@ class PlannedProgram:
     def _begins_head(self, region: Region) -> bool:
         return self.head is not None and region is self.head.region
 
-    def without(self, layer: LayerGraphs, error: Exception) -> "PlannedProgram":
-        """Planned anew where the stages of ``layer`` cannot be compiled; the notes say why.
+    def without(self, stages: StagesOnce, error: Exception) -> "PlannedProgram":
+        """Planned anew where ``stages`` cannot be compiled; the notes say why.
 
         No later plan of the program runs them either.
         """
         assert self.choosing is not None
-        kind = self.layers[layer]
-        self.choosing.ways.refuse(layer)
+        kind = self.layers[stages]
+        self.choosing.ways.refuse(stages.layer)
         found = self.choosing.chosen()
         why = f"{kind} runs in other ways, compiling its stages failed: {type(error).__name__}: {error}"
         notes = (note for note in self.notes if not note.startswith(HEAD_COMES))

@@ -7,7 +7,8 @@ where it was not reached.
 Seconds are counted in whole units of about 1e-10 of the slowest step, so that plans that take equally long
 are known to: of those that it sees, the one with the fewest host bytes is taken, then the one with the lowest
 peak. It sees all of them, unless there are thousands. A larger budget allows every plan of a smaller one: it
-is no slower where the slack is 0, else by at most that.
+is no slower where the slack is 0, else by at most that. Weights that are made once in what a plan leaves
+(``quicker.py``) come after the search: neither counts those.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from math import inf
 from rewriter.memory.crowding import crowded
 from rewriter.memory.options import options_of, unit_of
 from rewriter.memory.plan import Infeasible, MemoryPlan, Moment, Problem
+from rewriter.memory.quicker import with_quicker
 from rewriter.memory.search import WORK, Found, Search
 from rewriter.size_text import size_text
 
@@ -49,8 +51,11 @@ def best(problems: Sequence[Problem]) -> MemoryPlan:
 def roomy(problems: Sequence[Problem]) -> MemoryPlan:
     """The plan that is foreseen to be the fastest, with the waits of one that leaves the allocator no room.
 
+    Weights are made once where it leaves the room for that (``quicker.py``).
+
     Just above the least budget that leaves some, a plan that does is the slowest of all. A larger budget is
-    never foreseen to be slower: what leaves room in a smaller one leaves it here, and what did not may.
+    never foreseen to be slower, but for what weights made once spare: what leaves room in a smaller one
+    leaves it here, and what did not may.
 
     Raises:
         Infeasible: where nothing fits; speaks of the first.
@@ -58,15 +63,16 @@ def roomy(problems: Sequence[Problem]) -> MemoryPlan:
     smaller = [replace(problem, device_budget=problem.roomy) for problem in problems]
     found, bound_within = _best(smaller)
     if found is None:
-        return best(problems)
+        return with_quicker(best(problems))
     asked = problems[next(i for i, problem in enumerate(smaller) if problem is found.problem)]
     found = replace(found, problem=asked)
     # Mostly the prices of memory say already that to fill the budget would not gain as much.
     fastest = max(min(map(_computing, problems)), bound_within([_room(problem) for problem in problems]))
     if found.seconds <= crowded(fastest):
-        return found
+        return with_quicker(found)
     filling, _ = _best(problems, found.seconds / crowded(1.0))
-    return filling or found
+    plans = [with_quicker(plan) for plan in (filling, found) if plan is not None]
+    return min(plans, key=lambda plan: plan.foreseen_seconds)
 
 
 # Seconds that no plan takes less than within other device bytes, of each problem.

@@ -18,7 +18,7 @@ from rewriter.memory.operations import argument_of
 
 def draws(module: GraphModule) -> list[tuple[str, str]]:
     """The operations that draw random numbers, in order, each with the shape of what it draws."""
-    return [(str(n.target), _shape(n)) for n in module.graph.nodes if _is_random(n)]
+    return [(str(n.target), _shape(n)) for n in module.graph.nodes if is_random(n)]
 
 
 def device_of(values: Sequence[Any]) -> torch.device:
@@ -50,7 +50,7 @@ def _set(state: Tensor, device: torch.device) -> None:
         torch.set_rng_state(state)
 
 
-def _is_random(node: Node) -> bool:
+def is_random(node: Node) -> bool:
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
     # Attention is tagged for a dropout that it may not have.

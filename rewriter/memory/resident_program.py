@@ -7,12 +7,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rewriter.memory.choices import Link
 from rewriter.memory.plan import MemoryPlan
 from rewriter.memory.planned import PlannedProgram
 from rewriter.memory.resident_choice import Offer, staying
 from rewriter.memory.resident_weights import Given, Lasting, dequantised_source, given_dequantised, lasting
 from rewriter.memory.residents import Wanted, residents_beside
+from rewriter.memory.walk import Link
 from rewriter.memory.weights_ahead import buffer_bytes
 from rewriter.nested import duplicate
 from rewriter.regions.program import Program, Region, RegionCall

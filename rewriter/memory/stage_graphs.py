@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 
 from rewriter.gate_gradients import join_gate_gradients
 from rewriter.kernels.attention_groups import by_groups
+from rewriter.memory.before_tiles import Parted, parted
 from rewriter.memory.fakes import StageFakes, memory_order
 from rewriter.memory.in_place import add_in_place_again
 from rewriter.memory.joint import (
@@ -91,6 +92,21 @@ class StageGraphs:
         inputs = (_once(self.stage.rows_in[i]) for i in self.saved.inputs)
         results = (_once(self.stage.rows_out[i]) for i in self.saved.results)
         return (*inputs, *results, *self.forward_rows[len(self.signature.results) :])
+
+    @cached_property
+    def forward_parted(self) -> Parted | None:
+        """``forward`` with what its tiles read alike apart; None of a whole stage, or without any."""
+        if not self.stage.row_wise:
+            return None
+        return parted(self.forward, [dim is not None for dim in self.stage.rows_in])
+
+    @cached_property
+    def backward_parted(self) -> Parted | None:
+        """The same of ``backward``."""
+        if not self.stage.row_wise or self.backward is None:
+            return None
+        tangents = [True] * len(self.signature.tangents)
+        return parted(self.backward, [*(rows is not None for rows in self.read_rows), *tangents])
 
     @property
     def saves_tiles(self) -> bool:

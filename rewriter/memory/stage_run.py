@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewriter.memory.before_tiles import begun
 from rewriter.memory.fakes import dense_strides, densely, memory_order
 from rewriter.memory.operations import int_hint
 from rewriter.memory.stage_graphs import Rows, StageGraphs
@@ -34,7 +35,7 @@ class Tiles:
 def tile_length(tokens: int, most: int) -> int:
     """Of tiles that are at most ``most`` tokens long and as few as that allows: nearly equal ones.
 
-    Weights are read, and dequantised, once a tile: a short last one would cost nearly as much as a long one.
+    Weights are read once a tile, and often dequantised: a short last one would cost as much as a long one.
     """
     count = -(-tokens // most)
     return min(most, -(-tokens // count // _ALIGNED) * _ALIGNED)
@@ -50,8 +51,7 @@ class StageRun:
 
     Attributes:
         forward: inputs to results, and what is saved of the inside.
-        backward: inputs (or what is saved) and gradients of results to gradients of inputs; None where no
-            input needs one.
+        backward: inputs (or what is saved) and gradients of results to those of inputs, if some are needed.
     """
 
     graphs: StageGraphs
@@ -81,11 +81,12 @@ class StageRun:
             return results
         tile = tile_length(tokens, tile)
         wholes: list[Any] = []
+        forward = begun(self.forward, values)
         for start in range(0, tokens, tile):
             length = min(tile, tokens - start)
             # No tile's results are held while the next one runs.
             self._place(
-                self._packed(self.forward(*_sliced(values, self._rows_in, start, length))),
+                self._packed(forward(*_sliced(values, self._rows_in, start, length))),
                 wholes,
                 (start, length, tokens),
                 sinks,
@@ -150,8 +151,8 @@ class StageRun:
         into: Sequence[Tensor | None],
         spare: list[tuple[Tensor, Rows | None]],
     ) -> list[Tensor | None]:
-        signature, backward = self.graphs.signature, self.backward
-        assert backward is not None
+        assert self.backward is not None
+        signature, backward = self.graphs.signature, begun(self.backward, values)
         rows_of_tangents = [r for r, has in zip(self._rows_out, signature.differentiable, strict=True) if has]
         rows_of_gradients = [r for r, need in zip(self._rows_in, signature.needs, strict=True) if need]
         orders = [o for o, need in zip(self.graphs.orders, signature.needs, strict=True) if need]

@@ -11,7 +11,6 @@ import torch
 from rewriter.memory import timeline
 from rewriter.memory.borders import parted_at_borders
 from rewriter.memory.budgets import Budgets, budgets, device_of
-from rewriter.memory.choices import Link
 from rewriter.memory.lengths import (
     growth_of,
     has_pairs,
@@ -32,6 +31,7 @@ from rewriter.memory.resident_program import with_residents
 from rewriter.memory.room import Need, cannot_keep_all
 from rewriter.memory.stage_graphs import LONG
 from rewriter.memory.unwrapped import without_checkpoints
+from rewriter.memory.walk import Link
 from rewriter.regions.outline import outline
 from rewriter.regions.program import Program
 from rewriter.report import MemoryRecord

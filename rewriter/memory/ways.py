@@ -11,7 +11,7 @@ from sympy import Symbol
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from rewriter.memory.choices import Cost, Link, StagedChoice, cost_on, staged_choices
+from rewriter.memory.choices import StagedChoice, cost_on, staged_choices
 from rewriter.memory.costs import value_bytes
 from rewriter.memory.growth import AS_TRACED, Growth
 from rewriter.memory.in_host import InHost, in_host_of
@@ -21,6 +21,7 @@ from rewriter.memory.layer_graphs import LayerGraphs, layer_graphs
 from rewriter.memory.lengths import rows_of
 from rewriter.memory.plan import Choice
 from rewriter.memory.stage_graphs import Unstaged
+from rewriter.memory.walk import Cost, Link
 from rewriter.memory.weights_ahead import BUFFERS, buffer_bytes
 from rewriter.regions.program import Program, Region
 

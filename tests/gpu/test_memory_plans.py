@@ -90,6 +90,31 @@ def test_a_longer_batch_is_planned_for_in_place_and_stays_within_the_budget(devi
     assert any("planned anew, and not compiled anew" in note for note in graph.notes)
 
 
+def test_weights_made_once_give_the_bits_of_weights_made_in_every_tile(device, sizes, monkeypatch):
+    # As short as attention's backward repeats its bits, in four tiles.
+    monkeypatch.setattr("rewriter.memory.choices._TILES", (None, 64))
+    ids = tokens(256, device)
+
+    def within(kind):
+        torch._dynamo.reset()
+        model = small_llama(device, sizes, nf4=True)
+        if kind.hosted:
+            rewriter.prepare(model, host="layers")
+        with only(kind), poisoned(device):
+            compiled(model, 64 << 30)
+            found = [step(model, ids) for _ in range(2)][-1]
+        return found, sum(n for _, way, n in plan().ways if "weights made once" in way)
+
+    for name in ("tiles", "offload in tiles", "weights over the bus", "weights a layer ahead"):
+        once, count = within(KINDS[name])
+        with monkeypatch.context() as patch:
+            patch.setattr("rewriter.memory.planner.with_quicker", lambda plan: plan)
+            every, none = within(KINDS[name])
+        assert count > 0 == none, name
+        assert torch.equal(once.loss, every.loss)
+        assert all(torch.equal(once.gradients[n], gradient) for n, gradient in every.gradients.items()), name
+
+
 def test_copies_wait_for_what_they_must(device, sizes, length):
     model = small_llama(device, sizes, nf4=False)
     batches = [tokens(length, device, seed) for seed in range(4)]

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from rewriter.memory.choices import _waiting, staged_choices
+from rewriter.memory.choices import staged_choices
+from rewriter.memory.walk import _waiting
 from tests.memory.decoder import decoder
 from tests.memory.test_costs import Machine
 

@@ -82,7 +82,7 @@ def test_the_least_budget_would_do_and_a_byte_less_would_not(program, least):
 def test_a_hidden_state_is_the_layers_own_and_weights_and_tables_are_not(program, least):
     found = planned(program, Budgets(least, AMPLE, 1000), Linked(), CPU)
     for staged in found.staged.values():
-        assert len(staged.layer.own_inputs) == 1
+        assert len(staged.stages.layer.own_inputs) == 1
         assert staged.owns_gradient
 
 

@@ -1,0 +1,48 @@
+"""Weights are made once where a plan leaves the room, and in every tile where it does not."""
+
+from rewriter.memory.plan import Choice, MemoryPlan, Part, Problem
+from rewriter.memory.planner import roomy
+from rewriter.memory.quicker import with_quicker
+
+ONCE = tuple(Choice(f"once {more}", 10, 0, 50, 100 + more, 1.0, 2 - more / 100) for more in (20, 40))
+TILES = Choice("tiles", 10, 0, 50, 100, 1.0, 2.0, quicker=ONCE)
+
+
+def _problem(budget, choice=TILES):
+    parts = tuple(Part(str(i), "layer", (choice,)) for i in range(4))
+    return Problem(parts, 1000, budget, 0)
+
+
+def _chosen(budget):
+    problem = _problem(budget)
+    found = with_quicker(MemoryPlan(problem, tuple(part.choices[0] for part in problem.parts)))
+    return [choice.name for choice in found.choices], found
+
+
+def test_each_part_takes_what_its_own_moment_leaves():
+    # The last part's moment is 1000, three times 10 that are saved before, and 100.
+    within = {room: int((1130 + room) / 0.94) + 1 for room in (0, 10, 20, 30, 60)}
+    assert _chosen(within[0])[0] == ["once 20", "once 20", "tiles", "tiles"]
+    assert _chosen(within[10])[0] == ["once 40", "once 20", "once 20", "tiles"]
+    assert _chosen(within[60])[0] == ["once 40"] * 4
+
+
+def test_the_peak_and_the_seconds_are_those_of_what_is_made_once():
+    problem = _problem(10_000)
+    before, (_, after) = MemoryPlan(problem, (TILES,) * 4), _chosen(10_000)
+    assert after.peak == before.peak + 40 and after.seconds == before.seconds - 4 * 0.4
+    assert after.leaves_room
+
+
+def test_a_plan_that_fills_the_budget_grows_no_more():
+    names, found = _chosen(1130)
+    assert not found.leaves_room and found.peak == 1130
+    assert names == ["once 20", "once 20", "tiles", "tiles"]
+
+
+def test_the_planner_gives_the_quicker_forms_and_never_over_the_budget():
+    for budget in range(1130, 1300, 40):
+        found = roomy([_problem(budget)])
+        assert found.peak <= budget
+        assert (found.seconds < 12.0) == any(choice is not TILES for choice in found.choices)
+    assert [choice.name for choice in roomy([_problem(1300)]).choices] == ["once 40"] * 4
