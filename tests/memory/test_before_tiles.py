@@ -94,9 +94,9 @@ def test_what_is_drawn_or_written_or_returned_is_left_in_the_tiles():
         return x @ torch.rand_like(weight)
 
     def written(x, weight):
-        made = weight * 2
-        made.add_(1)
-        return x @ made
+        made = weight @ weight
+        before = x @ made
+        return before @ made.add_(1)
 
     def returned(x, weight):
         made = weight * 2
