@@ -16,6 +16,7 @@ import torch
 
 from rewriter.foresee.longest import longest
 from rewriter.foresee.question import Question
+from rewriter.hostable import LAYERS
 from rewriter.memory.head_ahead import begun_ahead
 from rewriter.memory.machine import H200, KNOWN, Machine, machine_for
 from rewriter.memory.movable import in_cards
@@ -169,7 +170,8 @@ def plan(
     except Infeasible as error:
         raise in_cards(error, made.host.could, made.host.there) from None
     kept, stays = MemoryPlan(problems[0], tuple(part.choices[0] for part in problems[0].parts)), []
-    if kept.leaves_room:
+    # Layers in host memory are planned for wherever they fit, as their weights come in several ways.
+    if kept.leaves_room and LAYERS not in made.host.there:
         found, stays = _with_residents(found, kept, ask.offers(tokens))
     elif (head := ask.head(tokens)) is not None:
         found = begun_ahead(found, head, chosen) or found

@@ -323,10 +323,16 @@ def ample():
     return _ample()
 
 
-def test_the_head_comes_back_for_its_loss_and_takes_the_time_of_the_bus(ample):
-    there, away = ample.plan, _ample(host="head").plan
+@pytest.fixture(scope="module")
+def away():
+    return _ample(host=("head", "layers"))
+
+
+def test_the_head_comes_back_for_its_loss_and_takes_the_time_of_the_bus(ample, away):
+    there, away = ample.plan, away.plan
     size = 2 * config().vocab_size * config().hidden_size
-    assert there.problem.static - away.problem.static == size
+    # Of 4-bit weights, too.
+    assert there.problem.static - away.problem.static > size
     last = len(there.problem.parts) - 1
     ours, theirs = (
         (plan.choices[last].forward_peak, plan.choices[last].backward_peak) for plan in (away, there)
@@ -334,6 +340,10 @@ def test_the_head_comes_back_for_its_loss_and_takes_the_time_of_the_bus(ample):
     assert ours == (theirs[0] + size, theirs[1])
     waits = away.choices[last].forward_seconds - there.choices[last].forward_seconds
     assert waits >= size / H200.to_device
+
+
+def test_beside_layers_in_host_memory_the_head_comes_ahead_however_much_room_there_is(away):
+    assert away.plan.leaves_room and away.plan.hidden > 0
 
 
 def test_weights_that_cannot_leave_the_device_are_refused():
