@@ -23,6 +23,7 @@ from rewriter.kernels.host_weight import host_weight
 from rewriter.kernels.registration import operators
 from rewriter.kernels_ahead import KernelsAhead
 from rewriter.made_again import make_again
+from rewriter.norm_rooms import leave_rooms
 from rewriter.options import Options
 from rewriter.regions.program import Program, Region, link
 from rewriter.short_calls import ShortCall
@@ -68,9 +69,11 @@ def lower(
         return _lower_eager(module, example_inputs, around_backward)
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    def compile_half(*graph: Any, **settings: Any) -> Any:
-        with around_backward() if settings.get("is_backward") else nullcontext():
-            return compile_fx_inner(*graph, **settings)
+    def compile_half(half: GraphModule, *given: Any, **settings: Any) -> Any:
+        backward, inference = (settings.get(name) for name in ("is_backward", "is_inference"))
+        _leave_rooms(half, forward=not (backward or inference))
+        with around_backward() if backward else nullcontext():
+            return compile_fx_inner(half, *given, **settings)
 
     _register_operators()
     patches = {**_mode_settings(options.mode), **_cache_key(module)}
@@ -237,10 +240,14 @@ def _lower_eager(module: GraphModule, example_inputs: Sequence[Any], around_back
     from torch._dynamo.backends.debugging import boxed_nop
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
+    def forward_compiler(forward: GraphModule, given: list[Any]) -> Callable:
+        _leave_rooms(forward, forward=True)
+        return boxed_nop(forward, given)
+
     def backward_compiler(backward: GraphModule, given: list[Any]) -> Callable:
         with around_backward():
             join_gate_gradients(backward.graph, functional=True)
-            backward.recompile()
+            _leave_rooms(backward, forward=False)
             return boxed_nop(backward, given)
 
     inputs, weights = tuple(example_inputs), weights_of(module)
@@ -251,8 +258,18 @@ def _lower_eager(module: GraphModule, example_inputs: Sequence[Any], around_back
         return min_cut_rematerialization_partition(joint, *given, **settings)
 
     compiler = aot_autograd(
-        fw_compiler=boxed_nop,
+        fw_compiler=forward_compiler,
+        inference_compiler=boxed_nop,
         bw_compiler=backward_compiler,
         partition_fn=partition,
     )
     return compiler(module, list(example_inputs))
+
+
+def _leave_rooms(half: GraphModule, *, forward: bool) -> None:
+    """In a forward or a backward, as AOTAutograd hands it to a compiler."""
+    context = TracingContext.try_get()
+    metadata = context.fw_metadata if forward and context is not None else None
+    # A forward's results are followed by what it saves.
+    leave_rooms(half.graph, functional=True, returned=None if metadata is None else metadata.num_forward)
+    half.recompile()

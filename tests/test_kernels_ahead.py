@@ -77,7 +77,7 @@ def test_a_call_is_one_job_however_often_it_is_met(pool):
     assert target == [H200, PTXAS, {"TRITON_CACHE_DIR": os.environ["TRITON_CACHE_DIR"]}]
     shapes = [Shape((8, n), (n, 1), torch.bfloat16) for n in (64, 128)]
     assert [call[0] for call in calls] == shapes
-    assert calls[0][1:] == (Shape((64,), (1,), torch.bfloat16), 1e-5, 0.0, True, None)
+    assert calls[0][1:] == (Shape((64,), (1,), torch.bfloat16), 1e-5, 0.0, True, None, 0)
 
 
 def test_a_launch_that_writes_is_one_too(pool):

@@ -7,7 +7,8 @@
 The update as a product of its own, to which the base's adds (``add_product``), writes and reads the whole
 result once more: 4 bytes an element in 16 bits, 235 MB of an 8B Llama's gate at 4,096 tokens. Here it is some
 more columns of the product, 1.6% of its operations for 64 beside 4,096; what is paid instead is the input
-copied beside ``u``, once for all projections of it. So it pays where the result is clearly wider than the
+copied beside ``u``, once for all projections of it, unless a norm has left room for ``u`` beside its rows
+(``fill_columns_``, ``rewriter.norm_rooms``). So it pays where the result is clearly wider than the
 input (gate and up forward, down backward), and where the weight is made anew anyway, as from 4 bits: one that
 is there would be copied.
 
@@ -102,6 +103,19 @@ def _vacant(columns: Sequence[Tensor], room: int) -> int:
     return room - given
 
 
+def _fill_kernel(wide: Tensor, columns: Sequence[Tensor], room: int) -> None:
+    zeros, rows = _vacant(columns, room), wide.view(-1, wide.shape[-1])
+    *places, vacant = rows[:, -room:].split([*(c.shape[1] for c in columns), zeros], 1)
+    for place, column in zip(places, columns, strict=True):
+        place.copy_(column)
+    if zeros:
+        vacant.zero_()
+
+
+def _fill_fake(wide: Tensor, columns: Sequence[Tensor], room: int) -> None:
+    _vacant(columns, room)
+
+
 def folded(wide: Tensor, rows: Tensor, scale: float) -> Tensor:
     """``dx + scale · v rows`` of ``wide = [dx | v | …]``, in the place of dx; a view of ``wide``.
 
@@ -129,6 +143,13 @@ fold_columns_ = define(
     "fold_columns_(Tensor(a!) wide, Tensor rows, float scale) -> ()",
     kernel=_fold_kernel,
     fake=_fold_fake,
+    launches=False,
+)
+# What ``extended`` puts behind x, into the last ``room`` columns of ``wide``, (..., inner + room) and dense.
+fill_columns_ = define(
+    "fill_columns_(Tensor(a!) wide, Tensor[] columns, int room) -> ()",
+    kernel=_fill_kernel,
+    fake=_fill_fake,
     launches=False,
 )
 define("extended(Tensor x, Tensor[] columns, int room) -> Tensor", kernel=_kernel, fake=_fake, launches=False)

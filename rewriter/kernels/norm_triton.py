@@ -47,13 +47,12 @@ def _weight_of(weight_ptr, row, column, offset, HIDDEN: tl.constexpr, HEADS: tl.
 def norm_forward_kernel(
     x_ptr, x_outer, x_inner, residual_ptr, residual_outer, residual_inner, weight_ptr, bias_ptr,
     y_ptr, h_ptr, mean_ptr, rstd_ptr, rows, inner, eps, offset,
-    HIDDEN: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-    ROUND: tl.constexpr,
+    HIDDEN: tl.constexpr, WIDE: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, COLUMNS)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = (row < rows)[:, None] & (column < HIDDEN)[None, :]
-    out = row.to(tl.int64)[:, None] * HIDDEN + column[None, :]
 
     at = row_starts(row, inner, x_outer, x_inner) + column[None, :]
     x = tl.load(x_ptr + at, mask=live, other=0.0)
@@ -61,6 +60,7 @@ def norm_forward_kernel(
         at = row_starts(row, inner, residual_outer, residual_inner) + column[None, :]
         residual = tl.load(residual_ptr + at, mask=live, other=0.0).to(tl.float32)
         x = (x.to(tl.float32) + residual).to(h_ptr.dtype.element_ty)
+        out = row.to(tl.int64)[:, None] * HIDDEN + column[None, :]
         tl.store(h_ptr + out, x, mask=live)
 
     value = x.to(tl.float32)
@@ -79,6 +79,7 @@ def norm_forward_kernel(
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
         y = y + bias[None, :]
+    out = row.to(tl.int64)[:, None] * WIDE + column[None, :]
     tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=live)
 
 
@@ -86,8 +87,8 @@ def norm_forward_kernel(
 def norm_backward_kernel(
     dy_ptr, dy_outer, dy_inner, dh_ptr, dh_outer, dh_inner, x_ptr, x_outer, x_inner,
     weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dweight_ptr, dbias_ptr, rows, inner, offset,
-    HIDDEN: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-    STAGES: tl.constexpr,
+    HIDDEN: tl.constexpr, WIDE: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, COLUMNS)
     if dweight_ptr is not None:
@@ -131,7 +132,7 @@ def norm_backward_kernel(
             dx = rstd * (gradient - normal * along)
             if dh_ptr is not None:
                 dx += dh.to(tl.float32)
-            out = row.to(tl.int64)[:, None] * HIDDEN + column[None, :]
+            out = row.to(tl.int64)[:, None] * WIDE + column[None, :]
             tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), mask=live)
 
     partial = tl.program_id(0).to(tl.int64) * HIDDEN + column
@@ -191,19 +192,22 @@ def launch_forward(
     offset: float,
     round_before_weight: bool = False,
 ) -> None:
-    """Fill ``y``, ``h`` (with a residual), ``mean`` (LayerNorm) and ``rstd``, all dense in one order."""
+    """Fill ``y``, ``h`` (with a residual), ``mean`` (LayerNorm) and ``rstd``, all dense in one order.
+
+    Rows of ``y`` may be longer than those of ``x``; what is over is not written.
+    """
     if x.numel() == 0:
         return
-    inner, ((x, x_strides), (residual, residual_strides)) = lay_out_rows(y, x, residual)
+    hidden, wide = x.shape[-1], y.shape[-1]
+    inner, ((x, x_strides), (residual, residual_strides)) = lay_out_rows(y.narrow(-1, 0, hidden), x, residual)
     weight = None if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    hidden = x.shape[-1]
     rows = x.numel() // hidden
     tile = divide_forward(hidden, residual is not None)
     norm_forward_kernel[(triton.cdiv(rows, tile.rows),)](
         x, *x_strides, residual, *residual_strides, weight, bias, y, h, mean, rstd,
-        rows, inner, eps, offset, hidden, _heads(weight), tile.columns, tile.rows, round_before_weight,
-        num_warps=tile.warps,
+        rows, inner, eps, offset, hidden, wide, _heads(weight), tile.columns, tile.rows,
+        round_before_weight, num_warps=tile.warps,
     )  # fmt: skip
 
 
@@ -219,17 +223,21 @@ def launch_backward(
     dweight: Tensor | None,
     dbias: Tensor | None = None,
 ) -> None:
-    """Fill ``dx``, unless it is on meta and only gives the order of rows, ``dweight`` and ``dbias``."""
+    """Fill ``dx``, unless it is on meta and only gives the order of rows, ``dweight`` and ``dbias``.
+
+    Rows of ``dx`` may be longer than those of ``x``; what is over is not written.
+    """
     wanted = [gradient for gradient in (dweight, dbias) if gradient is not None]
     if x.numel() == 0:
         for gradient in wanted:
             gradient.zero_()
         return
-    rstd = in_row_order(dx, rstd)
-    mean = None if mean is None else in_row_order(dx, mean)
-    inner, ((dy, dy_strides), (dh, dh_strides), (x, x_strides)) = lay_out_rows(dx, dy, dh, x)
-    weight = None if weight is None else weight.contiguous()
     hidden = x.shape[-1]
+    out = dx.narrow(-1, 0, hidden)
+    rstd = in_row_order(out, rstd)
+    mean = None if mean is None else in_row_order(out, mean)
+    inner, ((dy, dy_strides), (dh, dh_strides), (x, x_strides)) = lay_out_rows(out, dy, dh, x)
+    weight = None if weight is None else weight.contiguous()
     rows = x.numel() // hidden
     element_bytes = sum(operand.itemsize for operand in (dy, dh, x, weight) if operand is not None)
     tile, stages = divide_backward(hidden, element_bytes, x.device)
@@ -244,8 +252,8 @@ def launch_backward(
     bias_partial = partials[-1] if dbias is not None else None
     norm_backward_kernel[(programs,)](
         dy, *dy_strides, dh, *dh_strides, x, *x_strides, weight, mean, rstd, None if dx.is_meta else dx,
-        weight_partial, bias_partial, rows, inner, offset, hidden, heads, tile.columns, tile.rows,
-        stages, num_warps=tile.warps, maxnreg=REGISTERS,
+        weight_partial, bias_partial, rows, inner, offset, hidden, dx.shape[-1], heads, tile.columns,
+        tile.rows, stages, num_warps=tile.warps, maxnreg=REGISTERS,
     )  # fmt: skip
     for partial, gradient in zip(partials, wanted, strict=True):
         sum_columns(partial.view(-1, gradient.numel()), gradient)

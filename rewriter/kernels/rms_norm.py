@@ -101,71 +101,73 @@ def _out_dtype(x_dtype, weight, round_before_weight, out_dtype):
     return torch.promote_types(x_dtype, weight.dtype)
 
 
-def _empty_outputs(x, residual, weight, round_before_weight, out_dtype):
+def _empty_outputs(x, residual, weight, round_before_weight, out_dtype, room):
     """(y, h, rstd), not yet computed; h is None where nothing is added."""
     check_norm("rms_norm" if residual is None else "add_rms_norm", x, residual, weight)
     h_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    y = dense_rows(x, _out_dtype(h_dtype, weight, round_before_weight, out_dtype))
-    h = None if residual is None else torch.empty_like(y, dtype=h_dtype)
+    y = dense_rows(x, _out_dtype(h_dtype, weight, round_before_weight, out_dtype), room=room)
+    h = None if residual is None else dense_rows(y.narrow(-1, 0, x.shape[-1]), h_dtype)
     return y, h, row_statistic(y)
 
 
-def _forward_fake(x, weight, eps, offset, round_before_weight, out_dtype):
-    y, _, rstd = _empty_outputs(x, None, weight, round_before_weight, out_dtype)
+def _forward_fake(x, weight, eps, offset, round_before_weight, out_dtype, room=0):
+    y, _, rstd = _empty_outputs(x, None, weight, round_before_weight, out_dtype, room)
     return y, rstd
 
 
-def _forward_kernel(x, weight, eps, offset, round_before_weight, out_dtype):
+def _forward_kernel(x, weight, eps, offset, round_before_weight, out_dtype, room=0):
     from rewriter.kernels.norm_triton import launch_forward
 
-    y, _, rstd = _empty_outputs(x, None, weight, round_before_weight, out_dtype)
+    y, _, rstd = _empty_outputs(x, None, weight, round_before_weight, out_dtype, room)
     launch_forward(x, None, weight, None, y, None, None, rstd, eps, offset, round_before_weight)
     return y, rstd
 
 
-def _add_forward_fake(x, residual, weight, eps, offset, round_before_weight, out_dtype):
-    return _empty_outputs(x, residual, weight, round_before_weight, out_dtype)
+def _add_forward_fake(x, residual, weight, eps, offset, round_before_weight, out_dtype, room=0):
+    return _empty_outputs(x, residual, weight, round_before_weight, out_dtype, room)
 
 
-def _add_forward_kernel(x, residual, weight, eps, offset, round_before_weight, out_dtype):
+def _add_forward_kernel(x, residual, weight, eps, offset, round_before_weight, out_dtype, room=0):
     from rewriter.kernels.norm_triton import launch_forward
 
-    y, h, rstd = _empty_outputs(x, residual, weight, round_before_weight, out_dtype)
+    y, h, rstd = _empty_outputs(x, residual, weight, round_before_weight, out_dtype, room)
     launch_forward(x, residual, weight, None, y, h, None, rstd, eps, offset, round_before_weight)
     return y, h, rstd
 
 
-def _backward_fake(dy, dh, x, weight, rstd, offset, grad_x, grad_weight):
-    dx = dense_rows(x, x.dtype) if grad_x else x.new_empty(0)
+def _backward_fake(dy, dh, x, weight, rstd, offset, grad_x, grad_weight, room=0):
+    dx = dense_rows(x, x.dtype, room=room) if grad_x else x.new_empty(0)
     dw = weight.new_empty(weight.shape) if grad_weight else x.new_empty(0)
     return dx, dw
 
 
-def _backward_kernel(dy, dh, x, weight, rstd, offset, grad_x, grad_weight):
+def _backward_kernel(dy, dh, x, weight, rstd, offset, grad_x, grad_weight, room=0):
     from rewriter.kernels.norm_triton import launch_backward
 
     # Without a gradient for x there is still the order of its rows to go by.
-    rows = dense_rows(x, x.dtype, None if grad_x else "meta")
+    rows = dense_rows(x, x.dtype, None if grad_x else "meta", room)
     dw = weight.new_empty(weight.shape) if grad_weight else None
     launch_backward(dy, dh, x, weight, None, rstd, offset, rows, dw)
     return rows if grad_x else x.new_empty(0), x.new_empty(0) if dw is None else dw
 
 
+# With a room, rows of the first result have so many more columns, which are not written: for who fills them
+# (``rewriter.norm_rooms``). It has no gradient then.
 _forward = define(
     "rms_norm(Tensor x, Tensor? weight, float eps, float offset, bool round_before_weight,"
-    " ScalarType? out_dtype) -> (Tensor, Tensor)",
+    " ScalarType? out_dtype, int room=0) -> (Tensor, Tensor)",
     kernel=_forward_kernel,
     fake=_forward_fake,
 )
 _add_forward = define(
     "add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, float offset,"
-    " bool round_before_weight, ScalarType? out_dtype) -> (Tensor, Tensor, Tensor)",
+    " bool round_before_weight, ScalarType? out_dtype, int room=0) -> (Tensor, Tensor, Tensor)",
     kernel=_add_forward_kernel,
     fake=_add_forward_fake,
 )
 _backward = define(
     "rms_norm_backward(Tensor dy, Tensor? dh, Tensor x, Tensor? weight, Tensor rstd, float offset,"
-    " bool grad_x, bool grad_weight) -> (Tensor, Tensor)",
+    " bool grad_x, bool grad_weight, int room=0) -> (Tensor, Tensor)",
     kernel=_backward_kernel,
     fake=_backward_fake,
 )

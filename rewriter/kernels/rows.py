@@ -12,11 +12,16 @@ def hidden_fits(hidden: int) -> bool:
     return hidden <= HIDDEN_LIMIT
 
 
-def dense_rows(x: Tensor, dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor:
+def dense_rows(
+    x: Tensor, dtype: torch.dtype, device: torch.device | str | None = None, room: int = 0
+) -> Tensor:
     """An empty dense tensor of ``x``'s shape, rows innermost, in the memory order that eager would give it.
 
-    Views that follow a norm (``norm(q.transpose(1, 2)).transpose(1, 2).view(...)``) rely on that order.
+    Views that follow a norm (``norm(q.transpose(1, 2)).transpose(1, 2).view(...)``) rely on that order. With
+    ``room`` for so many columns more in each row it is contiguous.
     """
+    if room:
+        return x.new_empty((*x.shape[:-1], x.shape[-1] + room), dtype=dtype, device=device)
     out = torch.empty_like(x, dtype=dtype, device=device)
     if out.stride(-1) == 1:
         return out

@@ -100,6 +100,9 @@ def _kernel(node: Node, sizes: dict[Node, int], at: Lengths, rates: Rates) -> fl
 
 def _moved(node: Node, sizes: dict[Node, int], at: Lengths) -> int:
     """Bytes read and written; what is written in place, both."""
+    if name_of(node) == "fill_columns_":
+        # Of the wide rows it writes the room alone.
+        return 2 * sum(at.bytes(column.meta["val"]) for column in node.all_input_nodes[1:])
     touched = (*node.all_input_nodes, *written_by(node))
     return sizes[node] + sum(at.bytes(n.meta.get("val")) for n in touched)
 

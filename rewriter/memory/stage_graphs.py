@@ -33,6 +33,7 @@ from rewriter.memory.joint import (
 from rewriter.memory.operations import argument_of, int_hint
 from rewriter.memory.randomness import draws
 from rewriter.memory.stages import Stage
+from rewriter.norm_rooms import leave_rooms
 
 
 class Unstaged(Exception):
@@ -217,7 +218,7 @@ def _traced(
     module: GraphModule, signature: Signature, saving: bool
 ) -> tuple[GraphModule, GraphModule | None, Saved | None]:
     if not any(signature.needs) or not any(signature.differentiable):
-        return forward_graph(module, signature), None, None
+        return _with_rooms(forward_graph(module, signature)), None, None
     if saving:
         try:
             forward, backward, saved = partitioned_graphs(module, signature)
@@ -225,19 +226,20 @@ def _traced(
             pass
         else:
             attend_by_groups(backward)
-            backward = _with_gates_joined(backward)
+            join_gate_gradients(backward.graph, functional=False)
             for graph in (forward, backward):
                 add_in_place_again(graph)
-            return forward, backward, saved
+            return _with_rooms(forward), _with_rooms(backward), saved
     backward = backward_graph(module, signature)
-    return forward_graph(module, signature), _with_gates_joined(backward), None
-
-
-def _with_gates_joined(backward: GraphModule) -> GraphModule:
-    """Here, and not when Inductor compiles it: what a stage costs is read off its graph."""
     join_gate_gradients(backward.graph, functional=False)
-    backward.recompile()
-    return backward
+    return _with_rooms(forward_graph(module, signature)), _with_rooms(backward), None
+
+
+def _with_rooms(graph: GraphModule) -> GraphModule:
+    """Here, as gates are joined, and not when Inductor compiles: what a stage costs is read off its graph."""
+    leave_rooms(graph.graph, functional=False)
+    graph.recompile()
+    return graph
 
 
 # Query heads of one group alone fill the device from about here.

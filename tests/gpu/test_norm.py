@@ -60,6 +60,22 @@ def test_fp32_rows_too_long_to_load_ahead(hidden):
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("hidden", [100, 4096])
+def test_rows_with_room_are_the_same_bits(hidden):
+    x, residual, dy, dh = torch.randn(4, 3000, hidden, device="cuda", dtype=torch.bfloat16)
+    weight, ops = torch.randn(hidden, device="cuda", dtype=torch.bfloat16), torch.ops.rewriter
+    given = x, residual, weight, EPS, 0.0, True, None
+    y, h, rstd = ops.add_rms_norm(*given)
+    wide, *others = ops.add_rms_norm(*given, 64)
+    columns = torch.randn(3000, 40, device="cuda", dtype=torch.bfloat16)
+    ops.fill_columns_(wide, [columns], 64)
+    assert torch.equal(wide, ops.extended(y, [columns], 64))
+    assert torch.equal(others[0], h) and torch.equal(others[1], rstd)
+    given = dy, dh, h, weight, rstd, 0.0, True, True
+    (dx, dw), (wide, dw_again) = ops.rms_norm_backward(*given), ops.rms_norm_backward(*given, 64)
+    assert torch.equal(wide[:, :hidden], dx) and torch.equal(dw_again, dw)
+
+
 def test_weight_gradients_are_the_same_bits_every_time():
     x, weight, bias = normal(3000, 1000), normal(1000), normal(1000)
     gradient = torch.randn(3000, 1000, device="cuda", dtype=torch.bfloat16)

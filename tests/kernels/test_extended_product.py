@@ -269,6 +269,19 @@ def test_columns_are_copied_behind_the_input_and_zeros_behind_them():
     torch.library.opcheck(torch.ops.rewriter.extended.default, (x, parts, 8))
 
 
+@pytest.mark.parametrize("room", [5, 8])
+def test_columns_are_written_into_the_room_beside_rows_and_zeros_behind_them(room):
+    fill, parts = torch.ops.rewriter.fill_columns_.default, [torch.randn(6, 2), torch.randn(3, 6).t()]
+    wide = torch.full((2, 3, 5 + room), torch.nan)
+    wide[..., :5] = torch.randn(2, 3, 5)
+    true = extended(wide.view(6, -1)[:, :5], parts, room)
+    fill(wide, parts, room)
+    torch.testing.assert_close(wide.view(6, -1), true, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="5 columns do not fit a room of 4"):
+        fill(wide, parts, 4)
+    torch.library.opcheck(fill, (wide, parts, room))
+
+
 def test_rooms_keep_rows_of_whole_128_bytes():
     for inner, rank in itertools.product((64, 100, 4096), (1, 5, 32, 64)):
         assert (inner + room(inner, [rank])) % 64 == 0 and 0 <= room(inner, [rank]) - rank < 64

@@ -187,6 +187,33 @@ def test_strides_are_followed_without_a_copy_where_two_do():
     assert (inner, strides) == (3, (7 * 32, 32))
 
 
+@pytest.mark.parametrize("turned", [False, True], ids=["dense", "transposed"])
+def test_rows_with_room_are_the_same_bits(turned):
+    x, residual, dy, dh = torch.randn(4, 6, 3, 40, device=device)
+    x = x.transpose(0, 1).contiguous().transpose(0, 1) if turned else x
+    weight, norms = torch.randn(40, device=device), torch.ops.rewriter
+    settings = EPS, 0.0, True, None
+    rstd = norms.rms_norm(x, weight, *settings)[1]
+    cases = [
+        (norms.rms_norm, (x, weight, *settings)),
+        (norms.add_rms_norm, (x, residual, weight, *settings)),
+        # The weight's gradient sums the rows in their order in memory.
+        (norms.rms_norm_backward, (dy, dh, x, weight, rstd, 0.0, True, not turned)),
+    ]
+    for norm, given in cases:
+        (dense, *rest), (wide, *others) = norm(*given), norm(*given, room=24)
+        assert wide.shape == (6, 3, 64) and wide.is_contiguous() and torch.equal(wide[..., :40], dense)
+        assert all(torch.equal(a, b) for a, b in zip(others, rest, strict=True))
+        torch.library.opcheck(norm.default, given, {"room": 24}, test_utils="test_faketensor")
+
+
+def test_a_room_is_not_written(monkeypatch):
+    empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: empty(*a, **k).fill_(7.0))
+    wide, _ = torch.ops.rewriter.rms_norm(torch.randn(5, 40, device=device), None, EPS, 0.0, True, None, 8)
+    assert (wide[:, 40:] == 7).all() and not (wide[:, :40] == 7).any()
+
+
 @pytest.mark.parametrize("layout", ["expanded", "transposed", "every other column"])
 def test_gradients_of_any_strides(layout):
     gradient = {
