@@ -14,16 +14,25 @@ from rewriter.memory.plan import Choice, MemoryPlan
 
 
 def with_quicker(plan: MemoryPlan) -> MemoryPlan:
-    """``plan`` with the quickest form of each choice that fits; one that fills the budget grows no more."""
+    """``plan`` with the quickest form of each choice that fits; one that fills the budget grows no more.
+
+    A part that waits for a neighbour's copies either way leaves its room to copies that begin early.
+    """
     limit = max(plan.limit, plan.peak)
     own = plan.moments[: len(plan.choices)]
+    before = (None, *plan.choices)
     chosen = (
-        _quickest(choice, limit - (moment.device - moment.own))
-        for choice, moment in zip(plan.choices, own, strict=True)
+        _quickest(choice, limit - (moment.device - moment.own), neighbour)
+        for choice, moment, neighbour in zip(plan.choices, own, before, strict=False)
     )
     return replace(plan, choices=tuple(chosen))
 
 
-def _quickest(choice: Choice, room: int) -> Choice:
-    fitting = [form for form in choice.quicker if form.peak <= room]
-    return min((choice, *fitting), key=lambda form: form.forward_seconds + form.backward_seconds)
+def _quickest(choice: Choice, room: int, before: Choice | None) -> Choice:
+    """Of equal ones the one that takes least; ``before``: whose copies pass beside it."""
+    out, back = (before.offload_seconds, before.reload_seconds) if before is not None else (0.0, 0.0)
+
+    def seconds(form: Choice) -> float:
+        return max(form.forward_seconds, out) + max(form.backward_seconds, back)
+
+    return min((choice, *(form for form in choice.quicker if form.peak <= room)), key=seconds)

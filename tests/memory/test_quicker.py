@@ -1,5 +1,7 @@
 """Weights are made once where a plan leaves the room, and in every tile where it does not."""
 
+from dataclasses import replace
+
 from rewriter.memory.plan import Choice, MemoryPlan, Part, Problem
 from rewriter.memory.planner import roomy
 from rewriter.memory.quicker import with_quicker
@@ -38,6 +40,13 @@ def test_a_plan_that_fills_the_budget_grows_no_more():
     names, found = _chosen(1130)
     assert not found.leaves_room and found.peak == 1130
     assert names == ["once 20", "once 20", "tiles", "tiles"]
+
+
+def test_a_part_that_waits_for_copies_either_way_takes_no_room():
+    choices = tuple(replace(TILES, reload_seconds=back) for back in (1.7, 1.9, 3.0, 0.0))
+    found = with_quicker(MemoryPlan(_problem(10_000), choices))
+    # Each waits for the copies of the part before; backwards take 2.0, 1.8 and 1.6 s.
+    assert [choice.name for choice in found.choices] == ["once 40", "once 40", "once 20", "tiles"]
 
 
 def test_the_planner_gives_the_quicker_forms_and_never_over_the_budget():
