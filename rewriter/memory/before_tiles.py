@@ -119,7 +119,7 @@ def _made(module: GraphModule, alike: dict[Node, None]) -> list[Node]:
         through = (n for n in _readers(node) if n in fused and not _stands_alone(n))
         if not all(map(_stands_alone, others)) or any(through):
             fused.add(node)
-        if node.op != "call_function" or is_view(node) or not isinstance(node.meta["val"], Tensor):
+        if node.op != "call_function" or is_view(node) or not isinstance(node.meta.get("val"), Tensor):
             continue
         returned = any(n.op == "output" for n in others)
         if any(map(_stands_alone, others)) and not returned and (node not in fused or _stands_alone(node)):
@@ -194,7 +194,8 @@ def _tile(
             env[node] = graph.node_copy(node, env.__getitem__)
     for node in reversed(alike):
         copy = env[node]
-        if copy.op != "placeholder" and not copy.users:
+        # What checks something is there for nobody who reads it.
+        if copy.op != "placeholder" and not copy.users and not copy.is_impure():
             graph.erase_node(copy)
     return GraphModule(module, graph)
 

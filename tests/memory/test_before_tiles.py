@@ -106,6 +106,16 @@ def test_what_is_drawn_or_written_or_returned_is_left_in_the_tiles():
         assert parted(_traced(function, (4, 8), (8, 8)), [True, False]) is None, function
 
 
+def test_what_checks_a_weight_is_left_in_the_tiles():
+    def checked(x, weight):
+        torch.ops.aten._assert_async.msg((weight > 0).all(), "not all of it is positive")
+        return x @ (weight * 2)
+
+    apart = parted(_traced(checked, (4, 8), (8, 8)), [True, False])
+    assert apart is not None and _targets(apart.before) == ["aten.mul.Tensor"]
+    assert _targets(apart.tile)[-2:] == ["aten._assert_async.msg", "aten.mm.default"]
+
+
 def _dequantised(use):
     def weight(data, absmax):
         packed = (data, [64, 64], absmax, 64, "nf4", None, None, None)
