@@ -49,6 +49,21 @@ def test_a_part_that_waits_for_copies_either_way_takes_no_room():
     assert [choice.name for choice in found.choices] == ["once 40", "once 40", "once 20", "tiles"]
 
 
+def test_tiles_of_another_length_are_taken_where_these_make_their_weights_once():
+    once = Choice("shorter, once", 10, 0, 50, 90, 1.0, 1.5)
+    shorter = Choice("shorter", 10, 0, 50, 60, 1.0, 2.1, quicker=(once,))
+    assert _chosen_of(TILES, shorter) == ["shorter, once"] * 4
+    # What the other parts would have less room beside, or would wait for, is another way.
+    for other in ({"saved": 11}, {"hosted": 1, "flight": 0}, {"reload_seconds": 0.1}):
+        assert _chosen_of(TILES, replace(shorter, **other)) == ["once 40"] * 4
+
+
+def _chosen_of(*choices):
+    parts = tuple(Part(str(i), "layer", choices) for i in range(4))
+    found = with_quicker(MemoryPlan(Problem(parts, 1000, 10_000, 0), choices[:1] * 4))
+    return [choice.name for choice in found.choices]
+
+
 def test_the_planner_gives_the_quicker_forms_and_never_over_the_budget():
     for budget in range(1130, 1300, 40):
         found = roomy([_problem(budget)])
