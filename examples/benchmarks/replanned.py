@@ -63,8 +63,9 @@ class Replanned:
         if (parted := parted_at_borders(program)) is not None:
             program = outline_regions(parted, example_inputs, self._options, record) or program
         device, self._here = device_of(example_inputs), tokens_at_hand(program)
-        ways = RememberedWays(program, machine_for(device), reach=reach_of(program, 1.0, LONG))
-        self._choosing = Choosing(program, ways, budgets(program, 1.0, None, device), device)
+        machine = machine_for(device)
+        ways = RememberedWays(program, machine, reach=reach_of(program, 1.0, LONG))
+        self._choosing = Choosing(program, ways, budgets(program, 1.0, None, device), machine, device)
         self._lowering = PlanLowering(self._options)
         kept = ways.kept(AS_TRACED)
         everything = kept_of(self._problem(kept, self._choosing.given))
