@@ -5,9 +5,9 @@
     python examples/benchmarks/context.py --case 32x1x7680 --card 8 --weights-in-host embedding
 
 ``--card`` is the size of the card in GiB: the allocator may take that less 0.6 GiB for the driver's context
-(``set_per_process_memory_fraction``), and the rewriter gets it as ``memory_budget``. A step is that of
-``end_to_end.py``. Writes ``results/context_<case>_<card>_<system>.json``: seconds of a step, tokens a second,
-the device memory that was allocated and reserved, what the plan predicted, and the plan.
+(``set_per_process_memory_fraction``), and the rewriter gets it, or ``--budget``, as ``memory_budget``. A step
+is that of ``end_to_end.py``. Writes ``results/context_<case>_<card>_<system>.json``: seconds of a step,
+tokens a second, the device memory that was allocated and reserved, what the plan predicted, and the plan.
 """
 
 import argparse
@@ -27,7 +27,8 @@ GIB = 2**30
 def measure(arguments: argparse.Namespace) -> dict:
     case = Case.parse(arguments.case)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = {"memory_budget": int(arguments.card * GIB)} if arguments.card else {}
+    budget = arguments.budget or arguments.card
+    options = {"memory_budget": int(budget * GIB)} if budget else {}
     if arguments.host:
         options["host_budget"] = int(arguments.host * GIB)
     model = peers.prepared(
@@ -51,6 +52,7 @@ def measure(arguments: argparse.Namespace) -> dict:
     print(f"first step {first:.1f} s, loss {losses.item():.4f}", flush=True)
     if arguments.steps:
         forget_peak(device)
+    before = flushes(device)
     runs = [timed(step, i, device) for i in range(1, 1 + arguments.steps)]
     seconds = min((s for s, _ in runs), default=first)
     tokens = case.rows * case.tokens[1]
@@ -58,6 +60,8 @@ def measure(arguments: argparse.Namespace) -> dict:
         "system": arguments.system,
         "case": case.name,
         "card_gib": arguments.card,
+        "budget_gib": arguments.budget or arguments.card,
+        "flushed": flushes(device) - before,
         "weights_in_host": list(arguments.weights_in_host),
         **machine(device),
         "versions": versions(),
@@ -76,6 +80,11 @@ def measure(arguments: argparse.Namespace) -> dict:
 def forget_peak(device: str) -> None:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
+
+
+def flushes(device: str) -> int:
+    """How often the allocator found no room since the process began, and gave back what it had cached."""
+    return torch.cuda.memory_stats()["num_alloc_retries"] if device == "cuda" else 0
 
 
 def memory(what: str) -> float | None:
@@ -112,6 +121,7 @@ def main() -> None:
     )
     parser.add_argument("--case", default="32x1x65536")
     parser.add_argument("--card", type=float, default=24.0, help="GiB; 0: no limit")
+    parser.add_argument("--budget", type=float, default=0.0, help="GiB to plan for; 0: the card")
     parser.add_argument("--host", type=float, default=0.0, help="GiB for offloads; 0: the default")
     parser.add_argument(
         "--weights-in-host", nargs="+", default=(), help="the rewriter's: embedding, head, layers"

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import offloading
 import torch
-from context import CONTEXT_GIB, GIB, memory
+from context import CONTEXT_GIB, GIB, flushes, memory
 from end_to_end import machine, synchronise, timed, versions
 from replanned import TINY, Replanned, compiled_once
 
@@ -88,11 +88,6 @@ def measure(compiled: Replanned, step, tokens: int, usable: int, device: str, st
         tuple((kind, way, count) for (kind, way), count in plan.counts.items()),
         flushes(device) - before if device == "cuda" else None,
     )
-
-
-def flushes(device: str) -> int:
-    """Of the allocator, since the process began."""
-    return torch.cuda.memory_stats()["num_alloc_retries"] if device == "cuda" else 0
 
 
 @contextmanager
