@@ -131,19 +131,24 @@ def kept_instead(choosing: Choosing, found: PlannedProgram) -> PlannedProgram:
     ways = next(
         ways
         for ways in choosing.ways.all(choosing.given.growth).values()
-        if all(any(way.choice is choice for way in ways[call.region]) for call, choice in chosen)
+        if all(any(form.choice is choice for form in forms(ways[call.region])) for call, choice in chosen)
     )
     choices = tuple(twin(ways[call.region], choice.name) for call, choice in chosen)
     return choosing.following(replace(found.plan, choices=choices), ways)
 
 
+def forms(ways: list[StagedChoice]) -> list[StagedChoice]:
+    """Each way, and those that make weights once in its place."""
+    return [form for way in ways for form in (way, *way.quicker)]
+
+
 def twin(ways: list[StagedChoice], name: str):
     """The way that runs as the one of that name, in the same tiles, and offloads nothing."""
-    way = next(way for way in ways if way.choice.name == name)
+    way = next(form for form in forms(ways) if form.choice.name == name)
     if way.schedule is None or not way.schedule.offloaded:
         return way.choice
     kept = {*way.schedule.kept, *way.schedule.offloaded}
-    for other in ways:
+    for other in sorted(forms(ways), key=lambda form: form.once != way.once):
         plan = other.schedule
         if plan is None or plan.offloaded or other.layer is not way.layer or other.tile != way.tile:
             continue
