@@ -46,10 +46,11 @@ for 960.
 | the head and its loss | 106 | 88 |
 | all else: norms, gates, rotary, dequantisation, adapters' short products | 51 | 47 |
 
-The second column takes the rate of a product on a device that was idle before, 783 TFLOP/s, which a step's heat
-and power do not allow. Beside the same attention, what is left is 0.91 of Unsloth's; 0.95 of the whole would
-need 4 ms less of 480, as much as all else is above its bytes. Norms that leave room for adapters' columns
-spared 2.1 of them; weights that stay dequantised spare 2.5 and take 3.3 GiB, more than Unsloth's peak leaves.
+The second column takes the rate of a product on a device that was idle before, 783 TFLOP/s, which heat and
+power do not allow for a whole step. Beside the same attention, what is left is 0.91 of Unsloth's; 0.95 of the
+whole would need 4 ms less of 480, as much as all else is above its bytes. Norms that leave room for adapters'
+columns spared 2.1 of them; weights that stay dequantised spare 2.5 and take 3.3 GiB, more than Unsloth's peak
+leaves.
 """
 
 
