@@ -26,7 +26,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A checkpoint of a model with two layers, whose tokenizer knows bytes, and four conversations."""
+    """A checkpoint of a model with one layer, whose tokenizer knows bytes, and four conversations."""
     path = tmp_path_factory.mktemp("checkpoint")
     alphabet = ["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     backend = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
         vocab_size=len(alphabet),
         hidden_size=64,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
         eos_token_id=0,
