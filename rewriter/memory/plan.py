@@ -31,7 +31,7 @@ from functools import cached_property
 from itertools import accumulate
 from math import isfinite
 
-from rewriter.memory.crowding import crowded, roomy_bytes
+from rewriter.memory.crowding import crowded, in_pieces, roomy_bytes, spacious_bytes
 
 
 class Infeasible(ValueError):
@@ -155,6 +155,11 @@ class Problem:
         """Of the device budget, what a plan fills where it can, and leaves the rest to the allocator."""
         return roomy_bytes(self.device_budget)
 
+    @property
+    def spacious(self) -> int:
+        """The same of a plan that offloads, whose copies leave the allocator's memory in pieces."""
+        return spacious_bytes(self.device_budget, self.static)
+
 
 @dataclass(frozen=True)
 class Moment:
@@ -225,12 +230,14 @@ class MemoryPlan:
 
         The allocator keeps its part of these moments, also where the worst one takes of it.
         """
-        return self.problem.roomy
+        return self.problem.spacious if self.hosted else self.problem.roomy
 
     @property
     def foreseen_seconds(self) -> float:
-        """``seconds``, with the allocator's waits where none of the budget is left to it."""
-        return self.seconds if self.leaves_room else crowded(self.seconds)
+        """``seconds``, with the allocator's waits where too little of the budget is left to it."""
+        if not self.leaves_room:
+            return crowded(self.seconds)
+        return self.seconds if self.peak <= self.limit else in_pieces(self.seconds)
 
     @property
     def beside(self) -> int:
@@ -240,7 +247,7 @@ class MemoryPlan:
     @property
     def left(self) -> int:
         """Device bytes that a plan which leaves the allocator its part does not use."""
-        return max(self.problem.roomy - self.peak, 0)
+        return max(self.limit - self.peak, 0)
 
     @property
     def where(self) -> str:

@@ -207,7 +207,8 @@ class Choosing:
         planned = PlannedProgram(program, staged, found, notes, transfers, self)
         planned = with_head_ahead(planned, self.device, self.machine)
         fills = found.hosted > 0 or planned.head is not None
-        none = _no_residents(found, max(found.limit, found.peak) if fills else found.peak, self.device)
+        most = max(found.problem.roomy, found.peak) if fills else found.peak
+        none = _no_residents(found, most, self.device)
         return replace(planned, residents=none)
 
 

@@ -11,12 +11,12 @@ is no slower where the slack is 0, else by at most that. Weights that are made o
 (``quicker.py``) come after the search: neither counts those.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from math import inf
 
-from rewriter.memory.crowding import crowded
+from rewriter.memory.crowding import crowded, in_pieces
 from rewriter.memory.options import options_of, unit_of
 from rewriter.memory.plan import Infeasible, MemoryPlan, Moment, Problem
 from rewriter.memory.quicker import with_quicker
@@ -49,7 +49,7 @@ def best(problems: Sequence[Problem]) -> MemoryPlan:
 
 
 def roomy(problems: Sequence[Problem]) -> MemoryPlan:
-    """The plan that is foreseen to be the fastest, with the waits of one that leaves the allocator no room.
+    """The plan that is foreseen to be the fastest, with its waits for the allocator.
 
     Weights are made once where it leaves the room for that (``quicker.py``).
 
@@ -60,23 +60,34 @@ def roomy(problems: Sequence[Problem]) -> MemoryPlan:
     Raises:
         Infeasible: where nothing fits; speaks of the first.
     """
-    smaller = [replace(problem, device_budget=problem.roomy) for problem in problems]
-    found, bound_within = _best(smaller)
-    if found is None:
-        return with_quicker(best(problems))
-    asked = problems[next(i for i, problem in enumerate(smaller) if problem is found.problem)]
-    found = replace(found, problem=asked)
-    # Mostly the prices of memory say already that to fill the budget would not gain as much.
-    fastest = max(min(map(_computing, problems)), bound_within([_room(problem) for problem in problems]))
-    if found.seconds <= crowded(fastest):
-        return with_quicker(found)
-    filling, _ = _best(problems, found.seconds / crowded(1.0))
-    plans = [with_quicker(plan) for plan in (filling, found) if plan is not None]
-    return min(plans, key=lambda plan: plan.foreseen_seconds)
+    found, bound_within = [], None
+    least_of_all = min(map(_computing, problems))
+    for within, longer in _fillings(problems):
+        below = min((plan.foreseen_seconds for plan in found), default=inf) / longer
+        # Mostly the prices of memory say already that to fill more of the budget would not gain as much.
+        if found and below <= max(least_of_all, bound_within(within)):
+            continue
+        plan, bound = _best(within, below)
+        bound_within = bound_within or bound
+        if plan is not None:
+            asked = problems[next(i for i, problem in enumerate(within) if problem is plan.problem)]
+            found.append(replace(plan, problem=asked))
+    if not found:
+        raise _infeasible(problems[0])
+    return min(map(with_quicker, found), key=lambda plan: plan.foreseen_seconds)
+
+
+def _fillings(problems: Sequence[Problem]) -> Iterator[tuple[list[Problem], float]]:
+    """``problems`` within what leaves the allocator less and less, and times as long as computed that is."""
+    if any(p.host_budget for p in problems):
+        yield [replace(p, device_budget=p.spacious) for p in problems], 1.0
+    yield [replace(p, device_budget=p.roomy, host_budget=0) for p in problems], 1.0
+    yield [replace(p, device_budget=p.roomy) for p in problems], in_pieces(1.0)
+    yield list(problems), crowded(1.0)
 
 
 # Seconds that no plan takes less than within other device bytes, of each problem.
-_Bound = Callable[[Sequence[int]], float]
+_Bound = Callable[[Sequence[Problem]], float]
 
 
 def _best(problems: Sequence[Problem], below: float = inf) -> tuple[MemoryPlan | None, _Bound]:
@@ -104,9 +115,10 @@ def _best(problems: Sequence[Problem], below: float = inf) -> tuple[MemoryPlan |
         proven = min(search.bound for search, _ in asked)
         found = MemoryPlan(found.problem, found.choices, max(0.0, (units - proven) * unit))
 
-    def bound_within(rooms: Sequence[int]) -> float:
+    def bound_within(others: Sequence[Problem]) -> float:
         known = {i: search for search, i in asked}
-        return min(known[i].bound_within(room) * unit if i in known else 0.0 for i, room in enumerate(rooms))
+        bounds = (known[i].bound_within(_room(p)) * unit if i in known else 0.0 for i, p in enumerate(others))
+        return min(bounds)
 
     return found, bound_within
 

@@ -4,8 +4,8 @@
 
 Activations come first, as with weights that stay: what a layer makes once is there while one of its stages
 runs, and concerns no other layer. So it is decided for each layer by itself, after the search, which has as
-much to choose from as without: no plan is slower for it, and none takes more than it may. What it cannot find
-is a plan that would be the fastest for that alone, but for one in tiles of another length.
+much to choose from as without: no plan is slower for it, and none takes more than it may. A plan that would
+only be the fastest for what it makes once is not found.
 """
 
 from collections.abc import Sequence

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from rewriter.memory.crowding import roomy_bytes
+from rewriter.memory.crowding import spacious_bytes
 from rewriter.memory.plan import Choice, MemoryPlan, Part, Problem
 from rewriter.memory.spare import Spare, spare_of
 from tests.memory.clocked_copies import RATE, Timed, waited
@@ -27,7 +27,7 @@ def _spares(layers: list[Timed], window: int, free: list[int]) -> list[Spare]:
         choices.append(Choice(f"part {len(choices)}", 0, size, peak, peak, 1.0, 1.0, flight=flight))
     parts = tuple(Part(c.name, c.name, (c,)) for c in choices)
     least = filled + window
-    budget = next(b for b in range(least, 2 * least) if roomy_bytes(b) >= least)
+    budget = next(b for b in range(least, 2 * least) if spacious_bytes(b, 0) >= least)
     problem = Problem(parts, 0, budget, 1 << 20, window=window)
     return spare_of(MemoryPlan(problem, tuple(choices)), [True] * len(layers) + [False], window)
 
@@ -47,10 +47,10 @@ def test_copies_of_all_layers_hide_where_they_take_less_than_a_layer(layer, wind
 def test_copies_that_take_longer_than_a_layer_hide_where_there_is_room_to_begin_early():
     slow = Timed(10.0, 10.0, 15 * RATE)
     layers = [slow, NOTHING, NOTHING, NOTHING]
-    full, roomy = ([0, 0, 0, 0], [0, 0, 15 * RATE, 0])
+    full, spacious = ([0, 0, 0, 0], [0, 0, 15 * RATE, 0])
     # 5 s in each direction.
     assert waited(layers, 0, _spares(layers, 0, full), head=20.0) == pytest.approx(10.0)
-    assert waited(layers, 0, _spares(layers, 0, roomy), head=20.0) == 0
+    assert waited(layers, 0, _spares(layers, 0, spacious), head=20.0) == 0
 
 
 def test_weights_of_the_layer_below_come_before_what_lower_ones_ask_for_and_after_what_this_one_does():

@@ -102,8 +102,9 @@ def test_weights_of_other_programs_that_stay_leave_room_for_copies_that_begin_ea
     assert least is not None
     device = int(least * 1.1)
     found = planned(program, Budgets(device, host, 1000), Linked(), CPU)
-    assert (found.plan.hosted > 0) == (host > 0) and found.plan.peak < found.plan.limit
-    most = found.plan.limit if host else found.plan.peak
+    roomy = found.plan.problem.roomy
+    assert (found.plan.hosted > 0) == (host > 0) and found.plan.peak < roomy
+    most = roomy if host else found.plan.peak
     assert found.residents is not None and found.residents()._room == device - most
 
 

@@ -291,6 +291,31 @@ def test_some_of_the_budget_is_left_to_the_allocator_unless_that_takes_much_long
     assert roomy([replace(problem, device_budget=93)]).choices == (again,)
 
 
+@pytest.mark.parametrize(("seconds_again", "taken"), [(2.04, "less"), (2.1, "more")])
+def test_a_plan_that_offloads_leaves_the_allocator_more_unless_that_takes_longer(seconds_again, taken):
+    less, more = (
+        Choice(name, 0, 1, peak, peak, 1.0, longer - 1)
+        for name, peak, longer in (("less", 80, seconds_again), ("more", 90, 2.0))
+    )
+    problem = Problem((Part("layer", "layer", (less, more)),), 10, 110, 1)
+    found = roomy([problem])
+    assert [c.name for c in found.choices] == [taken] and found.problem is problem
+    assert found.foreseen_seconds == (seconds_again if taken == "less" else pytest.approx(2.05))
+    # Of what is there beside 10 bytes of weights.
+    assert found.limit == 92
+    # What offloads nothing leaves few gaps.
+    kept = (replace(less, hosted=0), replace(more, hosted=0))
+    still = roomy([replace(problem, parts=(Part("layer", "layer", kept),))])
+    assert [c.name for c in still.choices] == ["more"] and still.foreseen_seconds == 2.0
+
+
+def test_a_plan_that_offloads_nothing_may_be_the_fastest_for_leaving_few_gaps():
+    sent, kept = Choice("sent", 0, 1, 90, 90, 1.0, 1.0), Choice("kept", 0, 0, 90, 90, 1.0, 1.02)
+    problem = Problem((Part("layer", "layer", (sent, kept)),), 10, 110, 1)
+    assert roomy([problem]).choices == (kept,)
+    assert roomy([replace(problem, device_budget=130)]).choices == (sent,)
+
+
 def test_a_larger_budget_is_never_foreseen_to_be_slower():
     for seed in range(6):
         problem = random_problem(seed)

@@ -28,7 +28,7 @@ def _plan(
         for i, (ahead, back, host, sent) in enumerate(numbers)
     ]
     parts = tuple(Part(f"part {i}", f"kind {i}", (c,)) for i, c in enumerate(choices))
-    return MemoryPlan(Problem(parts, 0, 107, 99, window=10), tuple(choices))
+    return MemoryPlan(Problem(parts, 0, 122, 99, window=10), tuple(choices))
 
 
 def _spares(plan: MemoryPlan, bounds: Sequence[bool] = (True,) * 4, window: int = 10) -> list[Spare]:
