@@ -12,14 +12,22 @@ elsewhere; what is drawn; what is written in place; what no product and no op of
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from rewriter.memory.operations import arguments_of, flops_of, is_compiled, is_view, source_of, written_by
+from rewriter.memory.operations import (
+    arguments_of,
+    flops_of,
+    is_compiled,
+    is_view,
+    readers_of,
+    source_of,
+    written_by,
+)
 from rewriter.memory.randomness import is_random
 
 # Compiles a graph, given its fake inputs and their fake mode.
@@ -115,8 +123,8 @@ def _made(module: GraphModule, alike: dict[Node, None]) -> list[Node]:
     fused: set[Node] = set()
     found = []
     for node in reversed(alike):
-        others = [n for n in _readers(node) if n not in alike]
-        through = (n for n in _readers(node) if n in fused and not _stands_alone(n))
+        others = [n for n in readers_of(node) if n not in alike]
+        through = (n for n in readers_of(node) if n in fused and not _stands_alone(n))
         if not all(map(_stands_alone, others)) or any(through):
             fused.add(node)
         if node.op != "call_function" or is_view(node) or not isinstance(node.meta.get("val"), Tensor):
@@ -130,15 +138,6 @@ def _made(module: GraphModule, alike: dict[Node, None]) -> list[Node]:
 def _stands_alone(node: Node) -> bool:
     """Whether it reads and writes memory: an op of ours, or a product."""
     return node.op == "call_function" and (not is_compiled(node) or flops_of(node) > 0)
-
-
-def _readers(node: Node) -> Iterator[Node]:
-    """Of a value and of views of it."""
-    for user in node.users:
-        if user.op == "call_function" and is_view(user):
-            yield from _readers(user)
-        else:
-            yield user
 
 
 def _before(

@@ -25,6 +25,7 @@ from rewriter.memory.operations import (
     is_heads,
     is_view,
     name_of,
+    readers_of,
     share_seen,
     source_of,
     written_by,
@@ -151,14 +152,5 @@ def _moved_by_chain(chain: list[Node], sizes: dict[Node, int], at: Lengths) -> i
                 size = min(at.bytes(given.meta.get("val")), at.bytes(source.meta.get("val")) or 2**62)
                 size = min(size, sizes[node]) if name_of(node) in _GATHERS else size
                 read[source] = max(read.get(source, 0), size)
-    written = (sizes[n] for n in chain if any(user not in inside for user in _readers(n)))
+    written = (sizes[n] for n in chain if any(user not in inside for user in readers_of(n)))
     return sum(read.values()) + sum(written)
-
-
-def _readers(node: Node) -> Iterator[Node]:
-    """Of a value and of views of it."""
-    for user in node.users:
-        if user.op == "call_function" and is_view(user):
-            yield from _readers(user)
-        else:
-            yield user

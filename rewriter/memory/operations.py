@@ -5,7 +5,7 @@ formulas.
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from sympy import Symbol
@@ -35,6 +35,15 @@ def source_of(node: Node) -> Node:
     while node.op == "call_function" and is_view(node) and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node
+
+
+def readers_of(node: Node) -> Iterator[Node]:
+    """What reads it, itself or a view of it; what reads both, twice."""
+    for user in node.users:
+        if user.op == "call_function" and is_view(user):
+            yield from readers_of(user)
+        else:
+            yield user
 
 
 def is_compiled(node: Node) -> bool:
