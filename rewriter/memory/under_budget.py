@@ -11,6 +11,7 @@ import torch
 from rewriter.memory import timeline
 from rewriter.memory.borders import parted_at_borders
 from rewriter.memory.budgets import Budgets, budgets, device_of
+from rewriter.memory.expandable import in_fixed_segments
 from rewriter.memory.lengths import (
     growth_of,
     has_pairs,
@@ -78,6 +79,7 @@ def under_budget(
         if (parted := parted_at_borders(program)) is not None:
             program = outline(parted, example_inputs) or program
         found = asked.chosen(program)
+    notes += in_fixed_segments(found.plan, device)
     return replace(found, notes=(*notes, *found.notes))
 
 
