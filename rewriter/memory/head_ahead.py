@@ -5,7 +5,8 @@
                                              loss = head(x, weight, labels)
 
 The head would wait for all of the copy, 19 ms of an 8B Llama at 55 GB/s, which so runs beside a layer of a
-long sequence. It takes its room a part earlier: where a plan leaves that much free at that moment; elsewhere
+long sequence. It takes its room a part earlier: where a plan leaves that much free at that moment, or would
+if this part made its weights in every tile, or in shorter ones, and that costs less than the copy; elsewhere
 the head waits, as it does without a plan. The planner compares plans by seconds in which the head waits,
 which is as long in all of them; those of the plan that it chose are then without what passes beside the part
 before.
@@ -31,6 +32,7 @@ from rewriter.memory.durations import Rates
 from rewriter.memory.in_host import HEAD_COMES
 from rewriter.memory.made_once import made_once
 from rewriter.memory.plan import MemoryPlan
+from rewriter.memory.quicker import alike
 from rewriter.memory.streams import InOrder, SideStreams, streams_of
 from rewriter.regions.names import free_name
 from rewriter.regions.program import Program, Region, RegionCall
@@ -137,35 +139,52 @@ def _is_away(weight: Tensor, device: torch.device) -> bool:
     return weight.device.type != device.type
 
 
+def head_away(program: Program, device: torch.device) -> HeadInHost | None:
+    """The first such call of ``program``, which ``device`` computes."""
+    return head_in_host(program.calls, lambda weight: _is_away(weight, device))
+
+
 def begun_ahead(plan: MemoryPlan, head: HeadInHost, rates: Rates) -> MemoryPlan | None:
-    """``plan`` where the copy begins with the part before the head's; None where that leaves it no room."""
+    """``plan`` where the copy begins with the part before the head's, which may take another form for it.
+
+    The fastest of its forms (``quicker.py``) that leave the copy its room; None where all leave it none, or
+    are slower than a head that waits.
+    """
     before = head.place - 1
-    if before < 0 or head.nbytes > _room(plan, before):
+    if before < 0:
         return None
-    hidden = min(head.nbytes / rates.to_device, plan.choices[before].forward_seconds)
-    return replace(plan, hidden=hidden)
+    choices, part = plan.choices, plan.problem.parts[before]
+    forms = (form for other in alike(part, choices[before]) for form in (other, *other.quicker))
+    plans = (replace(plan, choices=(*choices[:before], form, *choices[head.place :])) for form in forms)
+    most = max(plan.limit, plan.peak)
+    begun = [
+        replace(p, hidden=min(head.nbytes / rates.to_device, p.choices[before].forward_seconds))
+        for p in plans
+        if p.peak <= most and head.nbytes <= _room(p, before)
+    ]
+    found = min((*begun, plan), key=lambda p: p.foreseen_seconds)
+    return None if found is plan else found
 
 
-def with_head_ahead(planned: "PlannedProgram", device: torch.device, rates: Rates) -> "PlannedProgram":
-    """``planned`` with the copy begun a call before its reader where there is room; the notes say whether."""
-    program = planned.program
-    head = head_in_host(program.calls, lambda weight: _is_away(weight, device))
-    if head is None:
-        return planned
-    size, before = size_text(head.nbytes), head.place - 1
-    if (plan := begun_ahead(planned.plan, head, rates)) is None:
-        note = f"{HEAD_COMES} {size} come from host memory before the loss, which waits for them"
-        return replace(planned, notes=(*planned.notes, note))
-    layer = program.calls[before].region.name
+def with_head_waiting(planned: "PlannedProgram", head: HeadInHost) -> "PlannedProgram":
+    """``planned``, whose notes say that the head waits."""
+    size = size_text(head.nbytes)
+    note = f"{HEAD_COMES} {size} come from host memory before the loss, which waits for them"
+    return replace(planned, notes=(*planned.notes, note))
+
+
+def with_head_ahead(planned: "PlannedProgram", head: HeadInHost, device: torch.device) -> "PlannedProgram":
+    """``planned``, of a plan by ``begun_ahead``, with the copy begun a call before its reader; and a note."""
+    program, before = planned.program, head.place - 1
     note = (
-        f"{HEAD_COMES} {size} come from host memory while the last {layer} runs, "
-        "and are let go after the loss"
+        f"{HEAD_COMES} {size_text(head.nbytes)} come from host memory while the last "
+        f"{program.calls[before].region.name} runs, and are let go after the loss"
     )
     region = _beginning(program, head.weight)
     call = RegionCall(region, (head.weight,), ())
     program = replace(program, calls=(*program.calls[:before], call, *program.calls[before:]))
     begun = HeadBegun(region, device, {before: head.nbytes})
-    return replace(planned, program=program, plan=plan, notes=(*planned.notes, note), head=begun)
+    return replace(planned, program=program, notes=(*planned.notes, note), head=begun)
 
 
 def _room(plan: MemoryPlan, part: int) -> int:

@@ -16,7 +16,7 @@ from rewriter.memory.applied import StagedRegion, applied
 from rewriter.memory.arena import HostArena
 from rewriter.memory.budgets import Budgets
 from rewriter.memory.choices import StagedChoice, StagesOnce
-from rewriter.memory.head_ahead import HeadBegun, with_head_ahead
+from rewriter.memory.head_ahead import HeadBegun, begun_ahead, head_away, with_head_ahead, with_head_waiting
 from rewriter.memory.in_host import HEAD_COMES, over_the_bus, packed_in_host_memory
 from rewriter.memory.made_once import made_once
 from rewriter.memory.plan import Infeasible, MemoryPlan, Part, Problem
@@ -201,11 +201,16 @@ class Choosing:
     def following(
         self, found: MemoryPlan, ways: Mapping[Region, Sequence[StagedChoice]], notes: tuple[str, ...] = ()
     ) -> PlannedProgram:
-        """The program under a plan whose choices are among ``ways``."""
+        """The program under a plan whose choices are among ``ways``; a head's copy may change one of them."""
+        head = head_away(self.program, self.device)
+        ahead = None if head is None else begun_ahead(found, head, self.machine)
+        found = ahead or found
         program, staged = applied(self.program, ways, found)
         transfers = _transfers(self.given, self.device)
         planned = PlannedProgram(program, staged, found, notes, transfers, self)
-        planned = with_head_ahead(planned, self.device, self.machine)
+        if head is not None:
+            told = with_head_waiting(planned, head)
+            planned = told if ahead is None else with_head_ahead(planned, head, self.device)
         fills = found.hosted > 0 or planned.head is not None
         most = max(found.problem.roomy, found.peak) if fills else found.peak
         none = _no_residents(found, most, self.device)

@@ -30,10 +30,14 @@ def with_quicker(plan: MemoryPlan) -> MemoryPlan:
     return replace(plan, choices=tuple(chosen))
 
 
+def alike(part: Part, choice: Choice) -> list[Choice]:
+    """``choice``, then all of ``part`` that no other part can tell from it; each may have quicker forms."""
+    return [choice, *(other for other in part.choices if _held(other) == _held(choice))]
+
+
 def _forms(part: Part, choice: Choice) -> list[Choice]:
-    """Those that make weights once, of every choice that no other part can tell from ``choice``."""
-    alike = [choice, *(other for other in part.choices if _held(other) == _held(choice))]
-    return [form for other in alike for form in other.quicker]
+    """Those that make weights once."""
+    return [form for other in alike(part, choice) for form in other.quicker]
 
 
 def _held(choice: Choice) -> tuple[float, ...]:

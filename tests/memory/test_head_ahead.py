@@ -14,6 +14,7 @@ from rewriter.memory.crowding import roomy_bytes
 from rewriter.memory.head_ahead import HeadAhead, HeadBegun, HeadInHost, begun_ahead
 from rewriter.memory.machine import H200
 from rewriter.memory.plan import Choice, MemoryPlan, Part, Problem
+from rewriter.memory.quicker import with_quicker
 from tests.memory.test_weights_ahead import _Streams
 
 CPU = torch.device("cpu")
@@ -57,7 +58,7 @@ def test_without_memory_for_it_the_head_copies_it_when_it_comes():
     assert not COMING and torch.equal(read(weight), weight)
 
 
-def _head(place: int, nbytes: int) -> HeadInHost:
+def head_of(place: int, nbytes: int) -> HeadInHost:
     weight = Graph().placeholder("weight")
     weight.meta["example_value"] = torch.empty(nbytes, dtype=torch.uint8, device="meta")
     return HeadInHost(place, weight)
@@ -72,11 +73,38 @@ def _plan(forward_seconds: float) -> MemoryPlan:
 
 
 def test_seconds_are_without_what_of_the_copy_passes_beside_the_part_before():
-    head, rates = _head(1, 1 << 20), replace(H200, to_device=1 << 20)
+    head, rates = head_of(1, 1 << 20), replace(H200, to_device=1 << 20)
     found = [begun_ahead(_plan(seconds), head, rates) for seconds in (0.25, 5.0)]
     assert [plan and plan.seconds for plan in found] == [0.25 + 3 + 3 - 0.25, 5 + 3 + 3 - 1.0]
 
 
 @pytest.mark.parametrize("place, nbytes", [(1, (1 << 20) + 1), (0, 1)])
 def test_nothing_passes_beside_a_part_that_leaves_no_room_or_is_not_there(place, nbytes):
-    assert begun_ahead(_plan(5.0), _head(place, nbytes), H200) is None
+    assert begun_ahead(_plan(5.0), head_of(place, nbytes), H200) is None
+
+
+def _quicker_plan(spared: float) -> MemoryPlan:
+    """Of a layer that makes its weights once, in what of 4 MiB a copy of 1 MiB would take, and a head."""
+    once = Choice("once", 0, 0, 7 << 19, 0, 5.0 - spared, 3.0)
+    tiles = Choice("tiles", 0, 0, 3 << 20, 0, 5.0, 3.0, quicker=(once,))
+    # What other parts can tell from it is no form of it.
+    other = replace(tiles, name="other", hosted=1, forward_peak=0, forward_seconds=0.5, quicker=())
+    head = Choice("head", 0, 0, 0, 0, 2.0, 1.0)
+    parts = Part("layer", "layer", (tiles, other)), Part("head", "head", (head,))
+    budget = next(size for size in itertools.count(4 << 20) if roomy_bytes(size) == 4 << 20)
+    return with_quicker(MemoryPlan(Problem(parts, 0, budget, 0), (tiles, head)))
+
+
+def test_the_layer_before_makes_its_weights_in_every_tile_where_the_copy_gains_more():
+    head, rates = head_of(1, 1 << 20), replace(H200, to_device=1 << 20)
+    plan = _quicker_plan(spared=0.5)
+    assert plan.choices[0].name == "once"
+    found = begun_ahead(plan, head, rates)
+    assert found is not None and [choice.name for choice in found.choices] == ["tiles", "head"]
+    assert found.seconds == plan.seconds + 0.5 - 1.0
+    assert begun_ahead(_quicker_plan(spared=1.5), head, rates) is None
+
+
+def test_a_layer_keeps_its_weights_made_once_where_the_copy_has_room_beside():
+    found = begun_ahead(plan := _quicker_plan(spared=0.5), head_of(1, 1 << 18), H200)
+    assert found is not None and found.choices == plan.choices and found.seconds < plan.seconds

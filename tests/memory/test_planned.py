@@ -11,14 +11,15 @@ from rewriter.memory import ways as ways_module
 from rewriter.memory.borders import parted_at_borders
 from rewriter.memory.budgets import Budgets, card_bytes, usable_bytes
 from rewriter.memory.in_place import Inseparable
-from rewriter.memory.plan import Infeasible
-from rewriter.memory.planned import everything_kept, kept_plan, planned
+from rewriter.memory.plan import Infeasible, MemoryPlan, Problem
+from rewriter.memory.planned import Choosing, everything_kept, kept_plan, parts_of, planned
 from rewriter.memory.ways import Ways
 from rewriter.regions.outline import outline
 from rewriter.regions.program import source_of
 from tests.families import build
 from tests.memory.test_borders import _program
 from tests.memory.test_choices import Linked
+from tests.memory.test_head_ahead import head_of
 
 CPU = torch.device("cpu")
 AMPLE = 1 << 30
@@ -106,6 +107,35 @@ def test_weights_of_other_programs_that_stay_leave_room_for_copies_that_begin_ea
     assert (found.plan.hosted > 0) == (host > 0) and found.plan.peak < roomy
     most = roomy if host else found.plan.peak
     assert found.residents is not None and found.residents()._room == device - most
+
+
+@pytest.mark.parametrize("head_bytes, way", [(140_000, "tiles of 8"), (160_000, "whole")])
+def test_what_runs_is_the_form_of_a_layer_that_leaves_a_heads_copy_its_room(
+    program, monkeypatch, head_bytes, way
+):
+    monkeypatch.setattr("rewriter.memory.choices._TILES", (None, 8))
+    monkeypatch.setattr(planned_module, "head_away", lambda *_: head_of(len(program.calls) - 1, head_bytes))
+    shared = planned_module.Ways(program, Linked())
+    ways = next(iter(shared.all().values()))
+    kept = "keep its input, what is before causal_attention, results of causal_attention · whole"
+    parts = parts_of(program.calls, ways)
+    choices = [next((c for c in part.choices if c.name == kept), part.choices[0]) for part in parts]
+    peak = MemoryPlan(Problem(parts, 0, 0, 0), tuple(choices)).peak
+    # The worst moment is the head's backward; the last layer's forward leaves 131,208 bytes.
+    given = Budgets(ceil(peak / 0.94), 0, 0)
+    found = MemoryPlan(Problem(parts, 0, given.device, 0), tuple(choices))
+    run = Choosing(program, shared, given, Linked(), CPU).following(found, ways)
+
+    assert run.plan.peak == peak and run.plan.choices[-2].name.endswith(way)
+    calls = [call for call in run.program.calls if run.head is None or call.region is not run.head.region]
+    for call, choice in zip(calls, run.plan.choices, strict=True):
+        assert call.region not in run.staged or run.staged[call.region].way.choice is choice
+    (note,) = run.notes
+    waits = way == "whole"
+    assert ("which waits" in note) == waits and (
+        f"while the last {calls[-2].region.name} runs" in note
+    ) != waits
+    assert (run.head is None) == waits and (run.plan.seconds < found.seconds) != waits
 
 
 @pytest.mark.parametrize("device", [CPU, None])
