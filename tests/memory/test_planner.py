@@ -4,16 +4,13 @@ import itertools
 import random
 import subprocess
 import sys
-from contextlib import suppress
-from dataclasses import replace
-from math import inf
 
 import pytest
 import scipy.optimize
 
 from rewriter.memory import planner, relaxation, search, staircase
 from rewriter.memory.plan import Choice, Infeasible, MemoryPlan, Part, Problem, moments, seconds
-from rewriter.memory.planner import best, fits, largest, least, plan, roomy
+from rewriter.memory.planner import best, fits, largest, least, plan
 
 GIB = 2**30
 
@@ -275,56 +272,6 @@ def test_the_fastest_of_two_problems_is_answered():
     tight, ample = within(layers(65536, 16), 30 * GIB, 0), within(layers(65536, 16), 60 * GIB, 64 * GIB)
     found = best([tight, ample])
     assert found.problem is ample and found.seconds == plan(ample).seconds
-
-
-@pytest.mark.parametrize(("seconds_again", "taken"), [(2.1, "again"), (4.0, "keep")])
-def test_some_of_the_budget_is_left_to_the_allocator_unless_that_takes_much_longer(seconds_again, taken):
-    again, keep = (
-        Choice("again", 0, 0, 90, 90, 1.0, seconds_again - 1),
-        Choice("keep", 0, 0, 99, 99, 1.0, 1.0),
-    )
-    problem = Problem((Part("layer", "layer", (again, keep)),), 0, 100, 0)
-    found = roomy([problem])
-    assert [c.name for c in found.choices] == [taken] and found.problem is problem
-    # With more to leave, or nothing, there is nothing to weigh.
-    assert roomy([replace(problem, device_budget=110)]).choices == (keep,)
-    assert roomy([replace(problem, device_budget=93)]).choices == (again,)
-
-
-@pytest.mark.parametrize(("seconds_again", "taken"), [(2.04, "less"), (2.1, "more")])
-def test_a_plan_that_offloads_leaves_the_allocator_more_unless_that_takes_longer(seconds_again, taken):
-    less, more = (
-        Choice(name, 0, 1, peak, peak, 1.0, longer - 1)
-        for name, peak, longer in (("less", 80, seconds_again), ("more", 90, 2.0))
-    )
-    problem = Problem((Part("layer", "layer", (less, more)),), 10, 110, 1)
-    found = roomy([problem])
-    assert [c.name for c in found.choices] == [taken] and found.problem is problem
-    assert found.foreseen_seconds == (seconds_again if taken == "less" else pytest.approx(2.05))
-    # Of what is there beside 10 bytes of weights.
-    assert found.limit == 92
-    # What offloads nothing leaves few gaps.
-    kept = (replace(less, hosted=0), replace(more, hosted=0))
-    still = roomy([replace(problem, parts=(Part("layer", "layer", kept),))])
-    assert [c.name for c in still.choices] == ["more"] and still.foreseen_seconds == 2.0
-
-
-def test_a_plan_that_offloads_nothing_may_be_the_fastest_for_leaving_few_gaps():
-    sent, kept = Choice("sent", 0, 1, 90, 90, 1.0, 1.0), Choice("kept", 0, 0, 90, 90, 1.0, 1.02)
-    problem = Problem((Part("layer", "layer", (sent, kept)),), 10, 110, 1)
-    assert roomy([problem]).choices == (kept,)
-    assert roomy([replace(problem, device_budget=130)]).choices == (sent,)
-
-
-def test_a_larger_budget_is_never_foreseen_to_be_slower():
-    for seed in range(6):
-        problem = random_problem(seed)
-        before = inf
-        for budget in range(problem.static + 10, problem.static + 60, 7):
-            with suppress(Infeasible):
-                now = roomy([replace(problem, device_budget=budget)]).foreseen_seconds
-                assert now <= before, (seed, budget)
-                before = now
 
 
 def test_an_infeasible_budget_names_the_least_that_would_do_and_its_largest_part():
