@@ -36,6 +36,14 @@ CompileGraph = Callable[[GraphModule, list[Any], Any], Callable]
 Once = frozenset[tuple[str, int]]
 
 
+class PartedUncompiled(Exception):
+    """``parted`` cannot be compiled, for ``reason``; its graph in one piece perhaps can."""
+
+    def __init__(self, parted: "Parted", reason: Exception):
+        super().__init__(f"{type(reason).__name__}: {reason}")
+        self.parted, self.reason = parted, reason
+
+
 @dataclass(frozen=True, eq=False)
 class Parted:
     """A stage's graph in two.
@@ -51,10 +59,17 @@ class Parted:
     tile: GraphModule
 
     def compiled(self, compile_graph: CompileGraph, inputs: Sequence[Any], mode: Any) -> "PartedCode":
-        """Both compiled; ``inputs``: fake ones of the graph, of ``mode``."""
+        """Both compiled; ``inputs``: fake ones of the graph, of ``mode``.
+
+        Raises:
+            PartedUncompiled: one of them cannot be.
+        """
         made = [n.meta["val"] for n in _results(self.before)]
-        before = compile_graph(self.before, [inputs[i] for i in self.takes], mode)
-        return PartedCode(before, self.takes, compile_graph(self.tile, [*inputs, *made], mode))
+        try:
+            before = compile_graph(self.before, [inputs[i] for i in self.takes], mode)
+            return PartedCode(before, self.takes, compile_graph(self.tile, [*inputs, *made], mode))
+        except Exception as error:
+            raise PartedUncompiled(self, error) from error
 
 
 @dataclass(frozen=True, eq=False)

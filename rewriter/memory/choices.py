@@ -18,10 +18,10 @@ What all tiles read alike, as dequantised weights, they make each; or it is made
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 
-from rewriter.memory.before_tiles import CompileGraph, Once
+from rewriter.memory.before_tiles import CompileGraph, Once, PartedUncompiled
 from rewriter.memory.costs import graph_cost
 from rewriter.memory.durations import Rates
 from rewriter.memory.growth import AS_TRACED, Growth
@@ -63,6 +63,11 @@ class StagedChoice:
         """What is compiled for it; None where it is run without a plan."""
         return None if self.layer is None else StagesOnce(self.layer, self.once)
 
+    def without(self, refused: Set["StagesOnce"]) -> "StagedChoice":
+        """The same, with those of its quicker forms that are compiled without any of ``refused``."""
+        left = tuple(form for form in self.quicker if form.stages and not form.stages.needs(refused))
+        return replace(self, choice=replace(self.choice, quicker=tuple(f.choice for f in left)), quicker=left)
+
 
 @dataclass(frozen=True)
 class StagesOnce:
@@ -73,6 +78,16 @@ class StagesOnce:
 
     def compiled(self, compile_graph: CompileGraph) -> LayerStages:
         return self.layer.compiled(compile_graph, self.once)
+
+    def needs(self, others: Set["StagesOnce"]) -> bool:
+        """Whether what is compiled for any of ``others`` is compiled for it, too."""
+        return any(self.layer is other.layer and self.once >= other.once for other in others)
+
+    def at_fault(self, error: Exception) -> "StagesOnce":
+        """The least that cannot be compiled, by an ``error`` of ``compiled``: it all, or what is in two."""
+        parted = error.parted if isinstance(error, PartedUncompiled) else None
+        once = (graph for graph in self.once if parted and self.layer.parted(*graph) is parted)
+        return StagesOnce(self.layer, Once(once))
 
 
 def cost_on(machine: Rates, growth: Growth = AS_TRACED) -> Cost:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from rewriter.canonical import value_of
-from rewriter.memory.before_tiles import CompileGraph, Once, compiled_graph
+from rewriter.memory.before_tiles import CompileGraph, Once, Parted, compiled_graph
 from rewriter.memory.fakes import dense_strides, is_dense, memory_order
 from rewriter.memory.growth import AS_TRACED, Growth, SizesAt, whole
 from rewriter.memory.layer import LayerStages
@@ -115,15 +115,24 @@ class LayerGraphs:
             found.append(StageValues(f"stage {index + 1}", reads, self.wiring.gives[index], back, gradients))
         return tuple(found)
 
+    def parted(self, direction: str, place: int) -> Parted | None:
+        """A stage's graph in two, of its "run" or its "backward"."""
+        graphs = self.graphs[place]
+        return graphs.forward_parted if direction == "run" else graphs.backward_parted
+
     def compiled(self, compile_graph: CompileGraph, once: Once = frozenset()) -> LayerStages:
-        """Compile every stage, in two what makes its weights ``once``."""
+        """Compile every stage, in two what makes its weights ``once``.
+
+        Raises:
+            PartedUncompiled: one of those in two cannot be compiled.
+        """
         runs = []
         for index, graphs in enumerate(self.graphs):
             compiled = functools.partial(compiled_graph, compile_graph, graphs.fakes.mode)
-            apart = graphs.forward_parted if ("run", index) in once else None
+            apart = self.parted("run", index) if ("run", index) in once else None
             forward, backward = compiled(graphs.forward, graphs.forward_inputs(), apart), None
             if graphs.backward is not None:
-                apart = graphs.backward_parted if ("backward", index) in once else None
+                apart = self.parted("backward", index) if ("backward", index) in once else None
                 backward = compiled(graphs.backward, graphs.backward_inputs(), apart)
             runs.append(StageRun(graphs, forward, backward))
         return LayerStages(tuple(runs), self.wiring)

@@ -11,7 +11,8 @@ from sympy import Symbol
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from rewriter.memory.choices import StagedChoice, cost_on, staged_choices
+from rewriter.memory.before_tiles import Once
+from rewriter.memory.choices import StagedChoice, StagesOnce, cost_on, staged_choices
 from rewriter.memory.costs import value_bytes
 from rewriter.memory.growth import AS_TRACED, Growth
 from rewriter.memory.in_host import InHost, in_host_of
@@ -67,7 +68,7 @@ class Ways:
         self._program, self._machine, self._reach = program, machine, reach
         self._rows = rows_of(program)
         self._weights = {region: in_host_of(program, region, in_host) for region in program.regions}
-        self._refused: set[LayerGraphs] = set()
+        self._refused: set[StagesOnce] = set()
         self.notes: list[str] = []
         self.compiled: Set[GraphModule] | None = None
 
@@ -96,22 +97,22 @@ class Ways:
                 for ways in found.values():
                     ways[region].clear()
             owns, weights = owns_gradient(self._program, region), self._weights[region]
-            left = [layer for layer in graphs if layer not in self._refused]
+            left = [layer for layer in graphs if not StagesOnce(layer, Once()).needs(self._refused)]
             staged = functools.partial(
                 _staged_ways, left, self._machine, owns, tuple(asides), cost, weights, growth
             )
             for aside, ways in (_or_noted(self.notes, region, staged) or {}).items():
-                found[aside][region] += ways
+                found[aside][region] += [way.without(self._refused) for way in ways]
         return found
 
-    def refuse(self, layer: LayerGraphs) -> None:
-        """Let none that is asked for from now on run the stages of ``layer``."""
-        self._refused.add(layer)
+    def refuse(self, stages: StagesOnce) -> None:
+        """Let none that is asked for from now on run what needs ``stages``: those and more in two."""
+        self._refused.add(stages)
 
     @property
     def refused(self) -> bool:
-        """Whether there were more ways."""
-        return bool(self._refused)
+        """Whether there were more ways, that may have taken less memory than those that are left."""
+        return any(not stages.once for stages in self._refused)
 
     @cached_property
     def _kept(self) -> dict[Region, KeptCost]:

@@ -7,8 +7,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from rewriter.memory.before_tiles import Parted, parted
-from rewriter.memory.choices import staged_choices
+from rewriter.memory.before_tiles import Parted, PartedUncompiled, parted
+from rewriter.memory.choices import StagesOnce, staged_choices
 from rewriter.memory.steps import steps_of
 from tests.memory.small_layers import as_promised, every_fate, new_transfers, scheduled
 from tests.memory.test_choices import Linked
@@ -162,3 +162,25 @@ def test_steps_say_which_stages_make_their_weights_once(ways):
     assert "weights made once" not in steps_of(way)
     assert steps_of(way.quicker[-1]).count("# in tiles of 5 tokens, weights made once") == 2
     assert steps_of(dataclasses.replace(way, once=frozenset({("backward", 0)}))).count("made once") == 1
+
+
+def test_the_forms_that_need_a_graph_in_two_are_given_up_where_it_cannot_be_compiled(ways):
+    way = next(way for way in ways if way.quicker)
+    (graphs,), stages = way.layer.graphs, StagesOnce(way.layer, EVERY)
+    for direction, apart in (("run", graphs.forward_parted), ("backward", graphs.backward_parted)):
+
+        def fails(module, inputs, mode, tile=apart.tile):
+            if module is tile:
+                raise RuntimeError("no kernel today")
+            return module
+
+        with pytest.raises(PartedUncompiled, match="RuntimeError: no kernel today") as caught:
+            stages.compiled(fails)
+        refused = stages.at_fault(caught.value)
+        assert refused == StagesOnce(way.layer, frozenset({(direction, 0)}))
+        left = way.without({refused})
+        expected = [form for form in way.quicker if (direction, 0) not in form.once]
+        assert list(left.quicker) == expected and len(expected) < len(way.quicker)
+        assert list(left.choice.quicker) == [form.choice for form in expected]
+    assert [form.once for form in expected] == [{("run", 0)}]
+    assert stages.at_fault(RuntimeError("no kernel today")) == StagesOnce(way.layer, frozenset())

@@ -10,6 +10,7 @@ from rewriter.memory import planned as planned_module
 from rewriter.memory import ways as ways_module
 from rewriter.memory.borders import parted_at_borders
 from rewriter.memory.budgets import Budgets, card_bytes, usable_bytes
+from rewriter.memory.choices import StagesOnce
 from rewriter.memory.in_place import Inseparable
 from rewriter.memory.plan import Infeasible, MemoryPlan, Problem
 from rewriter.memory.planned import Choosing, everything_kept, kept_plan, parts_of, planned
@@ -142,6 +143,13 @@ def test_what_runs_is_the_form_of_a_layer_that_leaves_a_heads_copy_its_room(
 @pytest.mark.parametrize("usable", [1, 12345, 10**9, 23 * 2**30 + 7])
 def test_the_card_for_some_bytes_has_them(usable, device):
     assert usable <= usable_bytes(card_bytes(usable, device), device) <= usable + 4
+
+
+def test_weights_that_are_not_made_once_cost_no_plan_its_memory(program):
+    ways, layer = Ways(program, Linked()), object()
+    for once, less in (({("run", 0)}, False), (set(), True)):
+        ways.refuse(StagesOnce(layer, frozenset(once)))  # type: ignore[arg-type]
+        assert ways.refused == less
 
 
 def test_a_layer_that_cannot_be_cut_keeps_everything_and_the_others_are_planned(monkeypatch):
