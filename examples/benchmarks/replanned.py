@@ -29,11 +29,11 @@ from rewriter.memory.choices import StagedChoice
 from rewriter.memory.growth import AS_TRACED, Growth
 from rewriter.memory.layer_graphs import LayerGraphs
 from rewriter.memory.lengths import reach_of, tokens_at_hand
+from rewriter.memory.long_attention import LONG
 from rewriter.memory.machine import machine_for
 from rewriter.memory.plan import MemoryPlan, Problem
 from rewriter.memory.planned import Choosing, PlannedProgram, parts_of
 from rewriter.memory.planner import least
-from rewriter.memory.stage_graphs import LONG
 from rewriter.memory.ways import Aside, ByAside, Ways
 from rewriter.options import Options
 from rewriter.regions.program import Region

@@ -13,6 +13,7 @@ CUDA, heads of a multiple of 8 up to 256, without dropout.
 import torch
 from torch import Tensor
 
+from .attention_key_blocks import cudnn_backward, missing_keys, with_keys
 from .registration import define, differentiate
 
 # Beyond it the attention itself is worth a plan: its time grows with the square of the length.
@@ -46,8 +47,9 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tupl
     if _is_short(q, k):
         out, lse, *_ = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
     else:
+        missing = missing_keys(q, k, causal)
         out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
-            q, k, v, None, True, 0.0, causal, False, scale=scale
+            q, with_keys(k, missing), with_keys(v, missing), None, True, 0.0, causal, False, scale=scale
         )
     return _by_token(out), lse.reshape(q.shape[:3])
 
@@ -73,7 +75,7 @@ def _backward_kernel(
         )
     else:
         states = unused[0], unused[1], None, None, None
-        grads = _aten._scaled_dot_product_cudnn_attention_backward(
+        grads = cudnn_backward(
             grad, q, k, v, out, lse.unsqueeze(-1), *states, *lengths, 0.0, causal, scale=scale
         )
     dq, dk, dv = map(_by_token, grads)

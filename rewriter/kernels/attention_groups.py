@@ -9,16 +9,18 @@ Costs one more read and write of the gradients, and a launch a group: for long s
 fills the device. Takes PyTorch's own arguments; refuses a bias.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .attention_key_blocks import cudnn_backward
 from .registration import define
 
 
-def _grouped(op: torch._ops.OpOverload) -> torch._ops.OpOverload:
-    """An op of ``op``'s schema that calls it once a group; (batch, heads, tokens, size) throughout."""
+def _grouped(op: torch._ops.OpOverload, of_group: Callable) -> torch._ops.OpOverload:
+    """An op of ``op``'s schema that calls ``of_group`` once a group; all (batch, heads, tokens, size)."""
 
     def kernel(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **settings: Any) -> Any:
         out, logsumexp, *others = rest
@@ -27,7 +29,7 @@ def _grouped(op: torch._ops.OpOverload) -> torch._ops.OpOverload:
         share = query.shape[1] // groups
         for group in range(groups):
             heads, shared = slice(group * share, (group + 1) * share), slice(group, group + 1)
-            parts = op(
+            parts = of_group(
                 grad[:, heads], query[:, heads], key[:, shared], value[:, shared], out[:, heads],
                 logsumexp[:, heads], *others, **settings,
             )  # fmt: skip
@@ -45,12 +47,12 @@ def _grouped(op: torch._ops.OpOverload) -> torch._ops.OpOverload:
     return define(f"{name}_by_groups({schema[0]}-> (Tensor, Tensor, Tensor)", kernel=kernel, fake=fake)
 
 
+_cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
+_flash_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 # PyTorch's op to the one that goes group by group. Their first six arguments are the same.
 by_groups = {
-    op: _grouped(op)
-    for op in (
-        torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default,
-        torch.ops.aten._scaled_dot_product_flash_attention_backward.default,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
-    )
+    _cudnn: _grouped(_cudnn, cudnn_backward),
+    _flash: _grouped(_flash, _flash),
+    _flash_on_cpu: _grouped(_flash_on_cpu, _flash_on_cpu),
 }

@@ -17,7 +17,6 @@ from torch._guards import TracingContext, tracing
 from torch.fx import GraphModule
 
 from rewriter.gate_gradients import join_gate_gradients
-from rewriter.kernels.attention_groups import by_groups
 from rewriter.memory.before_tiles import Parted, parted
 from rewriter.memory.fakes import StageFakes, memory_order
 from rewriter.memory.in_place import add_in_place_again
@@ -30,7 +29,7 @@ from rewriter.memory.joint import (
     partitioned_graphs,
     signature_of,
 )
-from rewriter.memory.operations import argument_of, int_hint
+from rewriter.memory.long_attention import attend_by_groups, attend_to_whole_blocks
 from rewriter.memory.randomness import draws
 from rewriter.memory.stages import Stage
 from rewriter.norm_rooms import leave_rooms
@@ -226,6 +225,7 @@ def _traced(
             pass
         else:
             attend_by_groups(backward)
+            attend_to_whole_blocks(forward)
             join_gate_gradients(backward.graph, functional=False)
             for graph in (forward, backward):
                 add_in_place_again(graph)
@@ -240,18 +240,3 @@ def _with_rooms(graph: GraphModule) -> GraphModule:
     leave_rooms(graph.graph, functional=False)
     graph.recompile()
     return graph
-
-
-# Query heads of one group alone fill the device from about here.
-LONG = 16384
-
-
-def attend_by_groups(module: GraphModule) -> None:
-    """Long attention's backward, one group of heads after the other: it needs less memory at a time."""
-    for node in module.graph.nodes:
-        # With dropout, another head's random numbers would be drawn in a head's place.
-        if node.target not in by_groups or argument_of(node, "dropout_p"):
-            continue
-        if int_hint(node.args[1].meta["val"].shape[2]) >= LONG:
-            node.target = by_groups[node.target]
-    module.recompile()

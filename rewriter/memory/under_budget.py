@@ -23,6 +23,7 @@ from rewriter.memory.lengths import (
     tokens_at_hand,
     tokens_of,
 )
+from rewriter.memory.long_attention import LONG
 from rewriter.memory.longer import Longer
 from rewriter.memory.machine import ASSUMED, machine_for
 from rewriter.memory.movable import in_cards, movable_bytes, moved
@@ -30,7 +31,6 @@ from rewriter.memory.plan import Infeasible, MemoryPlan
 from rewriter.memory.planned import Choosing, PlannedProgram, everything_kept, planned
 from rewriter.memory.resident_program import with_residents
 from rewriter.memory.room import Need, cannot_keep_all
-from rewriter.memory.stage_graphs import LONG
 from rewriter.memory.unwrapped import without_checkpoints
 from rewriter.memory.walk import Link
 from rewriter.regions.outline import outline

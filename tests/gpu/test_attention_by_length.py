@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rewriter.kernels import attention_by_length as module
+from rewriter.kernels import attention_key_blocks
 from rewriter.kernels.attention_by_length import attention_by_length
 from rewriter.kernels.attention_groups import by_groups
 from rewriter.kernels.attention_unmasked import causal_attention
@@ -43,6 +44,38 @@ def test_both_kernels_are_as_accurate_as_eager(longest, causal, tokens, groups, 
     truth = results(lambda q, k, v: reference(q, k, v, causal), wide, upstream)
     for name, *values in zip(("out", "dq", "dk", "dv"), ours, eager, truth, strict=True):
         assert_as_accurate(*values, name=name)
+
+
+@pytest.mark.parametrize("tokens", [129, 300, 384])
+@pytest.mark.parametrize(("groups", "dim"), [(4, 64), (2, 128)])
+def test_keys_up_to_whole_blocks_are_as_accurate_as_eager(tokens, groups, dim, monkeypatch):
+    monkeypatch.setattr(module, "LONGEST_FLASH", 0)
+    monkeypatch.setattr(attention_key_blocks, "_LONG", 1)
+    inputs, upstream = operands(2, 4, groups, tokens, dim)
+    ours = results(lambda q, k, v: attention_by_length(q, k, v, dim**-0.5, True), inputs, upstream)
+    eager = results(lambda q, k, v: reference(q, k, v, True), inputs, upstream)
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    truth = results(lambda q, k, v: reference(q, k, v, True), wide, upstream)
+    for name, *values in zip(("out", "dq", "dk", "dv"), ours, eager, truth, strict=True):
+        assert_as_accurate(*values, name=name)
+
+
+@pytest.mark.parametrize("tokens", [300, 384])
+def test_a_backward_by_groups_with_whole_blocks_is_the_plain_one(tokens, monkeypatch):
+    inputs, grad = operands(2, 4, 2, tokens, 64)
+    q, k, v = (x.detach() for x in inputs)
+    out, logsumexp, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, True, False, scale=0.125
+    )
+    unused = torch.empty(2, dtype=torch.int64, device="cuda")
+    given = grad, q, k, v, out, logsumexp, unused[0], unused[1], None, None, None, tokens, tokens, 0.0, True
+    backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
+    plain = backward(*given, scale=0.125)
+    monkeypatch.setattr(attention_key_blocks, "_LONG", 1)
+    for name, ours, expected in zip("qkv", by_groups[backward](*given, scale=0.125), plain, strict=True):
+        assert ours.shape == expected.shape
+        # Sums over keys may come in another order.
+        assert (ours.double() - expected.double()).norm() < 4e-3 * expected.double().norm(), name
 
 
 def test_one_graph_serves_lengths_on_both_sides_of_the_limit(monkeypatch):

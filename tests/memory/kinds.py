@@ -84,7 +84,7 @@ def only(kind: Kind) -> Iterator[None]:
         stack.enter_context(patch.object(Ways, "all", some))
         stack.enter_context(patch("rewriter.memory.planned._everything_kept", lambda *_: None))
         if kind.by_groups:
-            stack.enter_context(patch("rewriter.memory.stage_graphs.LONG", 1))
+            stack.enter_context(patch("rewriter.memory.long_attention.LONG", 1))
         yield
 
 
