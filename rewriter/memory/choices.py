@@ -33,6 +33,8 @@ from rewriter.memory.schedule import Fate, Schedule, schedule
 from rewriter.memory.walk import Cost, Direction, Link, Walk
 
 # Of a layer's seconds, what weights made once have to spare: for memory, and for graphs that are compiled.
+# Graphs are compiled once for many layers, and still weighed by one: where they ask for no memory every layer
+# that runs this way takes them, so that all together spare as large a part of their seconds as each does.
 _WORTH_MEMORY = 1 / 200
 _WORTH_GRAPHS = 1 / 2000
 _TILES = (None, 32768, 16384, 8192, 4096, 2048)

@@ -42,6 +42,14 @@ def test_a_plan_that_fills_the_budget_grows_no_more():
     assert names == ["once 20", "once 20", "tiles", "tiles"]
 
 
+def test_what_is_made_once_in_no_more_memory_is_taken_by_every_part_of_a_plan_that_fills_the_budget():
+    once = replace(ONCE[0], name="once in the same", forward_peak=100, backward_peak=70)
+    problem = _problem(1130, replace(TILES, quicker=(once, *ONCE)))
+    full = MemoryPlan(problem, tuple(part.choices[0] for part in problem.parts))
+    assert not full.leaves_room and full.peak == 1130
+    assert with_quicker(full).choices == (once,) * 4
+
+
 def test_a_part_that_waits_for_copies_either_way_takes_no_room():
     choices = tuple(replace(TILES, reload_seconds=back) for back in (1.7, 1.9, 3.0, 0.0))
     found = with_quicker(MemoryPlan(_problem(10_000), choices))
