@@ -30,6 +30,8 @@ _KERNELS = 200 << 20
 _WORKSPACES = 96 << 20
 # What the allocator holds and cannot use, for being in pieces.
 _PIECES = 0.025
+# And at the ends of what is there all the time: it maps pages of 20 MiB.
+_PAGES = 64 << 20
 # Gradient, and AdamW's two moments.
 _TENSORS_A_TRAINED_ONE = 3
 
@@ -76,8 +78,8 @@ def usable_bytes(card: int, device: torch.device | None = None) -> int:
     Args:
         device: None for a GPU.
     """
-    context, workspaces = _taken(device)
-    return max(int((card - context) * (1 - _PIECES)) - workspaces, 0)
+    context, workspaces, pages = _taken(device)
+    return max(int((card - context) * (1 - _PIECES)) - workspaces - pages, 0)
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -91,7 +93,7 @@ def free_bytes(device: torch.device) -> int | None:
     room = free - _KERNELS + torch.cuda.memory_reserved(device)
     # By its index: torch 2.11 takes no device without one here.
     allowed = int(total * torch.cuda.get_per_process_memory_fraction(device.index))
-    return max(int(min(room, allowed) * (1 - _PIECES)) - _WORKSPACES, 0)
+    return max(int(min(room, allowed) * (1 - _PIECES)) - _WORKSPACES - _PAGES, 0)
 
 
 def device_of(example_inputs: Sequence[Any]) -> torch.device:
@@ -102,8 +104,8 @@ def device_of(example_inputs: Sequence[Any]) -> torch.device:
 
 def card_bytes(usable: int, device: torch.device | None = None) -> int:
     """The card on which tensors may take ``usable`` bytes: what ``usable_bytes`` is asked with."""
-    context, workspaces = _taken(device)
-    return ceil((usable + workspaces) / (1 - _PIECES)) + context + 1
+    context, workspaces, pages = _taken(device)
+    return ceil((usable + workspaces + pages) / (1 - _PIECES)) + context + 1
 
 
 def allocated_bytes(usable: int, device: torch.device | None = None) -> int:
@@ -111,9 +113,9 @@ def allocated_bytes(usable: int, device: torch.device | None = None) -> int:
     return usable + _taken(device)[1]
 
 
-def _taken(device: torch.device | None) -> tuple[int, int]:
-    """Of the device, and of what the allocator has."""
-    return (_CONTEXT, _WORKSPACES) if device is None or device.type == "cuda" else (0, 0)
+def _taken(device: torch.device | None) -> tuple[int, int, int]:
+    """Of the device, of what the allocator gives out, and of what it cannot."""
+    return (_CONTEXT, _WORKSPACES, _PAGES) if device is None or device.type == "cuda" else (0, 0, 0)
 
 
 def foreseen_bytes(weights: int, trained: int) -> int:

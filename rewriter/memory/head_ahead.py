@@ -31,7 +31,7 @@ from rewriter.memory.costs import value_bytes
 from rewriter.memory.durations import Rates
 from rewriter.memory.in_host import HEAD_COMES
 from rewriter.memory.made_once import made_once
-from rewriter.memory.plan import MemoryPlan
+from rewriter.memory.plan import Choice, MemoryPlan, seconds
 from rewriter.memory.quicker import alike
 from rewriter.memory.streams import InOrder, SideStreams, streams_of
 from rewriter.regions.names import free_name
@@ -158,12 +158,20 @@ def begun_ahead(plan: MemoryPlan, head: HeadInHost, rates: Rates) -> MemoryPlan 
     plans = (replace(plan, choices=(*choices[:before], form, *choices[head.place :])) for form in forms)
     most = max(plan.limit, plan.peak)
     begun = [
-        replace(p, hidden=min(head.nbytes / rates.to_device, p.choices[before].forward_seconds))
+        replace(p, hidden=_hidden(p.choices, head, rates))
         for p in plans
         if p.peak <= most and head.nbytes <= _room(p, before)
     ]
     found = min((*begun, plan), key=lambda p: p.foreseen_seconds)
     return None if found is plan else found
+
+
+def _hidden(choices: Sequence[Choice], head: HeadInHost, rates: Rates) -> float:
+    """Seconds that a step takes less where the head does not wait; it may have to for the part before."""
+    copy = min(head.nbytes / rates.to_device, choices[head.place - 1].forward_seconds)
+    reader = choices[head.place]
+    sooner = replace(reader, forward_seconds=max(reader.forward_seconds - copy, 0.0))
+    return seconds(choices) - seconds((*choices[: head.place], sooner, *choices[head.place + 1 :]))
 
 
 def with_head_waiting(planned: "PlannedProgram", head: HeadInHost) -> "PlannedProgram":

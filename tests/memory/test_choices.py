@@ -50,8 +50,9 @@ def test_what_is_saved_and_hosted_is_what_the_schedule_says(choices):
     for way in ways:
         assert way.choice.saved == sum(size[v] for v in way.schedule.kept)
         assert way.choice.hosted == sum(size[v] for v in way.schedule.offloaded)
-        assert way.choice.offload_seconds == pytest.approx(way.choice.hosted / 500)
-        assert way.choice.reload_seconds == pytest.approx(way.choice.hosted / 250)
+        # A little longer than measured, so that what hides still does where kernels are faster.
+        assert way.choice.offload_seconds == pytest.approx(1.07 * way.choice.hosted / 500)
+        assert way.choice.reload_seconds == pytest.approx(1.07 * way.choice.hosted / 250)
 
 
 def test_computing_again_takes_time_and_saves_memory(choices):

@@ -78,6 +78,16 @@ def test_seconds_are_without_what_of_the_copy_passes_beside_the_part_before():
     assert [plan and plan.seconds for plan in found] == [0.25 + 3 + 3 - 0.25, 5 + 3 + 3 - 1.0]
 
 
+def test_a_head_that_waits_for_what_the_layer_before_sends_is_foreseen_to_wait_all_the_same():
+    waiting = _plan(5.0)
+    sent = replace(waiting.choices[0], hosted=1, offload_seconds=1.75)
+    problem = replace(waiting.problem, device_budget=1 << 30, host_budget=1)
+    plan = MemoryPlan(problem, (sent, waiting.choices[1]))
+    # The copy takes one of the head's two seconds, of which it would wait for 1.75 all the same.
+    found = begun_ahead(plan, head_of(1, 1 << 20), replace(H200, to_device=1 << 20))
+    assert found is not None and found.seconds == plan.seconds - 0.25
+
+
 @pytest.mark.parametrize("place, nbytes", [(1, (1 << 20) + 1), (0, 1)])
 def test_nothing_passes_beside_a_part_that_leaves_no_room_or_is_not_there(place, nbytes):
     assert begun_ahead(_plan(5.0), head_of(place, nbytes), H200) is None
