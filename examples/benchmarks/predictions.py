@@ -6,16 +6,18 @@
     python examples/benchmarks/predictions.py --tiny                # a dry run on a CPU
 
 Budgets of a length go from 2% over the least that does to 5% over what keeping everything takes. Of each, the
-allocator may take no more than it could on a card of that size; two steps are run, and then timed ones, whose
-peak counts. Prints a table, the largest distance of a peak from what was foreseen, how many passed the budget
-or ran out of memory, and where a larger budget is slower by more than steps differ among themselves. Writes
+allocator may take no more than it could on a card of that size; two steps are run, and then timed ones, two
+or as many as take 0.8 seconds, whose peak counts. Prints a table, the largest distance of a peak from what was
+foreseen, how many passed the budget or ran out of memory, and where a larger budget is slower by more than
+steps differ among themselves. Writes
 ``results/predictions.json`` after every point. See ``replanned.py`` for what is not as in a model of its own.
 """
 
 import argparse
 import json
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -32,6 +34,8 @@ from rewriter.memory.budgets import allocated_bytes, card_bytes
 RESULTS = Path(__file__).parent / "results"
 # Medians of so few steps differ by this much from one run to the next.
 NOISE = 0.01
+# Seconds of steps for each point, of at least two: short ones are disturbed more.
+_ENOUGH = 0.8
 # Of the least, and of what keeping everything takes: the smallest and the largest budget.
 ENDS = (1.02, 1.05)
 
@@ -73,7 +77,7 @@ def measure(compiled: Replanned, step, tokens: int, usable: int, device: str, st
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         before = flushes(device)
-        seconds = tuple(timed(step, tokens, device)[0] for _ in range(steps))
+        seconds = tuple(until(_ENOUGH, lambda: timed(step, tokens, device)[0], steps))
     return Point(
         card,
         tokens,
@@ -88,6 +92,14 @@ def measure(compiled: Replanned, step, tokens: int, usable: int, device: str, st
         tuple((kind, way, count) for (kind, way), count in plan.counts.items()),
         flushes(device) - before if device == "cuda" else None,
     )
+
+
+def until(seconds: float, run: Callable[[], float], least: int) -> Iterator[float]:
+    """What ``run`` takes, ``least`` times or more, until it has taken so much in all."""
+    taken, times = 0.0, 0
+    while times < least or taken < seconds:
+        taken, times = taken + (took := run()), times + 1
+        yield took
 
 
 @contextmanager
@@ -112,7 +124,7 @@ def slower(points: list[Point]) -> list[str]:
         row = sorted((p for p in points if p.tokens == tokens and p.seconds), key=lambda p: p.card)
         for small, large in pairwise(row):
             best, other = min(small.seconds), min(large.seconds)
-            spread = max((max(p.seconds) - min(p.seconds)) / min(p.seconds) for p in (small, large))
+            spread = max(statistics.median(p.seconds) / min(p.seconds) - 1 for p in (small, large))
             if other > best * (1 + max(NOISE, spread)):
                 found.append(
                     f"{tokens:,} tokens: {large.card:.2f} GiB {other:.3f} s, {small.card:.2f} {best:.3f}"
