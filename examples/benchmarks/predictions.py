@@ -7,10 +7,10 @@
 
 Budgets of a length go from 2% over the least that does to 5% over what keeping everything takes. Of each, the
 allocator may take no more than it could on a card of that size; two steps are run, and then timed ones, two
-or as many as take 0.8 seconds, whose peak counts. Prints a table, the largest distance of a peak from what was
-foreseen, how many passed the budget or ran out of memory, and where a larger budget is slower by more than
-steps differ among themselves. Writes
-``results/predictions.json`` after every point. See ``replanned.py`` for what is not as in a model of its own.
+or as many as take 0.8 seconds, whose peak counts. Prints a table, the largest distance of a peak from what
+was foreseen, how many passed the budget or ran out of memory, and where a larger budget is slower by more
+than steps differ among themselves. Writes ``results/predictions.json`` after every point. See
+``replanned.py`` for what is not as in a model of its own.
 """
 
 import argparse
