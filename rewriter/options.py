@@ -38,7 +38,7 @@ class Options:
         memory_budget: device memory to stay within, in bytes, as "24GB", or a fraction of the device; None
             for what is free on a GPU, where nothing is planned that fits; "off" to keep everything unasked.
         host_budget: host memory that offloaded activations may take, likewise, of all processes of the
-            machine together.
+            machine together; 0 to offload nothing.
         max_tokens: the most tokens of a batch, rows times length, that the memory plan has to hold for where
             lengths vary; None: those of the batch at hand. A larger batch is planned anew.
         passes: names of the passes to run, none in an empty list; None for all. Names with a leading "-" are
@@ -88,7 +88,7 @@ class Options:
             raise OptionError(f"rewriter: unknown lowering {lowering!r}{_nearest(str(lowering), _LOWERINGS)}")
         return cls(
             memory_budget=_parse_memory_budget(given.get("memory_budget")),
-            host_budget=parse_budget("host_budget", given.get("host_budget")),
+            host_budget=parse_host_budget(given.get("host_budget")),
             max_tokens=_parse_count("max_tokens", given.get("max_tokens")),
             passes=_parse_passes(given.get("passes"), known_passes),
             verify=_parse_switch("verify", given.get("verify", False)),
@@ -140,14 +140,25 @@ def parse_budget(name: str, value: Any, otherwise: str = "") -> int | float | No
         and float(value).is_integer()
     ):
         return _meant(name, int(value))
-    matched = (
-        re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)\s*", value, re.IGNORECASE)
-        if isinstance(value, str)
-        else None
-    )
-    if matched is None or float(matched[1]) == 0.0:
+    if not (size := _size(value)):
         raise OptionError(f"rewriter: option {name!r} is {value!r}; give {forms}{otherwise}.")
-    return int(float(matched[1]) * _UNITS[matched[2].upper()])
+    return size
+
+
+def parse_host_budget(value: Any) -> int | float | None:
+    """As ``parse_budget``; 0 or "0GB" where nothing is to be offloaded."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if (value if number else _size(value)) == 0:
+        return 0
+    return parse_budget("host_budget", value, "; or 0 to offload nothing")
+
+
+def _size(value: Any) -> int | None:
+    """Bytes of a number with a unit."""
+    if not isinstance(value, str):
+        return None
+    matched = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)\s*", value, re.IGNORECASE)
+    return None if matched is None else int(float(matched[1]) * _UNITS[matched[2].upper()])
 
 
 def _meant(name: str, size: int) -> int:

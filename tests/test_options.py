@@ -42,13 +42,18 @@ def test_a_budget_is_bytes_a_size_or_a_fraction(given, bytes_):
     assert parse(memory_budget=given, host_budget=given) == Options(memory_budget=bytes_, host_budget=bytes_)
 
 
-@pytest.mark.parametrize(
-    "value", ["24", "lots", "24GBs", "-1GB", "0GB", -5, 0, 0.0, 1.5, True, [1], float("nan")]
-)
+@pytest.mark.parametrize("value", ["24", "lots", "24GBs", "-1GB", -5, 1.5, True, False, [1], float("nan")])
 @pytest.mark.parametrize("name", ["memory_budget", "host_budget"])
 def test_a_malformed_budget_is_an_error_with_the_forms_that_are_understood(name, value):
     with pytest.raises(OptionError, match=rf"option '{name}' is .*give bytes .* a size .* or a fraction"):
         parse(**{name: value})
+
+
+@pytest.mark.parametrize("value", [0, 0.0, "0GB"])
+def test_no_host_memory_may_be_asked_for_and_no_device_memory_may_not(value):
+    assert parse(host_budget=value).host_budget == 0
+    with pytest.raises(OptionError, match="option 'memory_budget' is .*give bytes"):
+        parse(memory_budget=value)
 
 
 @pytest.mark.parametrize(

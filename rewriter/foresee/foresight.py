@@ -24,7 +24,7 @@ from rewriter.memory.plan import Infeasible, MemoryPlan
 from rewriter.memory.planner import roomy
 from rewriter.memory.resident_choice import Offer, staying
 from rewriter.memory.timeline import svg, text
-from rewriter.options import parse_budget
+from rewriter.options import parse_budget, parse_host_budget
 from rewriter.seconds_text import seconds_text
 from rewriter.size_text import size_text
 
@@ -140,7 +140,7 @@ def plan(
             training as it will be; on "meta" it needs no memory. Left as it was.
         tokens: None for the most that fit, to within one in a hundred.
         memory_budget: bytes, "24GB", or a fraction of the machine's memory, as the backend's option.
-        host_budget: bytes or a size, for activations in host memory; None for 128 GiB.
+        host_budget: bytes or a size, for activations in host memory; 0 for none, None for 128 GiB.
         machine: a ``Machine``, the name of a known card, or a file that ``Machine.save`` wrote. None: this
             machine's GPU, measured; without one, an H200.
         lora_rank: freeze the model and put LoRA adapters of that rank on all linears but the head. None: a
@@ -158,8 +158,9 @@ def plan(
     """
     _check_numbers(rows=rows, tokens=tokens, lora_rank=lora_rank)
     _check_dtypes(dtype, autocast)
-    card = _bytes("memory_budget", memory_budget, (chosen := _machine(machine)).device_bytes)
-    offloads = _HOST if host_budget is None else _bytes("host_budget", host_budget, 0)
+    chosen, budget = _machine(machine), parse_budget("memory_budget", memory_budget)
+    card = _bytes("memory_budget", budget, chosen.device_bytes)
+    offloads = _HOST if host_budget is None else _bytes("host_budget", parse_host_budget(host_budget), 0)
     ask = Question(config_or_model, lora_rank, quantise, dtype, autocast, rows, card, offloads, chosen, host)
     if tokens is None:
         tokens = longest(lambda n: ask.problem(n)[0])
@@ -237,10 +238,11 @@ def _squeezed(name: str) -> str:
     return name.upper().replace(" ", "")
 
 
-def _bytes(name: str, value: Any, whole: int) -> int:
-    parsed = parse_budget(name, value)
+def _bytes(name: str, parsed: int | float | None, whole: int) -> int:
     if isinstance(parsed, float) and not whole:
-        raise ValueError(f"plan: {name} is {value!r}, a fraction of an unknown amount; give bytes or a size.")
+        raise ValueError(
+            f"plan: {name} is {parsed!r}, a fraction of an unknown amount; give bytes or a size."
+        )
     if parsed is None:
         raise ValueError(f"plan: {name} is None; give bytes, a size or a fraction.")
     return int(parsed * whole) if isinstance(parsed, float) else min(parsed, whole or parsed)
