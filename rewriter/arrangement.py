@@ -16,7 +16,7 @@ from rewriter.memory.budgets import device_of
 from rewriter.memory.in_host import over_the_bus
 from rewriter.memory.lengths import tokens_at_hand
 from rewriter.memory.plan import Infeasible
-from rewriter.memory.room import fits_twice, fits_unplanned
+from rewriter.memory.room import fits_twice, fits_unplanned, told_unplanned
 from rewriter.options import Options
 from rewriter.progress import ProgressLine
 from rewriter.regions.describe import describe
@@ -80,7 +80,9 @@ def _within_memory(
     recorded, program, _ = found
     if program is None:
         if options.memory_budget not in (None, "off"):
-            record.notes.append("memory_budget: nothing to plan with, no layer of this graph repeats")
+            reason = "no layer of this graph repeats" if options.regions else "regions are turned off"
+            record.notes.append(f"memory_budget: nothing to plan with, {reason}")
+            told_unplanned(body, example_inputs, options.memory_budget, options.host_budget, reason)
         return found
     if not is_short_of_memory(program, recorded.example_inputs, options, record):
         return found

@@ -11,6 +11,7 @@ A graph of symbolic lengths fits up to some length: a guard sends longer batches
 question is asked again. Graphs without gradients keep nothing, and are not asked about.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
@@ -117,9 +118,38 @@ def fits_twice(
     host_budget: int | float | None,
 ) -> bool:
     """Whether a budget has room for all that a step makes, and for a recording of it beside; from sizes."""
+    need = _from_sizes(module, example_inputs, memory_budget, host_budget)
+    return need.static + 2 * need.beside <= need.usable
+
+
+def told_unplanned(
+    module: GraphModule,
+    example_inputs: Sequence[Any],
+    memory_budget: int | float,
+    host_budget: int | float | None,
+    reason: str,
+) -> None:
+    """Warn where a graph that cannot be planned, for ``reason``, may take more than the budget."""
+    if not _is_trained(example_inputs):
+        return
+    need = _from_sizes(module, example_inputs, memory_budget, host_budget)
+    if not need.fits:
+        warnings.warn(
+            f"rewriter: memory_budget is not held to, {reason}: by its sizes a step takes at most "
+            f"{size_text(need.static + need.beside)}, of the budget {size_text(need.usable)} may be filled.",
+            stacklevel=2,
+        )
+
+
+def _from_sizes(
+    module: GraphModule,
+    example_inputs: Sequence[Any],
+    memory_budget: int | float,
+    host_budget: int | float | None,
+) -> Need:
     given = budgets(Program(module, ()), memory_budget, host_budget, device_of(example_inputs))
     made = sum(map(made_bytes, graphs_of(module)))
-    return given.static + 2 * (made * 3 // 2 + _INSIDE_KERNELS) <= roomy_bytes(given.device)
+    return Need(given.static, made * 3 // 2 + _INSIDE_KERNELS, roomy_bytes(given.device))
 
 
 def _is_trained(example_inputs: Sequence[Any]) -> bool:

@@ -156,3 +156,12 @@ def test_keeping_everything_is_not_worked_out_where_sizes_show_that_it_cannot_fi
     assert room.cannot_keep_all(program, inputs, longer), "of longer batches"
     with torch.no_grad():
         assert not room.cannot_keep_all(program, inputs, Budgets(1, 0, 0)), "nothing is kept"
+
+
+@pytest.mark.parametrize(("budget", "told"), [("1000B", 1), ("100GB", 0)])
+def test_that_a_budget_cannot_be_planned_for_is_told_where_a_step_may_take_more(budget, told, recwarn):
+    (graph,) = _trained(memory_budget=budget, regions=False)
+    reason = "regions are turned off"
+    assert graph.memory is None and graph.notes == [f"memory_budget: nothing to plan with, {reason}"]
+    texts = [str(w.message) for w in recwarn]
+    assert sum(f"memory_budget is not held to, {reason}: by its sizes" in text for text in texts) == told
