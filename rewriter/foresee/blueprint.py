@@ -23,6 +23,7 @@ from rewriter.foresee.repetition import Repetition, layers_of, longest_list, sho
 from rewriter.host_weights import read_head_from_host
 from rewriter.hostable import HEAD, checked
 from rewriter.huggingface import is_prepared, prepare, restore, weights_in_host_memory
+from rewriter.memory.unwrapped import UNWRAPPED
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +39,7 @@ class Blueprint:
         trained_bytes: of the parameters that need a gradient.
         parameters, trained: how many numbers the model has as it was given, and how many are trained.
         host: of weights in host memory, and of those that could be there.
+        notes: what will run otherwise than the model asks for.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Blueprint:
     parameters: int
     trained: int
     host: HostBytes = field(default_factory=HostBytes)
+    notes: tuple[str, ...] = ()
 
 
 def blueprint(
@@ -98,17 +101,20 @@ def blueprint(
     hosted = host_bytes(model, left_out, host)
     weight_bytes, trained_bytes = sum(x.nbytes for x in weights), sum(x.nbytes for x in trained)
     numbers = sum(x.numel() for x in trained)
-    for module in model.modules():
-        # What to compute again is the plan's to decide.
-        if vars(module).get("gradient_checkpointing"):
-            vars(module)["gradient_checkpointing"] = False
+    # What to compute again is the plan's to decide.
+    checkpointed = [m for m in model.modules() if vars(m).get("gradient_checkpointing")]
+    for module in checkpointed:
+        vars(module)["gradient_checkpointing"] = False
+    notes = (UNWRAPPED,) if checkpointed else ()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     _make_fake(model, mode)
     prepare(model)
     if HEAD in host:
         read_head_from_host(model)
     weight_bytes -= sum(hosted.there.values())
-    return Blueprint(name, model, mode, left_out, weight_bytes, trained_bytes, parameters, numbers, hosted)
+    return Blueprint(
+        name, model, mode, left_out, weight_bytes, trained_bytes, parameters, numbers, hosted, notes
+    )
 
 
 def _from_config(config: Any, dtype: torch.dtype) -> nn.Module:

@@ -52,7 +52,7 @@ class Foresight:
         seconds: of a step: forward, backward, the update of what is trained, reading an embedding in host
             memory, and what the device waits for the host before its first kernel.
         plan: what each layer does, with the memory that it takes over the step.
-        notes: what the plan could not do.
+        notes: what the plan could not do, or does otherwise than the model asks for.
     """
 
     model: str
@@ -189,7 +189,7 @@ def plan(
         offloads,
         found.foreseen_seconds + update + bus + _IDLE,
         found,
-        (*notes, *stays, *made.host.notes()),
+        (*notes, *stays, *made.notes, *made.host.notes()),
     )
 
 

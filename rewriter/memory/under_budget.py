@@ -31,7 +31,7 @@ from rewriter.memory.plan import Infeasible, MemoryPlan
 from rewriter.memory.planned import Choosing, PlannedProgram, everything_kept, planned
 from rewriter.memory.resident_program import with_residents
 from rewriter.memory.room import Need, cannot_keep_all
-from rewriter.memory.unwrapped import without_checkpoints
+from rewriter.memory.unwrapped import UNWRAPPED, without_checkpoints
 from rewriter.memory.walk import Link
 from rewriter.regions.outline import outline
 from rewriter.regions.program import Program
@@ -73,7 +73,7 @@ def under_budget(
         notes.append(f"memory: too little was free to measure this device; planned for {machine.name}")
     if (unwrapped := without_checkpoints(program)) is not None:
         program = outline(unwrapped, example_inputs) or program
-        notes.append("gradient checkpointing: what is computed again is as the memory plan says")
+        notes.append(UNWRAPPED)
     found = asked.kept(program, example_inputs)
     if found is None:
         if (parted := parted_at_borders(program)) is not None:

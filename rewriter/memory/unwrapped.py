@@ -15,6 +15,9 @@ from torch.fx.node import map_arg
 from rewriter.nested import checkpoint_body, drop_unread_graphs, duplicate
 from rewriter.regions.program import Program
 
+# What a report says of a program, or model, whose checkpoints were unwrapped.
+UNWRAPPED = "gradient checkpointing: what is computed again is as the memory plan says"
+
 
 def without_checkpoints(program: Program) -> GraphModule | None:
     """The program's graph with the body of each checkpoint in its place; None where there is none."""

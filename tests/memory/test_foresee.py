@@ -23,6 +23,7 @@ from rewriter.foresee.traced import Untraceable, traced
 from rewriter.memory import planner
 from rewriter.memory.machine import H200
 from rewriter.memory.plan import Choice, Infeasible, Part, Problem
+from rewriter.memory.unwrapped import UNWRAPPED
 from tests.catalogue import FAMILIES
 from tests.families import build
 
@@ -92,8 +93,10 @@ def test_a_config_is_left_as_it_was():
 
 def test_what_to_compute_again_is_left_to_the_plan():
     model = build("llama", layers=2, dtype=torch.bfloat16)
+    assert not blueprint(model).notes
     model.gradient_checkpointing_enable()  # type: ignore[operator]
     made = blueprint(model)
+    assert made.notes == (UNWRAPPED,)
     assert model.is_gradient_checkpointing
     assert not any(getattr(m, "gradient_checkpointing", False) for m in made.model.modules())
 
