@@ -60,12 +60,13 @@ def roomy(problems: Sequence[Problem]) -> MemoryPlan:
     Raises:
         Infeasible: where nothing fits; speaks of the first.
     """
-    found, bound_within = [], None
+    found: list[MemoryPlan] = []
+    bound_within: _Bound | None = None
     least_of_all = min(map(_computing, problems))
     for within, longer in _fillings(problems):
         below = min((plan.foreseen_seconds for plan in found), default=inf) / longer
         # Mostly the prices of memory say already that to fill more of the budget would not gain as much.
-        if found and below <= max(least_of_all, bound_within(within)):
+        if found and bound_within and below <= max(least_of_all, bound_within(within)):
             continue
         plan, bound = _best(within, below)
         bound_within = bound_within or bound
