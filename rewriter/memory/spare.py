@@ -17,6 +17,9 @@ from math import inf
 
 from rewriter.memory.plan import MemoryPlan
 
+# Times the peak that is foreseen, what copies may fill: a step is to take what its plan says.
+_NEARLY = 1.02
+
 
 @dataclass(frozen=True)
 class Spare:
@@ -59,7 +62,8 @@ def spare_of(
     taken = taken or {}
     others = plan.problem.window - window
     # What is in flight has its place beside the window, for the part that comes next.
-    free = [plan.limit - m.device - (0 if m.backward else taken.get(m.part, 0)) for m in plan.moments]
+    most = min(plan.limit, int(_NEARLY * plan.peak))
+    free = [most - m.device - (0 if m.backward else taken.get(m.part, 0)) for m in plan.moments]
     rooms = [max(f, 0) + m.flight - others for f, m in zip(free, plan.moments, strict=True)]
     ahead, behind = rooms[: len(bounds)], rooms[: len(bounds) - 1 : -1]
     last = max((i for i, bound in enumerate(bounds) if bound), default=-1)

@@ -9,12 +9,19 @@ import pytest
 import torch
 from torch.fx import Graph, GraphModule
 
+from rewriter.memory import spare
 from rewriter.memory.arena import HostArena
 from rewriter.memory.plan import Choice, MemoryPlan, Part, Problem
 from rewriter.memory.planned import PlannedProgram
 from rewriter.memory.spare import Spare, spare_of
 from rewriter.memory.transfer import Transfers
 from rewriter.regions.program import Region
+
+
+@pytest.fixture(autouse=True)
+def whole_limit(monkeypatch):
+    """Plans here peak far below their limit, which copies are to fill but for one test."""
+    monkeypatch.setattr(spare, "_NEARLY", 10.0)
 
 
 def _plan(
@@ -38,6 +45,14 @@ def _spares(plan: MemoryPlan, bounds: Sequence[bool] = (True,) * 4, window: int 
 def test_copies_out_may_fill_what_a_layer_leaves_free_and_the_window():
     found = _spares(_plan([20, 50, 80, 30], [0, 0, 0, 0]))
     assert [(s.out, s.left) for s in found] == [(80, inf), (50, inf), (20, inf), (70, inf)]
+
+
+def test_copies_take_a_step_hardly_beyond_the_peak_that_is_foreseen(monkeypatch):
+    monkeypatch.setattr(spare, "_NEARLY", 1.02)
+    # The peak is 50 and the window; two hundredths of it come beside what a layer leaves.
+    assert [s.out for s in _spares(_plan([20, 50, 30], [0, 0, 0]), (True,) * 3)] == [41, 11, 31]
+    # Where that would pass what the budget leaves, they keep to this.
+    assert [s.out for s in _spares(_plan([20, 89, 30], [0, 0, 0]), (True,) * 3)] == [80, 11, 70]
 
 
 def test_copies_out_leave_room_for_what_else_comes_while_a_part_runs():
