@@ -28,9 +28,12 @@ def missing_keys(q: Tensor, k: Tensor, causal: bool) -> int:
         q: (batch, heads, tokens, dim); k: (batch, kv_heads, keys, dim).
     """
     keys = k.shape[2]
-    if not causal or keys != q.shape[2] or keys < _LONG:
-        return 0
-    return -keys % _BLOCK
+    return -keys % _BLOCK if are_long(q.shape[2], keys, causal) else 0
+
+
+def are_long(queries: int, keys: int, causal: bool) -> bool:
+    """Whether attention of so many is worth whole blocks, and no query would see what completes them."""
+    return causal and keys == queries and keys >= _LONG
 
 
 def with_keys(x: Tensor, missing: int) -> Tensor:

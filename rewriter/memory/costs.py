@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from rewriter.kernels.attention_key_blocks import are_long, missing_keys
 from rewriter.memory.durations import Rates, duration
 from rewriter.memory.fakes import StageFakes
 from rewriter.memory.growth import AS_TRACED, Growth, SizesAt
@@ -26,6 +27,14 @@ from rewriter.memory.operations import (
 
 # Bytes of logits that ``linear_cross_entropy`` holds at once on a GPU where its weight is frozen.
 _LOGITS = 2**28
+# Ops that pad long keys and values when they run.
+_PADDING = frozenset(
+    {
+        "attention_by_length",
+        "attention_by_length_backward",
+        "scaled_dot_product_cudnn_attention_backward_by_groups",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -94,23 +103,41 @@ def _peak(module: GraphModule, sizes: dict[Node, int], results: set[Node], at: S
 
 
 def _workspace(node: Node, at: SizesAt) -> int:
-    """What the head's loss, or attention's backward, needs beside its results, on a GPU.
+    """What the head's loss, or attention, needs beside its results, on a GPU.
 
-    The gradient of the queries in fp32, and of keys that heads share one for each head.
+    Attention's backward: the gradient of the queries in fp32, and of keys that heads share one for each head.
     """
     name = name_of(node)
     if name == "linear_cross_entropy":
         return _buffer_of_logits(node, at)
+    backward = is_attention_backward(node)
     # The kernel of masked attention sums in registers.
-    if not is_attention(node) or not is_attention_backward(node) or name == "attention_backward":
+    if not is_attention(node) or name == "attention_backward" or not (backward or name in _PADDING):
         return 0
-    query, key = [n.meta["val"] for n in node.args if isinstance(n, Node) and is_heads(n)][1:3]
+    heads = [n.meta["val"] for n in node.args if isinstance(n, Node) and is_heads(n)]
+    query, key = heads[1:3] if backward else heads[:2]
     if not query.is_cuda:
         return 0
+    padded = _padded_keys(node, query, key, at)
+    if not backward:
+        return padded
     groups = int_hint(key.shape[1])
     shared = groups < int_hint(query.shape[1])
     each = 4 + (2 * query.element_size() if shared else 0)
-    return at.numel(query) * each // (groups if name.endswith("by_groups") else 1)
+    return (at.numel(query) * each + padded) // (groups if name.endswith("by_groups") else 1)
+
+
+def _padded_keys(node: Node, query: Tensor, key: Tensor, at: SizesAt) -> int:
+    """Keys and values up to whole blocks where the op makes them itself; at lengths that vary, as of any."""
+    if name_of(node) not in _PADDING:
+        return 0
+    causal = bool(argument_of(node, "is_causal") or argument_of(node, "causal"))
+    lengths = [x.shape[2] for x in (query, key)]
+    if all(isinstance(length, int) for length in lengths):
+        pads = missing_keys(query, key, causal) > 0
+    else:
+        pads = are_long(*map(at.length, lengths), causal)
+    return 2 * at.bytes(key) if pads else 0
 
 
 def _buffer_of_logits(node: Node, at: SizesAt) -> int:

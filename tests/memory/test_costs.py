@@ -10,6 +10,8 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import Graph
 
 from rewriter.kernels.add_product import add_product_
+from rewriter.kernels.attention_by_length import attention_by_length
+from rewriter.kernels.attention_groups import by_groups
 from rewriter.memory.costs import graph_cost
 from rewriter.memory.fakes import StageFakes
 from rewriter.memory.growth import Growth
@@ -156,6 +158,48 @@ def test_a_view_keeps_what_it_views_alive():
         return (first + second.view(-1),)
 
     assert _cost(held, [(None, 8), (8, 8)]).peak_bytes >= 3 * 4 * 7 * 8
+
+
+@pytest.mark.parametrize(
+    "tokens, causal, varies, copies",
+    [(16500, True, False, 2), (16512, True, False, 0), (16500, False, False, 0), (300, True, False, 0),
+     (16512, True, True, 2), (300, True, True, 0)],
+)  # fmt: skip
+def test_copies_of_keys_and_values_that_complete_a_block_are_memory(tokens, causal, varies, copies):
+    """Where lengths vary, those of a shorter sequence, too."""
+    keys, queries = (2 * heads * tokens * 64 for heads in (2, 4))
+    beside = queries + 4 * 4 * tokens
+
+    def forward(q, k, v):
+        return (attention_by_length(q, k, v, 0.125, causal),)
+
+    def backward(q, k, v, lse):
+        op = torch.ops.rewriter.attention_by_length_backward
+        return op(q, q, k, v, q, lse, 0.125, causal)
+
+    def by_group(q, k, v, lse):
+        op = by_groups[torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default]
+        seed = lse.new_empty(2)
+        given = q, q, k, v, q, lse.unsqueeze(-1), seed, seed, None, None, None, tokens, tokens, 0.0, causal
+        return op(*given)
+
+    def beyond(function, *others):
+        fakes, outer = StageFakes(tokens), FakeTensorMode()
+        shapes = [(1, heads, tokens, 64) for heads in (4, 2, 2)]
+        with outer:
+            given = [torch.empty(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
+            given += [torch.empty(shape, device="cuda") for shape in others]
+        inputs = [fakes.like(x, 2 if varies else None) for x in given]
+        with tracing(TracingContext(fakes.mode)), torch.no_grad(), fakes.mode:
+            graph = forward_graph(function, signature_of(function, inputs, [False] * len(inputs)))
+        return graph_cost(graph, fakes, tokens, Machine()).peak_bytes
+
+    assert beyond(forward) == beside + copies * keys
+    # The gradient of the queries in fp32, those of keys and values for each of their heads; three results.
+    apart, gradients = 4 * queries, queries + 2 * keys
+    assert beyond(backward, (1, 4, tokens)) == gradients + apart + copies * keys
+    # One of two groups at a time; the seed stands for itself.
+    assert beyond(by_group, (1, 4, tokens)) == gradients + 8 + (apart + copies * keys) // 2
 
 
 def test_attention_whose_heads_share_keys_is_counted_here():
