@@ -43,8 +43,8 @@ def forms(tokens: int) -> dict[str, Callable]:
     unused = torch.empty(2, dtype=torch.int64, device="cuda")
     given = grad, q, k, v, out, logsumexp, *unused, None, None, None, tokens, tokens, 0.0, True
 
-    def backward(longest: int) -> tuple:
-        before, attention_key_blocks._LONG = attention_key_blocks._LONG, longest
+    def backward(shortest: int) -> tuple:
+        before, attention_key_blocks._LONG = attention_key_blocks._LONG, shortest
         try:
             return _backward(*given, scale=scale)
         finally:

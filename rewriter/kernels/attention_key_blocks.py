@@ -8,7 +8,7 @@ that the causal mask hides them: what is computed from other keys stays as it is
 are dropped.
 
 Costs a copy of keys and values, whose bytes grow with the tokens, where attention grows with their square.
-Refuses what is not causal, or has more keys than queries: there a zero would be seen.
+Refuses what is not causal, or has another number of keys than of queries: with fewer, a zero would be seen.
 """
 
 import torch

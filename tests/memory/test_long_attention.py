@@ -41,9 +41,10 @@ def test_keys_and_values_are_padded_to_whole_blocks_and_queries_are_not():
         {"tokens": 300},
         {"tokens": 16500, "causal": False},
         {"tokens": 16500, "keys": 16600},
+        {"tokens": 16500, "keys": 16400},
         {"tokens": 16500, "dropout": 0.1},
     ],
-    ids=["whole blocks", "short", "every key is seen", "more keys", "dropout"],
+    ids=["whole blocks", "short", "every key is seen", "more keys", "fewer keys", "dropout"],
 )
 def test_attention_is_left_as_it_is_where_zeros_would_be_seen_or_gain_nothing(given):
     assert not _graph(**given).graph.find_nodes(op="call_function", target=PAD)
