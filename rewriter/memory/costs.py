@@ -132,11 +132,11 @@ def _padded_keys(node: Node, query: Tensor, key: Tensor, at: SizesAt) -> int:
     if name_of(node) not in _PADDING:
         return 0
     causal = bool(argument_of(node, "is_causal") or argument_of(node, "causal"))
-    lengths = [x.shape[2] for x in (query, key)]
-    if all(isinstance(length, int) for length in lengths):
+    queries, keys = query.shape[2], key.shape[2]
+    if isinstance(queries, int) and isinstance(keys, int):
         pads = missing_keys(query, key, causal) > 0
     else:
-        pads = are_long(*map(at.length, lengths), causal)
+        pads = are_long(at.length(queries), at.length(keys), causal)
     return 2 * at.bytes(key) if pads else 0
 
 
