@@ -12,6 +12,7 @@ tokens a second, the device memory that was allocated and reserved, what the pla
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import peers
@@ -47,7 +48,7 @@ def measure(arguments: argparse.Namespace) -> dict:
     try:
         first, losses = timed(step, 0, device)
     finally:
-        plan = planned(arguments.system)
+        plan = planned(arguments.system, device)
     compiling = compile_seconds()
     print(f"first step {first:.1f} s, loss {losses.item():.4f}", flush=True)
     if arguments.steps:
@@ -91,11 +92,12 @@ def memory(what: str) -> float | None:
     return getattr(torch.cuda, what)() / GIB if torch.cuda.is_available() else None
 
 
-def planned(system: str) -> dict | None:
-    """What the rewriter foresaw."""
+def planned(system: str, device: str) -> dict | None:
+    """What the rewriter foresaw, and by which rates."""
     if system != "rewriter":
         return None
     import rewriter
+    from rewriter.memory.machine import machine_for
 
     report = rewriter.report()
     print(report)
@@ -111,6 +113,7 @@ def planned(system: str) -> dict | None:
         "static_gib": plan.static / GIB,
         "host_gib": plan.hosted / GIB,
         "seconds": plan.seconds,
+        "rates": asdict(machine_for(torch.device(device))),
         "ways": plan.ways,
     }
 

@@ -30,6 +30,7 @@ from end_to_end import machine, synchronise, timed, versions
 from replanned import TINY, Replanned, compiled_once
 
 from rewriter.memory.budgets import allocated_bytes, card_bytes
+from rewriter.memory.machine import machine_for
 
 RESULTS = Path(__file__).parent / "results"
 # Medians of so few steps differ by this much from one run to the next.
@@ -199,6 +200,7 @@ def main() -> None:
                 told = {
                     **machine(device),
                     "versions": versions(),
+                    "rates": asdict(machine_for(torch.device(device))),
                     "layers": arguments.layers,
                     "seconds": time.perf_counter() - start,
                     "verdict": verdict(points),
