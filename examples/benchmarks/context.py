@@ -61,7 +61,7 @@ def measure(arguments: argparse.Namespace) -> dict:
         "system": arguments.system,
         "case": case.name,
         "card_gib": arguments.card,
-        "budget_gib": arguments.budget or arguments.card,
+        "budget_gib": budget,
         "flushed": flushes(device) - before,
         "weights_in_host": list(arguments.weights_in_host),
         **machine(device),

@@ -31,19 +31,28 @@ def reference(q, k, v, causal):
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
+def check_against_eager(attention, inputs, upstream, causal):
+    """The result of ``attention`` and its gradients, both they and eager's against fp64."""
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    ours = results(attention, inputs, upstream)
+    eager, truth = (
+        results(lambda q, k, v: reference(q, k, v, causal), given, upstream) for given in (inputs, wide)
+    )
+    for name, *values in zip(("out", "dq", "dk", "dv"), ours, eager, truth, strict=True):
+        assert_as_accurate(*values, name=name)
+
+
 # cuDNN refuses a single token, which the op never gives it.
 @pytest.mark.parametrize(("longest", "tokens"), [(0, 127), (0, 300), (4096, 1), (4096, 127), (4096, 300)])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("groups", "dim"), [(4, 64), (2, 128)])
 def test_both_kernels_are_as_accurate_as_eager(longest, causal, tokens, groups, dim, monkeypatch):
     monkeypatch.setattr(module, "LONGEST_FLASH", longest)
-    inputs, upstream = operands(2, 4, groups, tokens, dim)
-    ours = results(lambda q, k, v: attention_by_length(q, k, v, dim**-0.5, causal), inputs, upstream)
-    eager = results(lambda q, k, v: reference(q, k, v, causal), inputs, upstream)
-    wide = [x.detach().double().requires_grad_() for x in inputs]
-    truth = results(lambda q, k, v: reference(q, k, v, causal), wide, upstream)
-    for name, *values in zip(("out", "dq", "dk", "dv"), ours, eager, truth, strict=True):
-        assert_as_accurate(*values, name=name)
+    check_against_eager(
+        lambda q, k, v: attention_by_length(q, k, v, dim**-0.5, causal),
+        *operands(2, 4, groups, tokens, dim),
+        causal,
+    )
 
 
 @pytest.mark.parametrize("tokens", [129, 300, 384])
@@ -51,13 +60,11 @@ def test_both_kernels_are_as_accurate_as_eager(longest, causal, tokens, groups, 
 def test_keys_up_to_whole_blocks_are_as_accurate_as_eager(tokens, groups, dim, monkeypatch):
     monkeypatch.setattr(module, "LONGEST_FLASH", 0)
     monkeypatch.setattr(attention_key_blocks, "_LONG", 1)
-    inputs, upstream = operands(2, 4, groups, tokens, dim)
-    ours = results(lambda q, k, v: attention_by_length(q, k, v, dim**-0.5, True), inputs, upstream)
-    eager = results(lambda q, k, v: reference(q, k, v, True), inputs, upstream)
-    wide = [x.detach().double().requires_grad_() for x in inputs]
-    truth = results(lambda q, k, v: reference(q, k, v, True), wide, upstream)
-    for name, *values in zip(("out", "dq", "dk", "dv"), ours, eager, truth, strict=True):
-        assert_as_accurate(*values, name=name)
+    check_against_eager(
+        lambda q, k, v: attention_by_length(q, k, v, dim**-0.5, True),
+        *operands(2, 4, groups, tokens, dim),
+        True,
+    )
 
 
 @pytest.mark.parametrize("tokens", [300, 384])
@@ -86,13 +93,7 @@ def test_one_graph_serves_lengths_on_both_sides_of_the_limit(monkeypatch):
     compiled = torch.compile(lambda q, k, v: attention(q, k, v), dynamic=True, fullgraph=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for tokens in (72, 200, 256, 257, 640):  # none equal to another size, which would be taken for it
-            inputs, upstream = operands(2, 4, 2, tokens, 64)
-            ours = results(compiled, inputs, upstream)
-            wide = [x.detach().double().requires_grad_() for x in inputs]
-            truth = results(lambda q, k, v: reference(q, k, v, True), wide, upstream)
-            eager = results(lambda q, k, v: reference(q, k, v, True), inputs, upstream)
-            for values in zip(ours, eager, truth, strict=True):
-                assert_as_accurate(*values)
+            check_against_eager(compiled, *operands(2, 4, 2, tokens, 64), True)
 
 
 def test_past_two_to_the_31_bytes_the_last_rows_are_right():
