@@ -49,7 +49,7 @@ def trained(model, *batches):
     x = torch.linspace(-1, 1, 2 * 19 * 8, dtype=torch.float64).view(2, 19, 8).requires_grad_()
     losses = [model(x) for _ in range(2)]
     assert losses[0] != losses[1], "each step draws anew"
-    sum(losses).backward()
+    torch.stack(losses).sum().backward()
     gradients = {n: p.grad for n, p in model.named_parameters()}
     return [loss.detach() for loss in losses], {**gradients, "x": x.grad}
 

@@ -169,7 +169,7 @@ FUSED_MIXING: dict[str, tuple[Callable, str]] = {
         "it sums over tokens",
     ),
     "dropout of features": (
-        lambda x, w, c, s: dropped(x.transpose(1, 2), c[0, 0, :, 0].long(), w[0, :2], 0.5),
+        lambda x, w, c, s: dropped(x.transpose(1, 2), c[0, 0, :, 0].long(), w[0, :2].long(), 0.5),
         "tokens are not where it counts them",
     ),
     "a rotation": (
