@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 
 # Functions whose results a backward computes again. A gated activation is as wide as what it is made of,
 # which is saved for its own backward, and costs one more write in that one's launch; a partitioner would save
-# the result of any op that it does not know: in 8 layers of 8B, 4,096 tokens, 0.9 GiB. A weight from host
-# memory is let go behind its reader, and copied again for another one.
+# the result of any op that it does not know: in 8 layers of 8B, 4,096 tokens, 0.9 GiB. Dropout by position
+# is drawn again from its seed. A weight from host memory is let go behind its reader, and copied again for
+# another one.
 RECOMPUTED = frozenset((dropped, gated_activation, gated_activation_packed, host_weight))
 
 
