@@ -17,13 +17,14 @@ from rewriter.advice import advice
 from rewriter.arrangement import arranged
 from rewriter.deferred import split_deferred
 from rewriter.full_collections import defer_full_collections
-from rewriter.fusion import apply_all
+from rewriter.fusion import apply, apply_all
 from rewriter.kernels_ahead import start_processes
 from rewriter.lower import lower, lower_beside, lower_program
 from rewriter.lower_planned import lower_planned
 from rewriter.nested import count_operations
 from rewriter.options import Options
 from rewriter.passes import ordered_passes, pass_names
+from rewriter.passes.dropout import dropout_pass
 from rewriter.progress import ProgressLine, progress_line, seconds_since_beginning
 from rewriter.regions.describe import describe
 from rewriter.report import GraphRecord, MemoryRecord, forget, record_graph
@@ -99,7 +100,8 @@ def _compile(
             compiled = lower_program(program, options, line)
         compiled = finish(recorded.replayed(compiled, record.notes))
         if options.verify and rewritten is not module:
-            compiled = verified(compiled, lower_beside(module, example_inputs, options), stages, record)
+            unrewritten = lower_beside(module, example_inputs, options)
+            compiled = verified(compiled, unrewritten, with_equal_dropout(stages), record)
     record_graph(record)
     return compiled
 
@@ -121,6 +123,13 @@ def rewrite_graph(module: GraphModule, options: Options, record: GraphRecord) ->
     done = apply_all(passes, module, keep_stages=options.verify)
     record.passes += done.records
     return [Stage("", module), *(Stage(name, stage) for name, stage in done.stages)]
+
+
+def with_equal_dropout(stages: Sequence[Stage]) -> Sequence[Stage]:
+    """``stages`` with dropout by position in each, if any has it: others would draw other numbers."""
+    if all(stage.pass_name != dropout_pass.name for stage in stages):
+        return stages
+    return [Stage(stage.pass_name, apply(dropout_pass, stage.module)[0]) for stage in stages]
 
 
 def record_plan(plan: "PlannedProgram", record: GraphRecord) -> MemoryRecord:

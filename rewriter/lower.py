@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from rewriter.cast_again import cast_again, weights_of
 from rewriter.gate_gradients import join_gate_gradients
+from rewriter.kernels.dropout import dropped
 from rewriter.kernels.gated_activation import gated_activation, gated_activation_packed
 from rewriter.kernels.host_weight import host_weight
 from rewriter.kernels.registration import operators
@@ -33,9 +34,10 @@ if TYPE_CHECKING:
 
 # Functions whose results a backward computes again. A gated activation is as wide as what it is made of,
 # which is saved for its own backward, and costs one more write in that one's launch; a partitioner would save
-# the result of any op that it does not know: in 8 layers of 8B, 4,096 tokens, 0.9 GiB. A weight from host
-# memory is let go behind its reader, and copied again for another one.
-RECOMPUTED = frozenset((gated_activation, gated_activation_packed, host_weight))
+# the result of any op that it does not know: in 8 layers of 8B, 4,096 tokens, 0.9 GiB. Dropout by position
+# is drawn again from its seed. A weight from host memory is let go behind its reader, and copied again for
+# another one.
+RECOMPUTED = frozenset((dropped, gated_activation, gated_activation_packed, host_weight))
 
 
 @functools.cache

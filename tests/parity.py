@@ -24,7 +24,7 @@ import contextlib
 import copy
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -168,7 +168,7 @@ def parity(
     compile_kwargs: Mapping,
     *,
     autocast: torch.dtype | None = None,
-    same_dropout: bool = False,
+    eagerly: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     seed: int = 0,
 ) -> Parity:
     """Run ``model(**inputs).loss.backward()`` compiled with ``compile_kwargs``, eagerly and in fp64.
@@ -176,18 +176,18 @@ def parity(
     Args:
         batches: the inputs, of one shape each; compiled once.
         autocast: entered around the compiled and the eager forward, not around the fp64 one.
-        same_dropout: make Inductor draw eager's random numbers (``fallback_random``). Without, a model with
-            dropout cannot be compared.
+        eagerly: entered around the runs that are not compiled; ``dropout_by_position`` for dropout that the
+            backend under test compiles.
     """
     torch._dynamo.reset()
-    with torch._inductor.config.patch(fallback_random=same_dropout):
-        call = torch.compile(model, **compile_kwargs)
-        compiled = [step(model, inputs, call, autocast=autocast, seed=seed) for inputs in batches]
+    call = torch.compile(model, **compile_kwargs)
+    compiled = [step(model, inputs, call, autocast=autocast, seed=seed) for inputs in batches]
     torch._dynamo.reset()
-    eager = [step(model, inputs, autocast=autocast, seed=seed) for inputs in batches]
     twin = double(model)
-    with float64_throughout():
-        truth = [step(twin, inputs, seed=seed) for inputs in batches]
+    with eagerly():
+        eager = [step(model, inputs, autocast=autocast, seed=seed) for inputs in batches]
+        with float64_throughout():
+            truth = [step(twin, inputs, seed=seed) for inputs in batches]
     dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()] + ([autocast] if autocast else [])
     coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
     return Parity(tuple(map(Run, compiled, eager, truth)), coarsest)

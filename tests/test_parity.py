@@ -10,6 +10,7 @@ import torch
 import rewriter
 from tests.families import FAMILIES, batch, build
 from tests.parity import parity
+from tests.positional import dropout_by_position
 from tests.test_families import structures
 
 EAGER = {"backend": "rewriter", "options": {"lowering": "eager"}}
@@ -64,9 +65,9 @@ def test_llama_through_inductor_trains_as_eager_does():
     parity(build("llama", layers=1, **KINDS["nf4"]), BATCHES, {"backend": "rewriter"}).check()
 
 
-def test_dropout_draws_eagers_masks_and_gives_eagers_gradients():
+def test_adapters_with_dropout_train_as_eager_does_where_that_drops_by_position_too():
     model = build("llama", lora=True, lora_dropout=0.3)
-    parity(model, BATCHES, EAGER, same_dropout=True).check()
+    parity(model, BATCHES, EAGER, eagerly=dropout_by_position).check()
 
 
 def test_autocast_entered_outside_the_model():

@@ -191,6 +191,16 @@ def test_verification_draws_no_random_numbers():
     torch.testing.assert_close(torch.rand(3), after)
 
 
+def test_a_graph_with_dropout_by_position_is_compared_with_one_that_drops_the_same():
+    def function(x, weight, gate, up):
+        return block(F.dropout(x[None], 0.5), weight, gate, up)
+
+    torch.manual_seed(3)
+    result, graph = verify(function, operands())
+    assert [p.count for p in graph.passes if p.name == "dropout"] == [1]
+    assert graph.notes[0].startswith("verified"), graph.notes
+
+
 def test_inputs_written_in_place_are_written_once():
     def function(x, weight, total):
         total.add_(1.0)

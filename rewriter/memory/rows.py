@@ -26,6 +26,7 @@ from rewriter.signatures import target_name
 
 _RANDOM = frozenset(
     ("dropout", "rand", "randn", "rand_like", "randn_like", "bernoulli", "multinomial", "normal")
+    + ("rewriter.kernels.dropout.dropout_seeds",)
 )
 
 

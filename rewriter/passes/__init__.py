@@ -2,6 +2,7 @@
 
 from rewriter.fusion import Pass, pattern_pass
 from rewriter.passes.attention import attention_pass
+from rewriter.passes.dropout import dropout_pass
 from rewriter.passes.gated_mlp import gated_mlp
 from rewriter.passes.lm_head_loss import lm_head_loss
 from rewriter.passes.lora import lora_pass
@@ -9,7 +10,9 @@ from rewriter.passes.norm import norm
 from rewriter.passes.rotary import rotary_pass
 from rewriter.registry import user_patterns
 
-_PASSES: tuple[Pass, ...] = (lora_pass, rotary_pass, norm, attention_pass, gated_mlp, lm_head_loss)
+_PASSES: tuple[Pass, ...] = (
+    dropout_pass, lora_pass, rotary_pass, norm, attention_pass, gated_mlp, lm_head_loss,
+)  # fmt: skip
 
 
 def ordered_passes() -> tuple[Pass, ...]:

@@ -42,6 +42,7 @@ WRITTEN: dict[str, tuple[tuple[str, float], ...]] = {
     "gated_activation_packed_backward": (("gate_up", 1),),
     "gated_activation_backward_with_result_": (("gate", 1), ("up", 1), ("grad", 1)),
     "gated_activation_packed_backward_with_result_": (("gate_up", 1), ("grad", 1)),
+    "dropped": (("x", 1),),
     "clamped_gate": (("gate_up", 0.5),),
     "clamped_gate_backward": (("gate_up", 1),),
     "dequantize_4bit": (("data", 4),),  # two values of two bytes for each byte

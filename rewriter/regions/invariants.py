@@ -97,7 +97,7 @@ _RANDOM = frozenset(
     {"alpha_dropout", "bernoulli", "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout"}
     | {"feature_dropout", "gumbel_softmax", "multinomial", "normal", "poisson", "rrelu"}
     | {"rand", "rand_like", "randint", "randint_like", "randn", "randn_like", "randperm"}
-    | {"empty", "empty_like", "empty_strided", "new_empty"}
+    | {"empty", "empty_like", "empty_strided", "new_empty", "dropout_seeds"}
 )
 
 

@@ -28,6 +28,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("dropout", "native_dropout"), value_rules.dropout),
     **dict.fromkeys(("size", "dim", "sym_size"), sized),
     **dict.fromkeys(("_set_grad_enabled", "_enter_autocast", "_exit_autocast"), sized),
+    "rewriter.kernels.dropout.dropout_seeds": value_rules.seeds,
     "scaled_dot_product_attention": fused_rules.attention,
     "rewriter.kernels.attention.attention": fused_rules.attention,
     "rewriter.kernels.attention_unmasked.causal_attention": fused_rules.attention,

@@ -59,3 +59,9 @@ def dropout(node: Node, name: str, reader: Reader) -> Abstract:
     reader.draws = True
     tokens = reader.of(args[0])
     return tokens and replace(tokens, tail=ANY)
+
+
+def seeds(node: Node, name: str, reader: Reader) -> Abstract:
+    """Of dropout by position, which is row-wise: padding changes no number of a token's."""
+    reader.draws = True
+    return None

@@ -155,6 +155,14 @@ def _rotary(node: Node, rows: Rows) -> Ruling:
     return Ruling(found[0].gives, {x: place for r in found for x, place in r.takes.items()})
 
 
+def _dropped(node: Node, rows: Rows) -> Ruling:
+    """Its numbers are those of tokens: a tile of them draws what they drew."""
+    x, numbers = argument(node, 0, "x"), argument(node, 1, "tokens")
+    if own_rows(x, rows) != 1:
+        raise Mixes("tokens are not where it counts them")
+    return Ruling(1, {x: 1, numbers: 0})
+
+
 def _attention(node: Node, rows: Rows) -> Ruling:
     q = argument(node, 0, "query", "q")
     raise Mixes("attention", rank(q) - 2 if rows(q) == rank(q) - 2 else None)
@@ -207,6 +215,7 @@ RULES: Mapping[str, Rule] = {
         ),
         _along_last(0, 1),
     ),
+    "rewriter.kernels.dropout.dropped": _dropped,
     **dict.fromkeys(("rewriter.kernels.rotary.rotary", "rewriter.kernels.rotary.rotary_one"), _rotary),
     **dict.fromkeys(
         (

@@ -155,18 +155,22 @@ def test_no_kind_of_plan_lacks_a_wait(device, sizes, as_it_is, kind):
     assert not transfers.weights._buffers and transfers.arena.in_use == 0
 
 
-@pytest.mark.parametrize("name", ["recompute", "offload"])
-def test_dropout_draws_the_same_numbers_whatever_is_computed_again(device, sizes, name):
+@pytest.mark.parametrize("name", ["keep", "recompute", "offload", "tiles", "offload in tiles"])
+def test_dropout_drops_under_every_plan_what_it_drops_without(device, sizes, name, monkeypatch):
+    monkeypatch.setattr("rewriter.memory.choices._TILES", (None, 1024))
     model, ids = small_llama(device, sizes, nf4=False, dropout=0.3), tokens(4096, device)
 
-    def under(kind):
-        with only(kind), poisoned(device):
-            compiled(model, 64 << 30)
-            torch.manual_seed(0)
-            return step(model, ids)
+    def seeded():
+        torch.manual_seed(0)
+        return step(model, ids)
 
-    kept, ours = under(KINDS["keep"]), under(KINDS[name])
-    assert distance(ours, kept) < NEAR < distance(step(model, ids), kept)
+    compiled(model, "off")
+    whole = seeded()
+    with only(KINDS[name]), poisoned(device):
+        compiled(model, 64 << 30)
+        ours = seeded()
+        assert any("tiles of" in way for _, way, _ in plan().ways) == ("tiles" in name)
+        assert distance(ours, whole) < NEAR < distance(step(model, ids), whole)
 
 
 def test_weights_in_host_memory_come_a_layer_ahead(device, sizes, length):

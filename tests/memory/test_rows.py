@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rewriter.kernels.clamped_gate import clamped_gate
+from rewriter.kernels.dropout import dropped
 from rewriter.kernels.gated_activation import gated_activation, gated_activation_packed
 from rewriter.kernels.layer_norm import add_layer_norm, layer_norm
 from rewriter.kernels.lora_linear import lora_linear, lora_linears
@@ -79,8 +80,8 @@ FUSED: dict[str, tuple[Callable, int]] = {
     ),
 }
 KERNELS = (
-    add_layer_norm, add_rms_norm, clamped_gate, gated_activation, gated_activation_packed, layer_norm,
-    lora_linear, lora_linears, rms_norm, rotary, rotary_one,
+    add_layer_norm, add_rms_norm, clamped_gate, dropped, gated_activation, gated_activation_packed,
+    layer_norm, lora_linear, lora_linears, rms_norm, rotary, rotary_one,
 )  # fmt: skip
 
 
@@ -99,6 +100,16 @@ def test_a_row_wise_operation_gives_tile_by_tile_what_it_gives_at_once(name, til
     assert stage.row_wise and stage.rows_out == (rows,), stage.reason
     (tiled,) = in_tiles(stage, [values[n] for n in stage.inputs], tile)
     torch.testing.assert_close(tiled, function(*operands))
+
+
+def test_a_tile_with_the_numbers_of_its_tokens_drops_what_all_drop():
+    x, _, _, _ = _operands()
+    operands = x, torch.arange(TOKENS), torch.tensor([3, 4])
+    region, values = called(KERNELS, lambda x, numbers, seed: dropped(x, numbers, seed, 0.5), *operands)
+    (stage,) = stages(region)
+    assert stage.rows_in == (1, 0, None) and stage.rows_out == (1,)
+    (tiled,) = in_tiles(stage, [values[n] for n in stage.inputs], 3)
+    assert torch.equal(tiled, dropped(*operands, 0.5))
 
 
 MIXING: dict[str, tuple[Callable, str]] = {
@@ -156,6 +167,10 @@ FUSED_MIXING: dict[str, tuple[Callable, str]] = {
     "an adapter": (
         lambda x, w, c, s: lora_linear(x.transpose(1, 2), w, None, None, None),
         "it sums over tokens",
+    ),
+    "dropout of features": (
+        lambda x, w, c, s: dropped(x.transpose(1, 2), c[0, 0, :, 0].long(), w[0, :2].long(), 0.5),
+        "tokens are not where it counts them",
     ),
     "a rotation": (
         lambda x, w, c, s: rotary(heads(x), x.view(2, 8, 2, 4), c[:, :, :1], s[:, :, :1], "halves")[0],

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import rewriter
-from rewriter.fusion import apply
+from rewriter.fusion import apply, apply_all
+from rewriter.passes.dropout import dropout_pass
 from rewriter.passes.lora import lora_pass
 from tests.capture import capture
 from tests.families import batch, build
@@ -133,11 +134,13 @@ def test_an_adapter_whose_inner_product_is_also_returned_is_kept():
 def test_all_seven_linears_of_a_layer(kind, dropout):
     model = build("llama", dtype=torch.bfloat16, lora=True, lora_dropout=dropout, **kind)
     ((module, _),) = capture(model, **batch())
-    rewritten, record = apply(lora_pass, module)
+    done = apply_all([dropout_pass, lora_pass], module)
+    dropouts, record = done.records
     assert record.error is None and record.count == 14 and not record.misses
-    calls = [n for n in rewritten.graph.nodes if getattr(n.target, "__name__", "") == "lora_linears"]
+    names = [getattr(n.target, "__name__", "") for n in done.module.graph.nodes]
     # q, k, v in one, o; gate and up in one, down.
-    assert len(calls) == 8
+    assert names.count("lora_linears") == 8
+    assert names.count("dropped") == dropouts.count == (14 if dropout else 0) and "dropout" not in names
 
 
 def test_a_4_bit_linear_without_adapter_is_dequantised_again_in_the_backward():

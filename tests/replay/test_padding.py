@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from rewriter.fusion import apply_all
+from rewriter.passes.dropout import dropout_pass
 from rewriter.replay.padding import CutOutput, PaddedInput, read, separate_labels
 from tests.capture import capture
 from tests.families import batch, build
@@ -25,8 +27,8 @@ class Tokens(nn.Module):
         return self.body(self, self.table(ids), ids)
 
 
-def reading_of(body, *, lengths=(12, 17)):
-    """What is known of the graph of ``body`` at a symbolic length."""
+def reading_of(body, *, lengths=(12, 17), passes=()):
+    """What is known of the graph of ``body`` at a symbolic length, as ``passes`` leave it."""
     torch.manual_seed(0)
     model = Tokens(body)
     graphs = []
@@ -40,6 +42,7 @@ def reading_of(body, *, lengths=(12, 17)):
     for length in lengths:
         compiled(torch.randint(50, (2, length)))
     module, examples = graphs[-1]
+    module = apply_all(passes, module).module
     module, examples, doubled = separate_labels(module, examples)
     return read(module, doubled)
 
@@ -125,6 +128,11 @@ def test_dropout_is_padded_and_known_to_draw():
     reading = reading_of(lambda m, x, ids: m.head(F.dropout(x, 0.1)))
     assert reading.padding is not None and reading.draws
     assert not reading_of(lambda m, x, ids: m.head(F.dropout(x, 0.0))).draws
+
+
+def test_dropout_by_position_is_padded_and_known_to_draw():
+    reading = reading_of(lambda m, x, ids: m.head(F.dropout(x, 0.1)), passes=[dropout_pass])
+    assert reading.padding is not None and reading.draws
 
 
 def test_a_fixed_length_is_not_padded():
