@@ -13,7 +13,7 @@ CUDA, heads of a multiple of 8 up to 256, without dropout.
 import torch
 from torch import Tensor
 
-from .attention_key_blocks import cudnn_backward, missing_keys, with_keys
+from .attention_key_blocks import cudnn_backward
 from .registration import define, differentiate
 
 # Beyond it the attention itself is worth a plan: its time grows with the square of the length.
@@ -47,9 +47,8 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tupl
     if _is_short(q, k):
         out, lse, *_ = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
     else:
-        missing = missing_keys(q, k, causal)
         out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
-            q, with_keys(k, missing), with_keys(v, missing), None, True, 0.0, causal, False, scale=scale
+            q, k, v, None, True, 0.0, causal, False, scale=scale
         )
     return _by_token(out), lse.reshape(q.shape[:3])
 

@@ -9,7 +9,7 @@ Costs one more read and write of the gradients, and a launch a group: for long s
 fills the device. Takes PyTorch's own arguments; refuses a bias.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,12 +29,11 @@ def _grouped(op: torch._ops.OpOverload, of_group: Callable) -> torch._ops.OpOver
         share = query.shape[1] // groups
         for group in range(groups):
             heads, shared = slice(group * share, (group + 1) * share), slice(group, group + 1)
-            parts = of_group(
-                grad[:, heads], query[:, heads], key[:, shared], value[:, shared], out[:, heads],
-                logsumexp[:, heads], *others, **settings,
-            )  # fmt: skip
-            for result, part, place in zip(results, parts, (heads, shared, shared), strict=True):
-                result[:, place].copy_(part)
+            given = grad[:, heads], query[:, heads], key[:, shared], value[:, shared], out[:, heads]
+            places = [
+                result[:, place] for result, place in zip(results, (heads, shared, shared), strict=True)
+            ]
+            _fill(places, of_group(*given, logsumexp[:, heads], *others, **settings))
         return results
 
     def fake(
@@ -45,6 +44,12 @@ def _grouped(op: torch._ops.OpOverload, of_group: Callable) -> torch._ops.OpOver
     name = op._schema.name.removeprefix("aten::").strip("_")
     schema = str(op._schema).partition("(")[2].rpartition("->")
     return define(f"{name}_by_groups({schema[0]}-> (Tensor, Tensor, Tensor)", kernel=kernel, fake=fake)
+
+
+def _fill(places: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+    """Holds a group's gradients until it returns: the next group's take their memory."""
+    for place, part in zip(places, parts, strict=True):
+        place.copy_(part)
 
 
 _cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default

@@ -29,7 +29,7 @@ from rewriter.memory.joint import (
     partitioned_graphs,
     signature_of,
 )
-from rewriter.memory.long_attention import attend_by_groups, attend_to_whole_blocks
+from rewriter.memory.long_attention import attend_by_groups
 from rewriter.memory.randomness import draws
 from rewriter.memory.stages import Stage
 from rewriter.norm_rooms import leave_rooms
@@ -225,7 +225,6 @@ def _traced(
             pass
         else:
             attend_by_groups(backward)
-            attend_to_whole_blocks(forward)
             join_gate_gradients(backward.graph, functional=False)
             for graph in (forward, backward):
                 add_in_place_again(graph)
