@@ -5,8 +5,9 @@ where query heads share keys, gradients of keys and values for every query head,
 element of the queries in 16 bit. At 200,000 tokens of 32 heads of 128 that is 6.6 GB. Heads do not meet in
 attention: group by group, the same kernels give the same gradients, and need that memory once a group.
 
-Costs one more read and write of the gradients, and a launch a group: for long sequences, where a group alone
-fills the device. Takes PyTorch's own arguments; refuses a bias.
+Costs one more read and write of the gradients, and for each group a moment in which it no longer fills the
+device: 2% of attention's backward at 50,000 tokens, a tenth at 20,000. For long sequences, where memory is
+short; ``at_once`` has the op for the others. Takes PyTorch's own arguments; refuses a bias.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ def _grouped(op: torch._ops.OpOverload, of_group: Callable) -> torch._ops.OpOver
 
     def kernel(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **settings: Any) -> Any:
         out, logsumexp, *others = rest
-        results = fake(grad, query, key, value)
+        results = _like_operands(grad, query, key, value)
         groups = key.shape[1]
         share = query.shape[1] // groups
         for group in range(groups):
@@ -36,14 +37,33 @@ def _grouped(op: torch._ops.OpOverload, of_group: Callable) -> torch._ops.OpOver
             _fill(places, of_group(*given, logsumexp[:, heads], *others, **settings))
         return results
 
-    def fake(
-        grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **settings: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    return _defined(op, "by_groups", kernel)
 
+
+def _like_operands(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **settings: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _defined(op: torch._ops.OpOverload, manner: str, kernel: Callable) -> torch._ops.OpOverload:
+    """An op of ``op``'s arguments that gives three tensors, in memory as its operands are."""
     name = op._schema.name.removeprefix("aten::").strip("_")
     schema = str(op._schema).partition("(")[2].rpartition("->")
-    return define(f"{name}_by_groups({schema[0]}-> (Tensor, Tensor, Tensor)", kernel=kernel, fake=fake)
+    signature = f"{name}_{manner}({schema[0]}-> (Tensor, Tensor, Tensor)"
+    return define(signature, kernel=kernel, fake=_like_operands)
+
+
+def _in_blocks(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **settings: Any) -> Any:
+    """cuDNN's, with keys up to whole blocks; gradients that were cut to their keys are made dense."""
+    found = cudnn_backward(grad, query, key, value, *rest, **settings)
+    return tuple(map(_in_memory_as, found, (query, key, value)))
+
+
+def _in_memory_as(x: Tensor, like: Tensor) -> Tensor:
+    place = torch.empty_like(like)
+    steps = zip(x.shape, x.stride(), place.stride(), strict=True)
+    return x if all(size == 1 or own == other for size, own, other in steps) else place.copy_(x)
 
 
 def _fill(places: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
@@ -61,3 +81,6 @@ by_groups = {
     _flash: _grouped(_flash, _flash),
     _flash_on_cpu: _grouped(_flash_on_cpu, _flash_on_cpu),
 }
+# An op that goes group by group to the one that does not.
+at_once = {grouped: op for op, grouped in by_groups.items()}
+at_once[by_groups[_cudnn]] = _defined(_cudnn, "in_blocks", _in_blocks)

@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from rewriter.memory.at_once import AtOnceUncompiled, CompileGraph
 from rewriter.memory.operations import (
     arguments_of,
     flops_of,
@@ -29,19 +30,6 @@ from rewriter.memory.operations import (
     written_by,
 )
 from rewriter.memory.randomness import is_random
-
-# Compiles a graph, given its fake inputs and their fake mode.
-CompileGraph = Callable[[GraphModule, list[Any], Any], Callable]
-# The graphs of a layer's stages whose tiles have their weights made once: by "run" or "backward" and place.
-Once = frozenset[tuple[str, int]]
-
-
-class PartedUncompiled(Exception):
-    """``parted`` cannot be compiled, for ``reason``; its graph in one piece perhaps can."""
-
-    def __init__(self, parted: "Parted", reason: Exception):
-        super().__init__(f"{type(reason).__name__}: {reason}")
-        self.parted, self.reason = parted, reason
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,14 +50,14 @@ class Parted:
         """Both compiled; ``inputs``: fake ones of the graph, of ``mode``.
 
         Raises:
-            PartedUncompiled: one of them cannot be.
+            AtOnceUncompiled: one of them cannot be.
         """
         made = [n.meta["val"] for n in _results(self.before)]
         try:
             before = compile_graph(self.before, [inputs[i] for i in self.takes], mode)
             return PartedCode(before, self.takes, compile_graph(self.tile, [*inputs, *made], mode))
         except Exception as error:
-            raise PartedUncompiled(self, error) from error
+            raise AtOnceUncompiled(self, error) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,15 +75,6 @@ class PartedCode:
         """Takes a tile of ``values``; what it holds of them goes with it."""
         made = self.before(*(values[i] for i in self.takes))
         return lambda *given: self.tile(*given, *made)
-
-
-def compiled_graph(
-    compile_graph: CompileGraph, mode: Any, graph: GraphModule, inputs: list[Any], apart: Parted | None
-) -> Callable:
-    """``graph`` compiled, or what is ``apart`` of it; of fake ``inputs`` of ``mode``."""
-    if apart is None:
-        return compile_graph(graph, inputs, mode)
-    return apart.compiled(compile_graph, inputs, mode)
 
 
 def begun(code: Callable, values: Sequence[Any]) -> Callable:

@@ -13,7 +13,8 @@ with room for two layers' set aside, copied while the layer before runs: with it
 a bus that is idle in this direction in the forward.
 
 What all tiles read alike, as dequantised weights, they make each; or it is made once for all of them
-(``before_tiles.py``), in forms of the same way that are quicker and take more memory while a stage runs.
+(``before_tiles.py``), in forms of the same way that are quicker and take more memory while a stage runs. So
+is a long attention's backward that has all heads at once (``long_attention.py``).
 """
 
 import functools
@@ -21,7 +22,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
-from rewriter.memory.before_tiles import CompileGraph, Once, PartedUncompiled
+from rewriter.memory.at_once import AtOnceUncompiled, CompileGraph, Once
 from rewriter.memory.costs import graph_cost
 from rewriter.memory.durations import Rates
 from rewriter.memory.growth import AS_TRACED, Growth
@@ -32,7 +33,7 @@ from rewriter.memory.plan import Choice
 from rewriter.memory.schedule import Fate, Schedule, schedule
 from rewriter.memory.walk import Cost, Direction, Link, Walk
 
-# Of a layer's seconds, what weights made once have to spare: for memory, and for graphs that are compiled.
+# Of a layer's seconds, what is done at once has to spare: for memory, and for graphs that are compiled.
 # Graphs are compiled once for many layers, and still weighed by one: where they ask for no memory every layer
 # that runs this way takes them, so that all together spare as large a part of their seconds as each does.
 _WORTH_MEMORY = 1 / 200
@@ -49,8 +50,8 @@ class StagedChoice:
 
     Without a layer and a schedule: as it is run without a plan. ``in_tiles`` are values that leave and return
     in tiles, ``window`` the bytes that are set aside for copies under way, beside those of a whole layer.
-    ``in_host``: its weights in host memory. ``once``: the graphs that make weights once, before their tiles;
-    ``quicker``: the same with more of these.
+    ``in_host``: its weights in host memory. ``once``: the graphs that do at once what they do in parts
+    otherwise; ``quicker``: the same with more of these.
     """
 
     choice: Choice
@@ -76,10 +77,19 @@ class StagedChoice:
 
 @dataclass(frozen=True)
 class StagesOnce:
-    """The stages of ``layer``, of which the graphs of ``once`` make their weights before their tiles."""
+    """The stages of ``layer``, of which other graphs take the place of those of ``once``."""
 
     layer: LayerGraphs
     once: Once
+
+    @property
+    def words(self) -> str:
+        """What is at once, for people; nothing where nothing is."""
+        tiled = {self.layer.graphs[place].stage.row_wise for _, place in self.once}
+        said = [
+            text for text, kind in ((" weights made once", True), (" heads at once", False)) if kind in tiled
+        ]
+        return " with" + " and".join(said) if said else ""
 
     def compiled(self, compile_graph: CompileGraph) -> LayerStages:
         return self.layer.compiled(compile_graph, self.once)
@@ -89,9 +99,9 @@ class StagesOnce:
         return any(self.layer is other.layer and self.once >= other.once for other in others)
 
     def at_fault(self, error: Exception) -> "StagesOnce":
-        """The least that cannot be compiled, by an ``error`` of ``compiled``: it all, or what is in two."""
-        parted = error.parted if isinstance(error, PartedUncompiled) else None
-        once = (graph for graph in self.once if parted and self.layer.parted(*graph) is parted)
+        """The least that cannot be compiled, by an ``error`` of ``compiled``: it all, or what is at once."""
+        failed = error.at_once if isinstance(error, AtOnceUncompiled) else None
+        once = (graph for graph in self.once if failed and self.layer.at_once(*graph) is failed)
         return StagesOnce(self.layer, Once(once))
 
 
@@ -178,11 +188,11 @@ def _costed(
             choice, plan, tile, layer, in_tiles, walk.window, walk.in_host, once, tuple(quicker)
         )
 
-    return way(frozenset(), "", [way(*form) for form in _weights_once(forward, backward)])
+    return way(frozenset(), "", [way(*form) for form in _at_once(layer, forward, backward)])
 
 
-def _weights_once(forward: Direction, backward: Direction) -> Iterator[tuple[Once, str]]:
-    """Graphs that make their weights before their tiles, and words for it, by rising memory.
+def _at_once(layer: LayerGraphs, forward: Direction, backward: Direction) -> Iterator[tuple[Once, str]]:
+    """Graphs that do at once what they do in parts otherwise, and words for it, by rising memory.
 
     First those that take no more so than the layer does anyway; then more, where that is worth it.
     """
@@ -202,7 +212,14 @@ def _weights_once(forward: Direction, backward: Direction) -> Iterator[tuple[Onc
         worth = _WORTH_GRAPHS if need[order[count - 1]] <= most else _WORTH_MEMORY
         if least - seconds > worth * least:
             least = seconds
-            yield once, f", weights made once in {count} of {len(order)} passes"
+            yield once, _words(layer, once, order)
+
+
+def _words(layer: LayerGraphs, once: Once, possible: Sequence[tuple[str, int]]) -> str:
+    tiled = [graph for graph in possible if layer.graphs[graph[1]].stage.row_wise]
+    made = len(once.intersection(tiled))
+    words = f", weights made once in {made} of {len(tiled)} passes" if made else ""
+    return words + (", heads at once" if once.difference(tiled) else "")
 
 
 def _named(layer: LayerGraphs, plan: Schedule, fates: Mapping[str, Fate], tile: int | None) -> str:

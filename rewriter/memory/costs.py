@@ -18,7 +18,9 @@ from rewriter.memory.growth import AS_TRACED, Growth, SizesAt
 from rewriter.memory.operations import (
     argument_of,
     int_hint,
+    is_attention,
     is_attention_backward,
+    is_by_groups,
     is_heads,
     is_view,
     name_of,
@@ -26,10 +28,13 @@ from rewriter.memory.operations import (
 
 # Bytes of logits that ``linear_cross_entropy`` holds at once on a GPU where its weight is frozen.
 _LOGITS = 2**28
-_BY_GROUPS = "_by_groups"
 # Ops that pad long keys and values when they run.
 _PADDING = frozenset(
-    {"attention_by_length_backward", "scaled_dot_product_cudnn_attention_backward_by_groups"}
+    {
+        "attention_by_length_backward",
+        "scaled_dot_product_cudnn_attention_backward_by_groups",
+        "scaled_dot_product_cudnn_attention_backward_in_blocks",
+    }
 )
 
 
@@ -107,7 +112,7 @@ def _workspace(node: Node, at: SizesAt) -> int:
     if name == "linear_cross_entropy":
         return _buffer_of_logits(node, at)
     # The kernel of masked attention sums in registers.
-    if not is_attention_backward(node) or name == "attention_backward":
+    if not (is_attention(node) and is_attention_backward(node)) or name == "attention_backward":
         return 0
     query, key = [n.meta["val"] for n in node.args if isinstance(n, Node) and is_heads(n)][1:3]
     if not query.is_cuda:
@@ -115,11 +120,12 @@ def _workspace(node: Node, at: SizesAt) -> int:
     groups = int_hint(key.shape[1])
     shared = groups < int_hint(query.shape[1])
     each = 4 + (2 * query.element_size() if shared else 0)
-    beside = at.numel(query) * each + _padded_keys(node, query, key, at)
-    if not name.endswith(_BY_GROUPS):
-        return beside
+    summed, padded = at.numel(query) * each, _padded_keys(node, query, key, at)
+    if not is_by_groups(node):
+        # Their gradients, too, before they are cut.
+        return summed + 2 * padded
     # A group's gradients are written to the results from tensors of their own.
-    return (beside + at.bytes(query) + 2 * at.bytes(key)) // groups
+    return (summed + padded + at.bytes(query) + 2 * at.bytes(key)) // groups
 
 
 def _padded_keys(node: Node, query: Tensor, key: Tensor, at: SizesAt) -> int:

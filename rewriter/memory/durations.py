@@ -21,6 +21,7 @@ from rewriter.memory.operations import (
     int_hint,
     is_attention,
     is_attention_backward,
+    is_by_groups,
     is_compiled,
     is_heads,
     is_view,
@@ -38,6 +39,9 @@ _GATHERS = frozenset({"embedding", "index", "index_select", "gather", "select"})
 # Bytes for each element of the queries that attention's backward writes and reads beside its arguments and
 # results: their gradient in fp32, set to zero, added to and read.
 _SUMMED = 12
+# Operations that could run while a group of heads ends, by which time it no longer fills the device: some
+# 0.2 ms a group on an H200, of 20,000 to 50,000 tokens (``examples/benchmarks/attention_keys.py``).
+_DRAINED = 1e11
 
 
 class Rates(Protocol):
@@ -116,8 +120,12 @@ def _attention(node: Node, sizes: dict[Node, int], at: Lengths, rates: Rates) ->
     keys = at.length(key.shape[2])
     product = 2.0 * at.numel(query) * keys * share_seen(node, keys)
     moved = _moved(node, sizes, at) + (_SUMMED * at.numel(query) if backward else 0)
+    computed = product * (5 if backward else 2)
+    if is_by_groups(node):
+        computed += _DRAINED * (int_hint(key.shape[1]) - 1)
+        moved += 2 * sizes[node]
     rate = rates.attention_backward_flops if backward else rates.attention_forward_flops
-    return product * (5 if backward else 2) / rate + moved / rates.bandwidth
+    return computed / rate + moved / rates.bandwidth
 
 
 def _is_pointwise(node: Node) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from rewriter.canonical import value_of
-from rewriter.memory.before_tiles import CompileGraph, Once, Parted, compiled_graph
+from rewriter.memory.at_once import AtOnce, CompileGraph, Once, compiled_graph
 from rewriter.memory.fakes import dense_strides, is_dense, memory_order
 from rewriter.memory.growth import AS_TRACED, Growth, SizesAt, whole
 from rewriter.memory.layer import LayerStages
@@ -115,25 +115,27 @@ class LayerGraphs:
             found.append(StageValues(f"stage {index + 1}", reads, self.wiring.gives[index], back, gradients))
         return tuple(found)
 
-    def parted(self, direction: str, place: int) -> Parted | None:
-        """A stage's graph in two, of its "run" or its "backward"."""
+    def at_once(self, direction: str, place: int) -> AtOnce | None:
+        """What may take the place of a stage's graph, of its "run" or its "backward"."""
         graphs = self.graphs[place]
-        return graphs.forward_parted if direction == "run" else graphs.backward_parted
+        if direction == "run":
+            return graphs.forward_parted
+        return graphs.backward_parted or graphs.backward_with_heads_at_once
 
     def compiled(self, compile_graph: CompileGraph, once: Once = frozenset()) -> LayerStages:
-        """Compile every stage, in two what makes its weights ``once``.
+        """Compile every stage, those of ``once`` by what takes the place of their graph.
 
         Raises:
-            PartedUncompiled: one of those in two cannot be compiled.
+            AtOnceUncompiled: one of these cannot be compiled.
         """
         runs = []
         for index, graphs in enumerate(self.graphs):
             compiled = functools.partial(compiled_graph, compile_graph, graphs.fakes.mode)
-            apart = self.parted("run", index) if ("run", index) in once else None
-            forward, backward = compiled(graphs.forward, graphs.forward_inputs(), apart), None
+            other = self.at_once("run", index) if ("run", index) in once else None
+            forward, backward = compiled(graphs.forward, graphs.forward_inputs(), other), None
             if graphs.backward is not None:
-                apart = self.parted("backward", index) if ("backward", index) in once else None
-                backward = compiled(graphs.backward, graphs.backward_inputs(), apart)
+                other = self.at_once("backward", index) if ("backward", index) in once else None
+                backward = compiled(graphs.backward, graphs.backward_inputs(), other)
             runs.append(StageRun(graphs, forward, backward))
         return LayerStages(tuple(runs), self.wiring)
 

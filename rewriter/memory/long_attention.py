@@ -1,14 +1,20 @@
-"""Long attention in a stage's backward, by groups of heads.
+"""Long attention in a stage's backward: by groups of heads, or where there is memory all at once.
 
     attention_backward(grad, q, k, v, ...)  ->  attention_backward_by_groups(grad, q, k, v, ...)
+                                            ->  attention_backward_in_blocks(grad, q, k, v, ...)
 
-It needs less memory at a time: see ``kernels/attention_groups.py``. Refused with dropout, whose random
-numbers another order would draw for other pairs.
+The first needs less memory at a time, and more time: see ``kernels/attention_groups.py``. A plan decides for
+each layer. Refused with dropout, whose random numbers another order would draw for other pairs.
 """
 
-from torch.fx import GraphModule
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from rewriter.kernels.attention_groups import by_groups
+from torch.fx import Graph, GraphModule
+
+from rewriter.kernels.attention_groups import at_once, by_groups
+from rewriter.memory.at_once import AtOnceUncompiled, CompileGraph
 from rewriter.memory.operations import argument_of, int_hint
 
 # Query heads of one group alone fill the device from about here.
@@ -24,3 +30,32 @@ def attend_by_groups(module: GraphModule) -> None:
         if int_hint(node.args[1].meta["val"].shape[2]) >= LONG:
             node.target = by_groups[node.target]
     module.recompile()
+
+
+@dataclass(frozen=True, eq=False)
+class HeadsAtOnce:
+    """A stage's backward whose attention has all heads at once."""
+
+    graph: GraphModule
+
+    def compiled(self, compile_graph: CompileGraph, inputs: Sequence[Any], mode: Any) -> Callable:
+        """Of fake ``inputs`` of ``mode``.
+
+        Raises:
+            AtOnceUncompiled: it cannot be.
+        """
+        try:
+            return compile_graph(self.graph, list(inputs), mode)
+        except Exception as error:
+            raise AtOnceUncompiled(self, error) from error
+
+
+def heads_at_once(module: GraphModule) -> HeadsAtOnce | None:
+    """``module`` without groups; None where there are none."""
+    if not any(node.target in at_once for node in module.graph.nodes):
+        return None
+    graph = Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    for node in graph.nodes:
+        node.target = at_once.get(node.target, node.target)
+    return HeadsAtOnce(GraphModule(module, graph))

@@ -59,6 +59,11 @@ def is_attention_backward(node: Node) -> bool:
     return "backward" in name_of(node)
 
 
+def is_by_groups(node: Node) -> bool:
+    """Attention's backward that has one group of heads after the other."""
+    return name_of(node).endswith("_by_groups")
+
+
 def is_heads(node: Node) -> bool:
     """(batch, heads, length, size)."""
     value = node.meta.get("val")

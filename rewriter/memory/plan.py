@@ -76,7 +76,7 @@ class Choice:
             backward of the part that runs before this one's.
         flight: of ``hosted``, what is on the device while a neighbour runs, beyond the problem's window; all
             of it where it is not said.
-        quicker: the same in less time, for more memory while it runs: with weights made once.
+        quicker: the same in less time, for more memory while it runs: with weights made once, heads at once.
     """
 
     name: str

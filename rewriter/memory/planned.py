@@ -14,7 +14,7 @@ import torch
 
 from rewriter.memory.applied import StagedRegion, applied
 from rewriter.memory.arena import HostArena
-from rewriter.memory.before_tiles import PartedUncompiled
+from rewriter.memory.at_once import AtOnceUncompiled
 from rewriter.memory.budgets import Budgets
 from rewriter.memory.choices import StagedChoice, StagesOnce
 from rewriter.memory.head_ahead import HeadBegun, begun_ahead, head_away, with_head_ahead, with_head_waiting
@@ -87,15 +87,15 @@ class PlannedProgram:
     def without(self, stages: StagesOnce, error: Exception) -> "PlannedProgram":
         """Planned anew where ``stages`` cannot be compiled; the notes say why.
 
-        No later plan of the program runs them either. Where a graph that makes its weights once is at fault,
-        that is all that is given up.
+        No later plan of the program runs them either. Where a graph is at fault that does at once what
+        another does in parts, that is all that is given up.
         """
         assert self.choosing is not None
         kind, refused = self.layers[stages], stages.at_fault(error)
         self.choosing.ways.refuse(refused)
         found = self.choosing.chosen()
-        reason = error.reason if isinstance(error, PartedUncompiled) else error
-        what = "its stages with weights made once" if refused.once else "its stages"
+        reason = error.reason if isinstance(error, AtOnceUncompiled) else error
+        what = f"its stages{refused.words}"
         why = f"{kind} runs in other ways, compiling {what} failed: {type(reason).__name__}: {reason}"
         notes = (note for note in self.notes if not note.startswith(HEAD_COMES))
         return replace(found, notes=(*notes, why, *found.notes), longer=self.longer)

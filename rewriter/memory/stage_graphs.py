@@ -29,7 +29,7 @@ from rewriter.memory.joint import (
     partitioned_graphs,
     signature_of,
 )
-from rewriter.memory.long_attention import attend_by_groups
+from rewriter.memory.long_attention import HeadsAtOnce, attend_by_groups, heads_at_once
 from rewriter.memory.randomness import draws
 from rewriter.memory.stages import Stage
 from rewriter.norm_rooms import leave_rooms
@@ -107,6 +107,11 @@ class StageGraphs:
             return None
         tangents = [True] * len(self.signature.tangents)
         return parted(self.backward, [*(rows is not None for rows in self.read_rows), *tangents])
+
+    @cached_property
+    def backward_with_heads_at_once(self) -> HeadsAtOnce | None:
+        """``backward`` with its attention in one, where it goes by groups of heads."""
+        return None if self.backward is None else heads_at_once(self.backward)
 
     @property
     def saves_tiles(self) -> bool:

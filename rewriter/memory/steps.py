@@ -58,8 +58,11 @@ def _lines(way: StagedChoice, layer: LayerGraphs, steps: Sequence[Step]) -> Iter
             yield f"    {values} = reload(){note}"
             continue
         stage, title, row_wise = stages[index], titles[index], layer.graphs[index].stage.row_wise
-        once = ", weights made once" if (kind, index) in way.once else ""
-        note = f"  # in tiles of {way.tile:,} tokens{once}" if way.tile and row_wise else ""
+        note, once = "", (kind, index) in way.once
+        if way.tile and row_wise:
+            note = f"  # in tiles of {way.tile:,} tokens" + (", weights made once" if once else "")
+        elif once:
+            note = "  # all heads at once"
         if kind == "run":
             yield f"    {_names(stage.gives)} = {title}({_names(stage.reads)}){note}"
         else:

@@ -2,8 +2,8 @@
 
     Schedule, length of a tile  ->  Direction(bytes between its runs, what each run takes), for each direction
 
-A run of a stage in tiles is costed twice: with its weights made in every tile, and once before the first
-(``before_tiles.py``), which takes less time and more memory at that moment alone.
+A run that may do at once what it does in parts (``at_once.py``) is costed twice: that takes less time, and
+more memory at that moment alone.
 """
 
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -12,7 +12,8 @@ from typing import Protocol
 
 from torch.fx import GraphModule
 
-from rewriter.memory.before_tiles import Once, Parted
+from rewriter.memory.at_once import Once
+from rewriter.memory.before_tiles import Parted
 from rewriter.memory.costs import GraphCost
 from rewriter.memory.durations import Rates
 from rewriter.memory.in_host import InHost
@@ -33,7 +34,7 @@ class Link(Rates, Protocol):
 
 @dataclass(frozen=True)
 class Ran:
-    """One run of a stage: bytes at its worst moment, and seconds; ``once``: both, with its weights made once.
+    """One run of a stage: bytes at its worst moment, and seconds; ``once``: both, where it runs at once.
 
     ``graph`` is named as in ``Once``.
     """
@@ -44,7 +45,7 @@ class Ran:
     once: tuple[int, float] | None = None
 
     def at(self, once: Once) -> tuple[int, float]:
-        """Bytes and seconds where the graphs of ``once`` have their weights made so."""
+        """Bytes and seconds where the graphs of ``once`` run so."""
         return self.once if self.once and self.graph in once else (self.peak, self.seconds)
 
 
@@ -187,8 +188,11 @@ class Walk:
             waits = _waiting(count, graph.tile_seconds, back, self.window / self.to_device)
             return before + graph.peak, graph.seconds + placed + waits
 
-        once = self._once(index, graphs.backward_parted, reads) if count > 1 else None
-        each = self._each(index, graphs.backward, reads)
+        each, heads = self._each(index, graphs.backward, reads), graphs.backward_with_heads_at_once
+        if heads is not None:
+            once = self._each(index, heads.graph, reads)
+        else:
+            once = self._once(index, graphs.backward_parted, reads) if count > 1 else None
         return Ran(("backward", index), *taking(each), once and taking(once))
 
     def _each(self, index: int, graph: GraphModule, names: Sequence[str]) -> _Graph:

@@ -11,7 +11,7 @@ from sympy import Symbol
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from rewriter.memory.before_tiles import Once
+from rewriter.memory.at_once import Once
 from rewriter.memory.choices import StagedChoice, StagesOnce, cost_on, staged_choices
 from rewriter.memory.costs import value_bytes
 from rewriter.memory.growth import AS_TRACED, Growth
@@ -106,7 +106,7 @@ class Ways:
         return found
 
     def refuse(self, stages: StagesOnce) -> None:
-        """Let none that is asked for from now on run what needs ``stages``: those and more in two."""
+        """Let none that is asked for from now on run what needs ``stages``: those and more at once."""
         self._refused.add(stages)
 
     @property

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest.mock import patch
 
 from rewriter.memory.choices import StagedChoice
@@ -14,13 +14,15 @@ class Kind:
     """Ways to run a layer; ``accepts`` says which.
 
     ``offloads``: whether anything leaves the device; ``hosted``: whether weights are in host memory;
-    ``by_groups``: whether attention's backward goes group by group at any length.
+    ``by_groups``: whether attention's backward may go group by group at any length; ``at_once``: whether it
+    has all heads at once all the same.
     """
 
     accepts: Callable[[StagedChoice], bool]
     offloads: bool = False
     hosted: bool = False
     by_groups: bool = False
+    at_once: bool = False
 
 
 def _keeps(way: StagedChoice) -> bool:
@@ -63,6 +65,7 @@ KINDS = {
     "attention saved": Kind(lambda way: _saves_attention(way) and not _sends(way)),
     "attention offloaded": Kind(lambda way: _saves_attention(way) and _sends(way), offloads=True),
     "groups of heads": Kind(_sends_all, offloads=True, by_groups=True),
+    "heads at once": Kind(_sends_all, offloads=True, by_groups=True, at_once=True),
     "weights over the bus": Kind(
         lambda way: _sends_all(way) and not way.in_host.ahead, offloads=True, hosted=True
     ),
@@ -91,7 +94,10 @@ def only(kind: Kind) -> Iterator[None]:
 def _restricted(found: ByAside, kind: Kind) -> ByAside:
     """Regions of which no way is of the kind, as the loss, run as they may."""
     kept = {
-        aside: {r: [w for w in ways if w.schedule and kind.accepts(w)] for r, ways in by_region.items()}
+        aside: {
+            r: [_as_asked(w, kind) for w in ways if w.schedule and kind.accepts(w)]
+            for r, ways in by_region.items()
+        }
         for aside, by_region in found.items()
     }
     bound = {region for by_region in kept.values() for region, ways in by_region.items() if ways}
@@ -101,3 +107,12 @@ def _restricted(found: ByAside, kind: Kind) -> ByAside:
         for aside, by_region in found.items()
         if all(kept[aside][region] for region in bound)
     }
+
+
+def _as_asked(way: StagedChoice, kind: Kind) -> StagedChoice:
+    """``way`` with its heads at once or not, where they may be."""
+    if not kind.by_groups:
+        return way
+    if kind.at_once:
+        return next((form for form in way.quicker if "heads at once" in form.choice.name), way)
+    return replace(way, choice=replace(way.choice, quicker=()), quicker=())

@@ -7,7 +7,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from rewriter.memory.before_tiles import Parted, PartedUncompiled, parted
+from rewriter.memory.at_once import AtOnceUncompiled
+from rewriter.memory.before_tiles import Parted, parted
 from rewriter.memory.choices import StagesOnce, staged_choices
 from rewriter.memory.steps import steps_of
 from tests.memory.small_layers import as_promised, every_fate, new_transfers, scheduled
@@ -174,7 +175,7 @@ def test_the_forms_that_need_a_graph_in_two_are_given_up_where_it_cannot_be_comp
                 raise RuntimeError("no kernel today")
             return module
 
-        with pytest.raises(PartedUncompiled, match="RuntimeError: no kernel today") as caught:
+        with pytest.raises(AtOnceUncompiled, match="RuntimeError: no kernel today") as caught:
             stages.compiled(fails)
         refused = stages.at_fault(caught.value)
         assert refused == StagesOnce(way.layer, frozenset({(direction, 0)}))

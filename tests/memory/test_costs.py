@@ -197,7 +197,8 @@ def test_copies_of_keys_and_values_that_complete_a_block_are_memory(tokens, caus
     assert beyond(forward) == beside
     # The gradient of the queries in fp32, those of keys and values for each of their heads; three results.
     apart, gradients = 4 * queries, queries + 2 * keys
-    assert beyond(backward, (1, 4, tokens)) == gradients + apart + copies * keys
+    # Of keys and values that are padded, before these are cut.
+    assert beyond(backward, (1, 4, tokens)) == gradients + apart + 2 * copies * keys
     # One of two groups at a time, its own results too; the seed stands for itself.
     assert beyond(by_group, (1, 4, tokens)) == gradients + 8 + (apart + copies * keys + gradients) // 2
 
