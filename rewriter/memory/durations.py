@@ -40,7 +40,7 @@ _GATHERS = frozenset({"embedding", "index", "index_select", "gather", "select"})
 # results: their gradient in fp32, set to zero, added to and read.
 _SUMMED = 12
 # Operations that could run while a group of heads ends, by which time it no longer fills the device: some
-# 0.2 ms a group on an H200, of 20,000 to 50,000 tokens (``examples/benchmarks/attention_keys.py``).
+# 0.2 ms a group on an H200, of 20,000 to 50,000 tokens (``examples/benchmarks/attention_backward.py``).
 _DRAINED = 1e11
 
 

@@ -6,7 +6,7 @@ import torch
 from rewriter.kernels import attention_by_length as module
 from rewriter.kernels import attention_key_blocks
 from rewriter.kernels.attention_by_length import attention_by_length
-from rewriter.kernels.attention_groups import by_groups
+from rewriter.kernels.attention_groups import at_once, by_groups
 from rewriter.kernels.attention_unmasked import causal_attention
 from tests.accuracy import assert_as_accurate
 
@@ -67,9 +67,11 @@ def test_keys_up_to_whole_blocks_are_as_accurate_as_eager(tokens, groups, dim, m
     )
 
 
+@pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("tokens", [300, 384])
-def test_a_backward_by_groups_with_whole_blocks_is_the_plain_one(tokens, monkeypatch):
-    inputs, grad = operands(2, 4, 2, tokens, 64)
+@pytest.mark.parametrize("manner", ["by groups", "at once"])
+def test_a_backward_with_whole_blocks_is_the_plain_one(manner, tokens, rows, monkeypatch):
+    inputs, grad = operands(rows, 4, 2, tokens, 64)
     q, k, v = (x.detach() for x in inputs)
     out, logsumexp, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         q, k, v, None, True, 0.0, True, False, scale=0.125
@@ -79,8 +81,10 @@ def test_a_backward_by_groups_with_whole_blocks_is_the_plain_one(tokens, monkeyp
     backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
     plain = backward(*given, scale=0.125)
     monkeypatch.setattr(attention_key_blocks, "_LONG", 1)
-    for name, ours, expected in zip("qkv", by_groups[backward](*given, scale=0.125), plain, strict=True):
-        assert ours.shape == expected.shape
+    op = by_groups[backward]
+    op = op if manner == "by groups" else at_once[op]
+    for name, ours, expected in zip("qkv", op(*given, scale=0.125), plain, strict=True):
+        assert ours.shape == expected.shape and (rows == 1 or ours.stride() == expected.stride())
         # Sums over keys may come in another order.
         assert (ours.double() - expected.double()).norm() < 4e-3 * expected.double().norm(), name
 

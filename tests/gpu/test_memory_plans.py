@@ -151,6 +151,7 @@ def test_no_kind_of_plan_lacks_a_wait(device, sizes, as_it_is, kind):
         compiled(model, 64 << 30)
         for _ in range(3):
             assert distance(step(model, ids), whole) < NEAR
+        assert any("heads at once" in way for _, way, _ in plan().ways) == kind.at_once
     assert (transfers.stats.bytes_out > 0) == kind.offloads
     assert not transfers.weights._buffers and transfers.arena.in_use == 0
 
