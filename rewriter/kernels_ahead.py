@@ -95,8 +95,7 @@ def _call(node: Node) -> tuple[Callable, torch.device, tuple] | None:
     if op is torch.ops.higher_order.auto_functionalized:
         op, args = args[0], ()
     kernel = launchers.get(op)  # type: ignore[arg-type]
-    # Other processes find a kernel by its name.
-    if kernel is None or "<locals>" in kernel.__qualname__:
+    if kernel is None:
         return None
     given = [
         args[i] if i < len(args) else kwargs.get(argument.name, argument.default_value)

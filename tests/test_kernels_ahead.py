@@ -1,8 +1,10 @@
 """Kernels compiled before they are launched: the jobs that a graph gives, and what one leaves behind."""
 
+import importlib
 import json
 import os
 import pickle
+import pkgutil
 import subprocess
 import sys
 from concurrent.futures import Future
@@ -14,6 +16,7 @@ from torch._inductor import async_compile
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph
 
+from rewriter import kernels
 from rewriter.kernels import gated_activation, rms_norm  # noqa: F401
 from rewriter.kernels.launching import Gpu, Ptxas, Shape
 from rewriter.kernels.registration import launchers
@@ -99,14 +102,20 @@ def test_a_job_that_fails_is_reported(pool, caplog):
     assert "rewriter.kernels.rms_norm is compiled when it is launched: no compiler" in caplog.text
 
 
-def test_kernels_that_other_processes_cannot_find_are_left_out(pool):
+def test_other_processes_find_each_kernel_by_its_name():
+    for module in pkgutil.iter_modules(kernels.__path__, "rewriter.kernels."):
+        if not module.name.endswith("_triton"):
+            importlib.import_module(module.name)
+    assert len(launchers) > 20
+    for kernel in launchers.values():
+        assert pickle.loads(pickle.dumps(kernel)) is kernel
+
+
+@pytest.mark.parametrize("manner", ["by_groups", "in_blocks"])
+def test_ops_that_launch_no_kernel_of_ours_are_left_out(pool, manner):
     import rewriter.kernels.attention_groups  # noqa: F401
 
-    found = [kernel for kernel in launchers.values() if "<locals>" not in kernel.__qualname__]
-    assert 10 < len(found) < len(launchers)
-    for kernel in found:
-        assert pickle.loads(pickle.dumps(kernel)) is kernel
-    op = torch.ops.rewriter.scaled_dot_product_cudnn_attention_backward_by_groups.default
+    op = getattr(torch.ops.rewriter, f"scaled_dot_product_cudnn_attention_backward_{manner}").default
     graph = Graph()
     x = tensor(graph, 1, 2, 64, 16)
     graph.call_function(op, (x, x, x, x, x, x, x, x, None, None, None, 64, 64, 0.0, True))

@@ -51,7 +51,7 @@ def _defined(op: torch._ops.OpOverload, manner: str, kernel: Callable) -> torch.
     name = op._schema.name.removeprefix("aten::").strip("_")
     schema = str(op._schema).partition("(")[2].rpartition("->")
     signature = f"{name}_{manner}({schema[0]}-> (Tensor, Tensor, Tensor)"
-    return define(signature, kernel=kernel, fake=_like_operands)
+    return define(signature, kernel=kernel, fake=_like_operands, launches=False)
 
 
 def _in_blocks(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **settings: Any) -> Any:

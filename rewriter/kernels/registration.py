@@ -38,7 +38,8 @@ def define(
         kernel: computes the outputs; imports Triton inside, so that matching needs no Triton.
         fake: shapes, strides and dtypes of the outputs, for fake tensors and symbolic sizes.
         tags: by default Inductor must pass the strides that the fake implementation saw.
-        launches: whether ``kernel``, a module's own function, launches Triton kernels.
+        launches: whether ``kernel`` launches Triton kernels; then it is a module's own function, which other
+            processes find by its name.
     """
     name = schema.partition("(")[0]
     library.define(schema, tags=tuple(tags))

@@ -7,9 +7,9 @@ with smaller tensors, and a full one not at all: the known card of its name take
 
 Known cards other than the H200, which is measured, are the dense bf16 rate, memory bandwidth and PCIe rate
 that NVIDIA publishes (data sheets of the H100, A100, L40S and L4; the Ada whitepaper for the RTX 4090), times
-the share of its own that the H200 reached in steps of some seconds, where its power limits it: 715 of 989
-TFLOP/s in products, 565 and 500 in attention forward and backward, 3.9 of 4.8 TB/s, 55 of 64 GB/s. They are
-estimates: measure where you can.
+the share of its own that ``measured.py`` found an H200 to reach, which its power limits: 685 of 989 TFLOP/s
+in products, 580 and 525 in attention forward and backward, 4.1 of 4.8 TB/s, 55 of 64 GB/s. They are estimates:
+measure where you can.
 """
 
 import json
@@ -108,7 +108,7 @@ def _checked(given: dict[str, Any], path: str | Path) -> dict[str, Any]:
     return {**given, "device_bytes": int(given["device_bytes"])}
 
 
-H200 = Machine("H200", int(139.8 * _GIB), 715e12, 565e12, 500e12, 3.9e12, 55e9, 55e9, 4e-6)
+H200 = Machine("H200", int(139.8 * _GIB), 685e12, 580e12, 525e12, 4.1e12, 55e9, 55e9, 4e-6)
 
 
 def _published(name: str, gib: float, flops: float, bandwidth: float, pcie: float) -> Machine:
@@ -121,7 +121,7 @@ def _published(name: str, gib: float, flops: float, bandwidth: float, pcie: floa
         share * H200.matrix_flops,
         share * H200.attention_forward_flops,
         share * H200.attention_backward_flops,
-        bandwidth * 3.9 / 4.8,
+        bandwidth * 4.1 / 4.8,
         copies,
         copies,
         H200.launch_seconds,
