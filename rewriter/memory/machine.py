@@ -8,8 +8,8 @@ with smaller tensors, and a full one not at all: the known card of its name take
 Known cards other than the H200, which is measured, are the dense bf16 rate, memory bandwidth and PCIe rate
 that NVIDIA publishes (data sheets of the H100, A100, L40S and L4; the Ada whitepaper for the RTX 4090), times
 the share of its own that ``measured.py`` found an H200 to reach, which its power limits: 685 of 989 TFLOP/s
-in products, 580 and 525 in attention forward and backward, 4.1 of 4.8 TB/s, 55 of 64 GB/s. They are estimates:
-measure where you can.
+in products, 580 and 525 in attention forward and backward, 4.1 of 4.8 TB/s, 55 of 64 GB/s. They are
+estimates: measure where you can.
 """
 
 import json
