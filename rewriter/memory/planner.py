@@ -7,8 +7,8 @@ where it was not reached.
 Seconds are counted in whole units of about 1e-10 of the slowest step, so that plans that take equally long
 are known to: of those that it sees, the one with the fewest host bytes is taken, then the one with the lowest
 peak. It sees all of them, unless there are thousands. A larger budget allows every plan of a smaller one: it
-is no slower where the slack is 0, else by at most that. Weights that are made once in what a plan leaves
-(``quicker.py``) come after the search: neither counts those.
+is no slower where the slack is 0, else by at most that. What is done at once in what a plan leaves
+(``quicker.py``) comes after the search: neither counts that.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -51,10 +51,10 @@ def best(problems: Sequence[Problem]) -> MemoryPlan:
 def roomy(problems: Sequence[Problem]) -> MemoryPlan:
     """The plan that is foreseen to be the fastest, with its waits for the allocator.
 
-    Weights are made once where it leaves the room for that (``quicker.py``).
+    What may be done at once is, where it leaves the room for that (``quicker.py``).
 
     Just above the least budget that leaves some, a plan that does is the slowest of all. A larger budget is
-    never foreseen to be slower, but for what weights made once spare: what leaves room in a smaller one
+    never foreseen to be slower, but for what is done at once: what leaves room in a smaller one
     leaves it here, and what did not may.
 
     Raises:

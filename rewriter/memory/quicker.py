@@ -1,11 +1,11 @@
-"""A plan whose layers make their weights once, not once a tile, where it leaves the room.
+"""A plan whose layers make weights once, not once a tile, and have heads at once, where it leaves the room.
 
-    plan of ways that dequantise in every tile  ->  the same, of ways that are quicker in what memory is free
+    plan of ways that do in parts what they may do at once  ->  the same, quicker in what memory is free
 
-Activations come first, as with weights that stay: what a layer makes once is there while one of its stages
-runs, and concerns no other layer. So it is decided for each layer by itself, after the search, which has as
-much to choose from as without: no plan is slower for it, and none takes more than it may. A plan that would
-only be the fastest for what it makes once is not found.
+Activations come first, as with weights that stay: what a layer does at once (``at_once.py``) takes memory
+while one of its stages runs, and concerns no other layer. So it is decided for each layer by itself, after
+the search, which has as much to choose from as without: no plan is slower for it, and none takes more than it
+may. A plan that would only be the fastest for what it does at once is not found.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def alike(part: Part, choice: Choice) -> list[Choice]:
 
 
 def _forms(part: Part, choice: Choice) -> list[Choice]:
-    """Those that make weights once."""
+    """Those that do something at once."""
     return [form for other in alike(part, choice) for form in other.quicker]
 
 
