@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch._functorch import compile_utils
 from torch._guards import TracingContext, tracing
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx import Graph, GraphModule
@@ -38,6 +39,11 @@ if TYPE_CHECKING:
 # is drawn again from its seed. A weight from host memory is let go behind its reader, and copied again for
 # another one.
 RECOMPUTED = frozenset((dropped, gated_activation, gated_activation_packed, host_weight))
+
+# A partitioner takes two calls that look alike for one, but those of a list: it does not read an op's tags.
+# The bodies of two checkpoints each draw seeds of their own, in one graph after autograd.
+if (draw := torch.ops.rewriter.dropout_seeds) not in compile_utils.rand_ops:
+    compile_utils.rand_ops.append(draw)
 
 
 @functools.cache

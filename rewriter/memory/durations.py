@@ -39,9 +39,10 @@ _GATHERS = frozenset({"embedding", "index", "index_select", "gather", "select"})
 # Bytes for each element of the queries that attention's backward writes and reads beside its arguments and
 # results: their gradient in fp32, set to zero, added to and read.
 _SUMMED = 12
-# Operations that could run while a group of heads ends, by which time it no longer fills the device: some
-# 0.2 ms a group on an H200, of 20,000 to 50,000 tokens (``examples/benchmarks/attention_backward.py``).
-_DRAINED = 1e11
+# Operations that could run while a group of heads ends, which no longer fills the device, times the length:
+# on an H200 0.2 ms a group at 20,000 tokens, 0.1 at 32,768, and what cannot be told from nothing at 50,000
+# (``examples/benchmarks/attention_backward.py``).
+_DRAINED = 2e15
 
 
 class Rates(Protocol):
@@ -122,7 +123,7 @@ def _attention(node: Node, sizes: dict[Node, int], at: Lengths, rates: Rates) ->
     moved = _moved(node, sizes, at) + (_SUMMED * at.numel(query) if backward else 0)
     computed = product * (5 if backward else 2)
     if is_by_groups(node):
-        computed += _DRAINED * (int_hint(key.shape[1]) - 1)
+        computed += _DRAINED / keys * (int_hint(key.shape[1]) - 1)
         moved += 2 * sizes[node]
     rate = rates.attention_backward_flops if backward else rates.attention_forward_flops
     return computed / rate + moved / rates.bandwidth

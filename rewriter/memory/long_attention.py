@@ -4,7 +4,8 @@
                                             ->  attention_backward_in_blocks(grad, q, k, v, ...)
 
 The first needs less memory at a time, and more time: see ``kernels/attention_groups.py``. A plan decides for
-each layer. Refused with dropout, whose random numbers another order would draw for other pairs.
+each layer; all heads that share one key head are one group. Refused with dropout, whose random numbers
+another order would draw for other pairs.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,8 +28,10 @@ def attend_by_groups(module: GraphModule) -> None:
         # With dropout, another head's random numbers would be drawn in a head's place.
         if node.target not in by_groups or argument_of(node, "dropout_p"):
             continue
-        if int_hint(node.args[1].meta["val"].shape[2]) >= LONG:
-            node.target = by_groups[node.target]
+        query, key = (n.meta["val"] for n in node.args[1:3])
+        if int_hint(query.shape[2]) >= LONG:
+            grouped = by_groups[node.target]
+            node.target = grouped if int_hint(key.shape[1]) > 1 else at_once[grouped]
     module.recompile()
 
 

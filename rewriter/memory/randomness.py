@@ -1,9 +1,9 @@
 """The same random numbers again, for a stage that is run a second time in the backward.
 
-A stage that draws (attention's dropout, noise; dropout by position does not) notes the state of the device's
-generator before its forward. Its recomputation, and a backward that computes its forward again, begin from
-that state, tile after tile as the forward did, and leave the generator as they found it: what comes later
-draws what it would have drawn.
+A stage that draws (attention's dropout, noise, the seeds of a checkpoint's body) notes the state of the
+device's generator before its forward. Its recomputation, and a backward that computes its forward again,
+begin from that state, tile after tile as the forward did, and leave the generator as they found it: what
+comes later draws what it would have drawn.
 """
 
 from collections.abc import Iterator, Sequence

@@ -4,13 +4,14 @@
 
 A graph's seeds are drawn together, where it begins: Inductor may order draws within a graph as it likes, and
 a layer's graph with none in it is a function of what it is given, whether it is run whole, in tiles, again
-or by another order of its stages. Pays in memory, too: no mask is saved.
+or by another order of its stages. The body of a checkpoint is a graph of its own, and draws its own. Pays in
+memory, too: no mask is saved.
 
 PyTorch's own dropout drops other elements under the same seed, as it does in any other graph of Inductor's.
 The LoRA pass, which comes later, takes the result for what an adapter reads, as that of any dropout.
 
-Refuses: what is not (batch, tokens, channels), as attention's weights are not; dropout in place; fp8. Dropout
-that drops nothing is left, without a word.
+Refuses: what is not (batch, tokens, channels), as attention's weights by head are not; dropout in place; fp8.
+Dropout that drops nothing is left, without a word.
 """
 
 import operator

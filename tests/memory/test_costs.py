@@ -183,9 +183,9 @@ def test_copies_of_keys_and_values_that_complete_a_block_are_memory(tokens, caus
         given = q, q, k, v, q, lse.unsqueeze(-1), seed, seed, None, None, None, tokens, tokens, 0.0, causal
         return op(*given)
 
-    def beyond(function, *others):
+    def beyond(function, *others, rows=1):
         fakes, outer = StageFakes(tokens), FakeTensorMode()
-        shapes = [(1, heads, tokens, 64) for heads in (4, 2, 2)]
+        shapes = [(rows, heads, tokens, 64) for heads in (4, 2, 2)]
         with outer:
             given = [torch.empty(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
             given += [torch.empty(shape, device="cuda") for shape in others]
@@ -197,10 +197,11 @@ def test_copies_of_keys_and_values_that_complete_a_block_are_memory(tokens, caus
     assert beyond(forward) == beside
     # The gradient of the queries in fp32, those of keys and values for each of their heads; three results.
     apart, gradients = 4 * queries, queries + 2 * keys
-    # Of keys and values that are padded, before these are cut.
-    assert beyond(backward, (1, 4, tokens)) == gradients + apart + 2 * copies * keys
-    # One of two groups at a time, its own results too; the seed stands for itself.
-    assert beyond(by_group, (1, 4, tokens)) == gradients + 8 + (apart + copies * keys + gradients) // 2
+    assert beyond(backward, (1, 4, tokens)) == gradients + apart + copies * keys
+    # Of several sequences, the gradients of keys and values that are padded too, before these are cut.
+    assert beyond(backward, (2, 4, tokens), rows=2) == 2 * (gradients + apart + 2 * copies * keys)
+    # One of two groups at a time; the seed stands for itself.
+    assert beyond(by_group, (1, 4, tokens)) == gradients + 8 + (apart + copies * keys) // 2
 
 
 def test_attention_whose_heads_share_keys_is_counted_here():

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule
 
 from rewriter.kernels.attention_groups import at_once, by_groups
 from rewriter.memory.at_once import AtOnceUncompiled
 from rewriter.memory.choices import StagesOnce, staged_choices
-from rewriter.memory.long_attention import heads_at_once
+from rewriter.memory.long_attention import attend_by_groups, heads_at_once
 from rewriter.memory.steps import steps_of
 from tests.memory.decoder import decoder
 from tests.memory.small_layers import as_promised, every_fate, new_transfers, scheduled
@@ -91,3 +93,19 @@ def test_heads_go_by_groups_where_what_has_them_at_once_cannot_be_compiled(ways)
     refused = stages.at_fault(caught.value)
     assert refused == stages and refused.words == " with heads at once"
     assert not any(form.once & ATTENTION for form in way.without({refused}).quicker)
+
+
+def test_heads_that_all_share_their_keys_are_one_group_and_go_at_once(monkeypatch):
+    monkeypatch.setattr("rewriter.memory.long_attention.LONG", 1)
+    for heads, target in ((1, FLASH), (2, by_groups[FLASH])):
+        graph, fake = Graph(), FakeTensorMode()
+        shapes = [(1, 4, 9, 8), (1, 4, 9, 8), *[(1, heads, 9, 8)] * 2]
+        given = [graph.placeholder(name) for name in ("grad", "q", "k", "v")]
+        for node, shape in zip(given, shapes, strict=True):
+            with fake:
+                node.meta["val"] = torch.empty(shape)
+        attention = graph.call_function(FLASH, (*given, given[1], given[1], 0.0, True))
+        graph.output(attention)
+        module = GraphModule({}, graph)
+        attend_by_groups(module)
+        assert attention.target is target

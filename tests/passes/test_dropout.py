@@ -89,6 +89,24 @@ def test_the_body_of_a_checkpoint_draws_seeds_of_its_own():
     assert sum(call.startswith("dropout_seeds(1") for call in found.calls) == 1
 
 
+def test_bodies_of_two_checkpoints_drop_other_elements_each():
+    """After autograd both are one graph, in which a partitioner would take their draws for one."""
+
+    def twice(x):
+        first = checkpoint(lambda x: F.dropout(x * 1.0, 0.5), x, use_reentrant=False)
+        second = checkpoint(lambda x: F.dropout(x * 1.0, 0.5).neg(), x, use_reentrant=False)
+        return first, second
+
+    torch._dynamo.reset()
+    x = torch.ones(1, 64, 64, requires_grad=True)
+    compiled = torch.compile(twice, backend="rewriter", options={"lowering": "eager"})
+    first, second = compiled(x)
+    assert 1500 < (first.bool() != second.bool()).sum() < 2600
+    (gradient,) = torch.autograd.grad(first.sum(), x)
+    assert torch.equal(gradient, first)
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
