@@ -38,8 +38,8 @@ from rewriter.memory.walk import Cost, Direction, Link, Walk
 # that runs this way takes them, so that all together spare as large a part of their seconds as each does.
 _WORTH_MEMORY = 1 / 200
 _WORTH_GRAPHS = 1 / 2000
-# Times that copies are foreseen to take as measured. Kernels run up to 8% faster in a step than a machine is
-# measured (``predictions.py``), copies do not: of all that just hides, each layer would wait for a part.
+# Times that copies are foreseen to take as measured. Kernels may run some percents faster in a step than a
+# machine is measured, copies do not: of all that just hides, each layer would wait for a part.
 _MARGIN = 1.07
 _TILES = (None, 32768, 16384, 8192, 4096, 2048)
 
