@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch._functorch import compile_utils
 from torch._guards import TracingContext, tracing
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx import Graph, GraphModule
 from torch.utils.checkpoint import CheckpointPolicy
 
 from rewriter.cast_again import cast_again, weights_of
+from rewriter.draws_apart import keep_draws_apart
 from rewriter.gate_gradients import join_gate_gradients
 from rewriter.kernels.dropout import dropped
 from rewriter.kernels.gated_activation import gated_activation, gated_activation_packed
@@ -39,11 +39,6 @@ if TYPE_CHECKING:
 # is drawn again from its seed. A weight from host memory is let go behind its reader, and copied again for
 # another one.
 RECOMPUTED = frozenset((dropped, gated_activation, gated_activation_packed, host_weight))
-
-# A partitioner takes two calls that look alike for one, but those of a list: it does not read an op's tags.
-# The bodies of two checkpoints each draw seeds of their own, in one graph after autograd.
-if (draw := torch.ops.rewriter.dropout_seeds) not in compile_utils.rand_ops:
-    compile_utils.rand_ops.append(draw)
 
 
 @functools.cache
@@ -69,6 +64,7 @@ def lower(
     Args:
         around_backward: entered while the backward is compiled, which is when it first runs.
     """
+    keep_draws_apart()
     for node in module.graph.nodes:
         if node.target in RECOMPUTED:
             # Tracing copies it to the operations that the node becomes, and partitioners read it there.

@@ -136,7 +136,7 @@ define(
     "dropout_seeds(int count, *, Device device) -> Tensor",
     kernel=_seeds,
     fake=_seeds_fake,
-    # Never computed again. That it is not taken for another draw of the same form is said in ``lower.py``.
+    # Never computed again; nor taken for another draw that looks alike, by ``draws_apart.py``.
     tags=(torch.Tag.needs_exact_strides, torch.Tag.nondeterministic_seeded),
     launches=False,
 )

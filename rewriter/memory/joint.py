@@ -26,6 +26,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from rewriter.draws_apart import keep_draws_apart
 from rewriter.memory.fakes import densely, is_dense, memory_order
 from rewriter.memory.in_place import Inseparable, add_out_of_place, adds_for_nobody
 from rewriter.memory.size_sources import read_sizes_off_inputs, sized, with_arguments
@@ -111,6 +112,8 @@ def partitioned_graphs(module: Callable, signature: Signature) -> tuple[GraphMod
         Inseparable: the stage writes to one of its inputs.
     """
     from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    keep_draws_apart()
 
     def joint(primals: Sequence[Any], tangents: Sequence[Any]) -> Any:
         results, gradients = _both(module, signature, primals, tangents)
