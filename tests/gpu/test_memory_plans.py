@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import rewriter
-from rewriter.memory.budgets import card_bytes
+from rewriter.memory.budgets import allocated_bytes, card_bytes
 from rewriter.memory.transfer import Transfers
 from tests.memory.budgeted import ending
 from tests.memory.kinds import KINDS, only
@@ -72,9 +72,9 @@ def test_a_step_within_a_budget_has_the_gradients_without_and_the_memory_foresee
     assert any("tiles" in way or "whole" in way for _, way, _ in foreseen.ways)
     assert foreseen.peak <= foreseen.device_budget
     if device == "cuda":
-        # Of the card; the plan's own share of it leaves products' workspaces out.
         assert ours.peak <= budget - CONTEXT
-        assert abs(ours.peak / foreseen.peak - 1) < 0.1
+        # Products' workspaces are not the plan's, a tenth of so small a step; copies may fill 2% beyond it.
+        assert 0.9 * foreseen.peak < ours.peak <= allocated_bytes(int(1.02 * foreseen.peak))
 
 
 def test_a_longer_batch_is_planned_for_in_place_and_stays_within_the_budget(device, sizes, length):
